@@ -1,0 +1,52 @@
+# lpcompile: `make help` lists what is here.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+STAMP := $(VENV)/.installed
+TRAIN_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint format bench schema clean
+
+help: ## show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  VENV_FLAGS=--system-site-packages  use the torch that this machine already has"
+	@echo "  TORCH_INDEX=URL                    take torch from that pip index (see the README)"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@# torch first and alone, so that the pinned CPU build satisfies everything after it
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(INDEX) -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt setuptools ninja numpy
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,deepspeed]'
+	@touch $@
+
+train: $(STAMP) ## train the default GPT with hfp8 on 2 DeepSpeed workers, then in fp32, and compare
+	$(BIN)/python -m launch train --policy hfp8 --engine deepspeed --nproc 2 --compare fp32 --overwrite $(TRAIN_FLAGS)
+
+test: lint ## lint, then every test but the slow ones (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: lint ## lint, then every test
+	$(BIN)/python -m pytest -q --timeout 1800
+
+lint: $(STAMP) ## ruff, mypy --strict, and the four floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## every benchmark, as ratios
+	$(BIN)/python -m launch bench
+
+clean: ## remove what was built (not the runs)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

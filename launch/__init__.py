@@ -1,0 +1,1 @@
+"""The roof: the distributed trainer and the command line."""

@@ -1,0 +1,1 @@
+"""Capture: from live modules to graphs and back."""

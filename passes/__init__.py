@@ -1,0 +1,1 @@
+"""The middle floor: graph in, graph out."""

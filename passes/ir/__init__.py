@@ -1,0 +1,1 @@
+"""The IR: programs of graphs, their ops, their text, their verifier."""

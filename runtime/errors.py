@@ -1,0 +1,48 @@
+"""Errors: each says where, what was expected, what was got, and what to try."""
+
+
+class LpError(Exception):
+    """Base of every error meant for a user; the command line prints it as one sentence and exits with 2.
+
+    `str(error)` joins the parts: `where: what. Expected ... Got ... Try ...`.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", got: str = "", hint: str = "") -> None:
+        self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
+        parts = [f"{where}: {what}" if where else what]
+        if expected:
+            parts.append(f"Expected {expected}")
+        if got:
+            parts.append(f"Got {got}")
+        if hint:
+            parts.append(f"Try {hint}")
+        super().__init__(". ".join(part.rstrip(".") for part in parts) + ".")
+
+
+class FormatError(LpError, ValueError):
+    """A number format, rounding or scale that does not exist or does not fit."""
+
+
+class NotSupported(LpError):
+    """Something the policy language can say and this version does not do yet. Never ignored silently."""
+
+
+class VerifyError(LpError):
+    """A graph breaks a rule of the IR."""
+
+
+class PassError(LpError):
+    """A pass cannot do its work on this graph."""
+
+
+class WireError(LpError):
+    """A collective cannot run as the policy says, or did not."""
+
+
+def nearest_names(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """A hint naming the closest known spellings: `"e4m3"? Known: bf16, e4m3, ...`."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f'"{close[0]}"? ' if close else ""
+    return f"{guess}Known: {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Kernels: one file a backend, and the dispatch that chooses among them."""

@@ -1,0 +1,1 @@
+"""Numbers: formats, rounding, scales, casts, counter-based random bits."""
