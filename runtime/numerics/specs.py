@@ -4,9 +4,9 @@
     GemmSpec    `A * B -> fp32 -> fp32`           one GEMM: two operands, accumulator, output
     LayerSpec   `fwd: ...; bwd: ...; grad: ...`   the three GEMMs of a layer
 
-FWD y = x.w (fprop), BWD dx = dy.w (dgrad), GRAD dw = dy.x (wgrad). In each the operands are named as the policy names them:
-FWD lhs = x, rhs = w; BWD lhs = dy, rhs = w; GRAD lhs = dy, rhs = x. For a product of two activations y = a.b:
-FWD lhs = a, rhs = b; BWD (da = dy.b) lhs = dy, rhs = b; GRAD (db = dy.a) lhs = dy, rhs = a.
+FWD y = x.w (fprop), BWD dx = dy.w (dgrad), GRAD dw = dy.x (wgrad). In each the operands are named as the policy names
+them: FWD lhs = x, rhs = w; BWD lhs = dy, rhs = w; GRAD lhs = dy, rhs = x. For a product of two activations y = a.b: FWD
+lhs = a, rhs = b; BWD (da = dy.b) lhs = dy, rhs = b; GRAD (db = dy.a) lhs = dy, rhs = a.
 
 Invariants: `QuantSpec.parse(str(spec)) == spec`, and the same for GemmSpec and LayerSpec.
 """
@@ -104,7 +104,9 @@ IDENTITY = QuantSpec()
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """One GEMM: operand casts, the format it accumulates in (rounded every `chunk` adds' boundary), the format it returns."""
+    """One GEMM: operand casts, the format it accumulates in (rounded every `chunk` adds' boundary), the format it
+    returns.
+    """
 
     lhs: QuantSpec = IDENTITY
     rhs: QuantSpec = IDENTITY

@@ -1,0 +1,5 @@
+"""`python -m launch`: the command line."""
+
+from launch.cli import main
+
+main()

@@ -1,0 +1,188 @@
+"""The command line: `lpcompile VERB` = `python -m launch VERB`.
+
+A user's mistake is one sentence on stderr and exit code 2, under torchrun from rank 0 only.
+"""
+
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from launch.bench import find_benchmarks, run_benchmarks
+from launch.checkpoint import find_checkpoint, read_record
+from launch.config import RunConfig, flag_of, load_config
+from launch.launcher import WorkerError, check_run, launch, leave_last_words
+from launch.policy_commands import policy_app
+from launch.summary import present
+from runtime.errors import LpError, NotSupported
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="One policy file for every number format a model trains in."
+)
+app.add_typer(policy_app, name="policy")
+
+# Verbs of the design that this version does not have.
+_PLANNED = {
+    "opt": "run passes over a graph file",
+    "inspect": "show the graph of a model",
+    "quantize": "calibrate and quantize a trained model",
+    "search": "find a policy under a budget",
+    "export": "write a quantized model for another runtime",
+    "reproduce": "rerun a paper's table",
+}
+
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # click's ClickException, which typer may carry inside
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        return int(app(arguments, prog_name="lpcompile", standalone_mode=False) or 0)
+    except LpError as error:
+        leave_last_words(error)
+        _complain(str(error))
+        return error.exit_code if isinstance(error, WorkerError) else 2
+    except _USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "lpcompile"
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        _complain(f"{verb}: {message.rstrip('.')}. Try {verb} --help.")
+        return 2
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+
+
+def _complain(sentence: str) -> None:
+    """Once: a worker that our launcher started is silent (the launcher speaks); under torchrun rank 0 speaks."""
+    if "--prepared" not in sys.argv and os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
+    """Train a language model under a policy, on one or many workers.
+
+    Flags override --config, which overrides the config of the checkpoint in --resume, which overrides the defaults.
+
+    \b
+    Examples:
+      lpcompile train --policy hfp8 --nproc 2
+      lpcompile train --policy hfp8 --engine ddp --nproc 2 --compare fp32
+      lpcompile train --config run.yaml --steps 1000 --out runs/mine
+      lpcompile train --resume runs/mine
+      torchrun --nproc-per-node 8 -m launch train --config run.yaml --policy hfp8
+    """
+    base, base_name = {}, ""
+    if flags.get("resume"):
+        found = find_checkpoint(flags["resume"])
+        base, base_name = read_record(found).inherited_config(), str(found)
+    is_worker = "WORLD_SIZE" in os.environ
+    if is_worker:
+        base.pop("nproc", None)
+    run_config = load_config(flags, config, base, base_name)
+    if not is_worker:
+        launch(run_config)
+        return
+    from launch.trainer import work  # here: it imports the compiler and the engines, which only workers need
+
+    if not prepared:
+        check_run(run_config, int(os.environ["WORLD_SIZE"]))
+        if run_config.compare:
+            raise NotSupported(
+                "under torchrun one command is one run", where="--compare", hint="--nproc N instead of torchrun"
+            )
+    folder = work(run_config, prepared)
+    if not prepared and os.environ["RANK"] == "0":
+        present(folder)
+
+
+def _train_command() -> Any:
+    """`_train` with one flag per field of RunConfig.
+
+    Values arrive as text: the config checks them, and its sentences name the flag.
+    """
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None, typer.Option("--config", metavar="FILE", help="YAML file of fields below.")
+            ],
+        ),
+        inspect.Parameter(
+            "prepared",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--prepared", hidden=True)],
+        ),
+    ]
+    for name, field in RunConfig.model_fields.items():
+        is_flag = field.annotation is bool
+        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        option = typer.Option(
+            flag_of(name), help=f"{field.description}{default}", metavar=None if is_flag else _metavar(field.annotation)
+        )
+        annotation = Annotated[bool | None if is_flag else str | None, option]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    def train(**arguments: Any) -> None:
+        _train(**arguments)
+
+    train.__doc__ = _train.__doc__
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return train
+
+
+def _metavar(annotation: Any) -> str:
+    """What to write after a flag: choices as [a|b], else the type."""
+    arguments = get_args(annotation)
+    if arguments and not any(isinstance(each, type) for each in arguments) and get_origin(annotation) is not None:
+        return f"[{'|'.join(str(each) for each in arguments)}]"
+    kinds = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    return next((kinds[each] for each in (annotation, *arguments) if each in kinds), "TEXT")
+
+
+def _bench(
+    name: Annotated[str | None, typer.Argument(help="Which one; omitted: all.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Handed on to the benchmark.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Only say which there are.")] = False,
+) -> None:
+    """Run the benchmarks of a checkout: our speed beside what you would run instead, as ratios.
+
+    \b
+    Examples:
+      lpcompile bench --list
+      lpcompile bench
+      lpcompile bench gemm -- --size 1024
+    """
+    if list_only:
+        for each, what in find_benchmarks().items():
+            print(f"{each:24} {what}")
+        return
+    if code := run_benchmarks(name, arguments or []):
+        raise typer.Exit(code)
+
+
+def _refuse(verb: str, what: str) -> Any:
+    def refuse() -> None:
+        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, policy or bench")
+
+    refuse.__doc__ = f"Not in this version: {what}."
+    return refuse
+
+
+app.command("train")(_train_command())
+app.command("bench")(_bench)
+for _verb, _what in _PLANNED.items():
+    app.command(_verb, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        _refuse(_verb, _what)
+    )

@@ -1,0 +1,173 @@
+"""RunConfig: everything a run is, as one frozen value. A field is a YAML key and a flag of the same name.
+
+defaults  <  the resumed checkpoint's config  <  --config run.yaml  <  flags
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from runtime.errors import LpError, nearest_names
+
+
+class ConfigError(LpError, ValueError):
+    """A run that cannot be started as configured."""
+
+
+class RunConfig(BaseModel):
+    """One training run. Two equal configs on the same world size give the same bits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Literal["gpt", "llama"] = Field(
+        default="gpt", description="Model family: GPT-2, or Llama (RoPE, RMSNorm, SwiGLU)."
+    )
+    layers: int = Field(default=3, ge=1, description="Number of transformer blocks.")
+    d: int = Field(default=256, ge=8, description="Width of the residual stream, in elements.")
+    heads: int = Field(default=4, ge=1, description="Attention heads per block; must divide d.")
+    context: int = Field(default=128, ge=2, description="Tokens per training window.")
+    vocab: int | None = Field(
+        default=None, ge=2, description="Vocabulary size; omitted: 256 for bytes, else the tokenizer's."
+    )
+
+    data: str | None = Field(
+        default=None,
+        description="Text file, or folder of UTF-8 text files; omitted: Python's own documentation (pydoc topics).",
+    )
+    tokenizer: str | None = Field(default=None, description="Folder of a saved transformers tokenizer; omitted: bytes.")
+    batch: int = Field(default=8, ge=1, description="Windows per micro-batch and rank.")
+    grad_accumulation: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+
+    steps: int = Field(default=300, ge=1, description="Optimizer steps.")
+    lr: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="constant",
+        description="Learning rate after warm-up: constant (ends 0.09 nats lower at 300 steps), or a cosine to lr / 10.",
+    )
+    warmup: int = Field(default=20, ge=0, description="Steps of linear warm-up.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
+    beta2: float = Field(
+        default=0.99, ge=0, lt=1, description="AdamW: decay of the second moment (0.99 suits runs this short)."
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW: decoupled decay, on matrices only.")
+    clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Dtype of the parameters (bf16 keeps an fp32 master)."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the weights, the data order and the stochastic roundings.")
+
+    policy: str = Field(default="hfp8", description="Precision policy: a shipped name or a path to a policy file.")
+    strict: bool = Field(default=False, description="Refuse to start if a GEMM would not run as the policy says.")
+    engine: Literal["deepspeed", "ddp"] = Field(default="deepspeed", description="What holds the replicas together.")
+    zero_stage: int = Field(default=2, ge=0, le=3, description="DeepSpeed only: what ZeRO shards.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: a GPU per rank where there are enough, else the CPU."
+    )
+    nproc: int | None = Field(
+        default=None, ge=1, description="Workers to start on this machine; under torchrun: omit it."
+    )
+    timeout: float = Field(default=300.0, gt=0, description="Seconds after which a collective gives up on a hung rank.")
+    max_restarts: int = Field(default=0, ge=0, description="Restarts from the latest checkpoint after a lost worker.")
+
+    eval_every: int = Field(default=100, ge=0, description="Steps between validations; 0: only at the end.")
+    save_every: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    out: str | None = Field(default=None, description="Folder of the run; omitted: runs/<date-time>-<policy>-<engine>.")
+    overwrite: bool = Field(default=False, description="Empty the run's folder first if it holds an earlier run.")
+    resume: str | None = Field(default=None, description="Run folder, or one checkpoint in it, to go on from.")
+    compare: str | None = Field(default=None, description="Policy of a second run after this one, for the joint table.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if self.d % self.heads:
+            raise ValueError(f"d ({self.d}) must be a multiple of heads ({self.heads})")
+        if self.model == "llama" and (self.d // self.heads) % 2:
+            raise ValueError(f"llama rotates pairs, so d / heads ({self.d // self.heads}) must be even")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+# What a checkpoint was trained as: a resumed run may not differ in any of these.
+IDENTITY_FIELDS = (
+    "model", "layers", "d", "heads", "context", "vocab", "data", "tokenizer", "batch", "grad_accumulation",
+    "dtype", "seed", "engine", "zero_stage",
+)  # fmt: skip
+
+
+def load_config(
+    flags: Mapping[str, Any], file: Path | None = None, base: Mapping[str, Any] | None = None, base_name: str = ""
+) -> RunConfig:
+    """The config of a run from its layers, lowest first: `base` (a checkpoint's), `file`, `flags` (None: not given)."""
+    values: dict[str, Any] = dict(base or {})
+    origin = dict.fromkeys(values, base_name)
+    if file is not None:
+        for key, (value, line) in _read_yaml(file).items():
+            values[key], origin[key] = value, f"{file}:{line}: {key}"
+    for key, value in flags.items():
+        if value is not None:
+            values[key], origin[key] = value, flag_of(key)
+    try:
+        config = RunConfig(**values)
+    except ValidationError as error:
+        raise _explain(error, origin, str(file) if file else "the configuration") from None
+    for key in IDENTITY_FIELDS:
+        if base and key in base and getattr(config, key) != base[key]:
+            raise ConfigError(
+                f"this is another {'model' if key in IDENTITY_FIELDS[:6] else 'run'} than the checkpoint's",
+                where=origin[key],
+                expected=f"{key} = {base[key]}, as in {base_name}",
+                got=str(getattr(config, key)),
+                hint=f"leaving {key} out, or starting afresh without --resume",
+            )
+    return config
+
+
+def flag_of(field: str) -> str:
+    """The command-line flag of a field: grad_accumulation -> --grad-accumulation."""
+    return "--" + field.replace("_", "-")
+
+
+def _read_yaml(file: Path) -> dict[str, tuple[Any, int]]:
+    """Top-level key -> (value, line), lines from 1."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("this config file cannot be read", where=str(file), got=_reason(error)) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError("this is not YAML", where=f"{file}{line}", got=str(problem)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError("a config is a mapping of field: value", where=str(file), got=type(values).__name__)
+    lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+    return {str(key): (value, lines.get(str(key), 1)) for key, value in values.items()}
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str], whole: str) -> ConfigError:
+    """The first complaint as one sentence: where, expected, got."""
+    first = error.errors()[0]
+    field = str(first["loc"][0]) if first["loc"] else ""
+    where = origin.get(field, whole)
+    if first["type"] == "extra_forbidden":
+        known = tuple(RunConfig.model_fields)
+        return ConfigError(f'"{field}" is not a field of a run', where=where, hint=nearest_names(field, known))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if not field:
+        return ConfigError(message, where=where)
+    expected = message.removeprefix("Input should be ")
+    expected = expected[0].lower() + expected[1:]
+    return ConfigError("this value does not fit", where=where, expected=expected, got=repr(first["input"]))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -1,0 +1,407 @@
+"""Frame: the graph of one call of one module's forward, while it grows.
+
+A live tensor stands for the node that made it, by identity. What the graph cannot say ends the frame with a reason;
+the forward runs on, since its children are recorded all the same.
+"""
+
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils import _pytree as pytree
+
+from lpcompile.capture.bystanders import PythonState, held_objects
+from lpcompile.capture.graph_code import compile_graph
+from lpcompile.capture.guards import (
+    Guard,
+    TensorFact,
+    ValueFact,
+    autocast_state,
+    flatten_arguments,
+    is_plain,
+    plain_copy,
+    tensor_facts,
+    with_article,
+)
+from lpcompile.capture.recording import Opaque, Recording
+
+
+class Refusal(Exception):
+    """A sentence about what a graph cannot say; completes "the forward of this module ..."."""
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """An autograd.Function as one target of a graph: its backward stays its own."""
+
+    function: type[torch.autograd.Function]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+
+class Frame:
+    """One call of `module.forward(*args, **kwargs)`, from entry to `finish`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        forward: Callable[..., Any],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> None:
+        self.module, self.path = module, path
+        self.opaque: Opaque | None = None
+        self.reads_data = False
+        self.reads_strides = False
+        self.reads_grad_mode = False
+        self.switches_grad_mode = False
+        self.writes: dict[tuple[int, str], str] = {}
+        """Where an attribute was last set: (id of the module, attribute) -> file:line."""
+        self._graph = fx.Graph()
+        self._nodes: dict[int, fx.Node] = {}
+        self._kept: list[Tensor] = []  # alive, so that no id is used twice
+        self._unsized: set[int] = set()
+        self._child_paths: dict[int, str] | None = None
+        self._own_tensors: dict[int, str] | None = None
+        self.definition = _definition(forward)
+        self._grad_enabled = torch.is_grad_enabled()
+        self._ambient = _ambient()
+        self._training = module.training
+        self._autocast = autocast_state()
+        self._attributes: dict[str, ValueFact] = {}
+        self._held = {id(held): name for name, held in held_objects(module).items()}
+        self._subtree = list(module.modules())
+        self._arguments = (args, kwargs)
+        self._leaves, self._in_spec = flatten_arguments(args, kwargs)
+        self._names = _leaf_names(forward, args, kwargs)
+        self._facts = tensor_facts(self._leaves)
+        self._python = PythonState(self._subtree)
+        self._note_unwatched()
+        self._add_placeholders()
+
+    # -- what the forward does ---------------------------------------------------------------------------------------
+
+    def fail(self, reason: str, *, where: str | None = None) -> None:
+        """End the graph. The first reason counts."""
+        if self.opaque is None:
+            self.opaque = Opaque(reason, where or self._line())
+
+    def prepare(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Node | None:
+        """The node of an operation that is about to run; None once the frame has failed."""
+        if self.opaque is not None:
+            return None
+        if _ambient() != self._ambient:
+            self.fail("changes autocast, inference mode or the attention backend on its way")
+            return None
+        try:
+            operands = tuple(self._operand(arg) for arg in args)
+            options = {name: self._operand(arg) for name, arg in kwargs.items()}
+        except Refusal as refusal:
+            self.fail(f"passes {refusal} to {_target_name(target)}")
+            return None
+        return self._graph.create_node(op, target, operands, options)
+
+    def bind(self, node: fx.Node | None, target: Any, result: Any, *, writes: bool = False) -> Any:
+        """Let the tensors in `result` stand for `node`. Returns what the forward goes on with.
+
+        A tensor handed through unchanged (a dropout with p = 0) is replaced by an alias: under another p the two
+        differ, so they must be two nodes. In-place operations (`writes`) keep their tensor.
+        """
+        if node is None:
+            return result
+        try:
+            return self._bind(node, result, writes)
+        except Refusal as refusal:
+            self.fail(f"gets {refusal} from {_target_name(target)}")
+            return result
+
+    def withdraw(self, node: fx.Node | None) -> None:
+        """Take back the node of an operation that raised."""
+        if node is not None:
+            self._graph.erase_node(node)
+
+    def child_path(self, module: nn.Module) -> str | None:
+        """Path of a descendant relative to this module."""
+        if self._child_paths is None:
+            self._child_paths = {id(child): path for path, child in self.module.named_modules()}
+        return self._child_paths.get(id(module)) or None
+
+    def taint(self, result: Any) -> None:
+        """The sizes of these tensors depend on data: reading them would burn data into the graph."""
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._unsized.add(id(leaf))
+                self._kept.append(leaf)
+
+    def is_tainted(self, values: Iterable[object]) -> bool:
+        return bool(self._unsized) and any(id(leaf) in self._unsized for leaf in pytree.tree_leaves(list(values)))
+
+    def note_read(self, owner: object, name: str, value: object) -> None:
+        """The forward read an attribute of the module, a descendant or an object the module holds."""
+        copied = plain_copy(value)
+        if copied is None and value is not None:
+            return
+        if owner is self.module:
+            path = "" if name not in _FRAMEWORK and not is_checkpoint_flag(owner, name) else None
+        elif isinstance(owner, nn.Module):
+            path = self.child_path(owner) if name == "training" or name not in _FRAMEWORK else None
+        else:
+            path = self._held.get(id(owner))
+        if path is not None:
+            self._attributes.setdefault(f"{path}.{name}" if path else name, ValueFact(type(value), copied))
+
+    def _note_unwatched(self) -> None:
+        """Of an object whose class cannot be watched, every attribute counts as read."""
+        for held in held_objects(self.module).values():
+            if not is_watchable(type(held)):
+                for name, value in vars(held).items():
+                    self.note_read(held, name, value)
+
+    # -- Python side effects -----------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """A child runs next: what changed until here, this forward changed."""
+        if self.opaque is not None:
+            return
+        change = self._python.first_change()
+        if change is not None:
+            owner, name = change
+            path = self.child_path(owner)
+            label = f"{path}.{name}" if path else name
+            self.fail(f"changes the attribute {label}", where=self._written_at(owner, name))
+        elif self._python.has_drawn():
+            self.fail("draws from Python's or numpy's global random generator", where=self.definition)
+
+    def resume(self) -> None:
+        """The child is done: what it changed is its own affair."""
+        if self.opaque is None:
+            self._python = PythonState(self._subtree)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self, result: Any) -> Recording | Opaque:
+        """The recording, or why there is none."""
+        self.pause()
+        if torch.is_grad_enabled() is not self._grad_enabled:
+            self.fail("leaves another grad mode behind", where=self.definition)
+        leaves, spec = flatten_arguments(*self._arguments)
+        if spec != self._in_spec or any(now is not before for now, before in zip(leaves, self._leaves)):
+            self.fail("writes to a container among its arguments", where=self.definition)
+        recording = self._seal(result) if self.opaque is None else None
+        self._nodes.clear()
+        self._kept.clear()
+        self._leaves = []
+        self._arguments = ((), {})
+        if recording is None:
+            assert self.opaque is not None
+            return self.opaque
+        return recording
+
+    def returns_tainted(self, result: Any) -> bool:
+        return self.reads_data or self.is_tainted([result])
+
+    def _seal(self, result: Any) -> Recording | None:
+        leaves, out_spec = pytree.tree_flatten(result, is_leaf=lambda value: not isinstance(value, (tuple, list, dict)))
+        try:
+            outputs = tuple(self._operand(leaf) for leaf in leaves)
+        except Refusal as refusal:
+            self.fail(f"returns {refusal}", where=self.definition)
+            return None
+        self._graph.output(outputs)
+        for node in reversed(self._graph.nodes):
+            if node.target is operator.getitem and not node.users:
+                self._graph.erase_node(node)
+        try:
+            compile_graph(self._graph)
+        except (RuntimeError, SyntaxError, AttributeError) as error:
+            self.fail(f"has no source text: {error}", where=self.definition)
+            return None
+        return Recording(self.path, self._graph, self._guard(), out_spec, self.switches_grad_mode)
+
+    def _guard(self) -> Guard:
+        facts = self._facts
+        if not self.reads_strides:
+            facts = tuple(replace(fact, stride=None) if isinstance(fact, TensorFact) else fact for fact in facts)
+        return Guard(
+            in_spec=self._in_spec,
+            leaves=facts,
+            names=self._names,
+            training=self._training,
+            grad_enabled=self._grad_enabled if self.reads_grad_mode or self.switches_grad_mode else None,
+            autocast=self._autocast,
+            attributes=tuple(self._attributes.items()),
+        )
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    def _add_placeholders(self) -> None:
+        for name, leaf in zip(self._names, self._leaves):
+            if isinstance(leaf, Tensor):
+                if id(leaf) not in self._nodes:
+                    self._stand_for(self._graph.placeholder(_identifier(name)), leaf)
+            elif not is_plain(leaf):
+                self.fail(
+                    f"takes {with_article(leaf)} as {name}, and only tensors, plain values and their tuples, lists"
+                    " and dicts can be arguments of a graph",
+                    where=self.definition,
+                )
+
+    def _stand_for(self, node: fx.Node, tensor: Tensor) -> None:
+        self._nodes[id(tensor)] = node
+        self._kept.append(tensor)
+        if tensor.layout is torch.strided:
+            node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._nodes.get(id(value)) or self._own_tensor(value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
+        if type(value) is slice:
+            return slice(self._operand(value.start), self._operand(value.stop), self._operand(value.step))
+        if type(value) in (tuple, list):
+            return type(value)(self._operand(item) for item in value)
+        if type(value) is dict and all(type(key) is str for key in value):
+            return {key: self._operand(item) for key, item in value.items()}
+        if is_plain(value):
+            return value
+        raise Refusal(with_article(value))
+
+    def _own_tensor(self, tensor: Tensor) -> fx.Node:
+        if self._own_tensors is None:
+            named = [
+                *self.module.named_parameters(remove_duplicate=False),
+                *self.module.named_buffers(remove_duplicate=False),
+            ]
+            self._own_tensors = {id(own): path for path, own in reversed(named)}
+        path = self._own_tensors.get(id(tensor))
+        if path is None:
+            raise Refusal(
+                "a tensor that is no argument, parameter or buffer of it and was made by no recorded operation"
+            )
+        node = self._graph.create_node("get_attr", path)
+        self._stand_for(node, tensor)
+        return node
+
+    def _bind(self, node: fx.Node, value: Any, writes: bool) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in self._nodes and not writes:
+                with torch.enable_grad():
+                    value = value.view_as(value)
+            self._stand_for(node, value)
+            return value
+        if value is None:
+            return None
+        if isinstance(value, dict):
+            for key, item in list(value.items()):
+                bound = self._bind_item(node, key, item, writes)
+                if bound is not item:
+                    value[key] = bound
+            return value
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            items = [self._bind_item(node, index, item, writes) for index, item in enumerate(value)]
+            if all(bound is item for bound, item in zip(items, value)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        raise Refusal(with_article(value))
+
+    def _bind_item(self, node: fx.Node, key: Any, item: Any, writes: bool) -> Any:
+        if item is None:
+            return None
+        return self._bind(self._graph.call_function(operator.getitem, (node, key)), item, writes)
+
+    # -- lines -------------------------------------------------------------------------------------------------------
+
+    def note_write(self, owner: nn.Module, name: str) -> None:
+        self.writes[id(owner), name] = self._line()
+
+    def _written_at(self, owner: nn.Module, name: str) -> str:
+        for key in (name, *dict(owner.named_parameters(recurse=False)), *dict(owner.named_buffers(recurse=False))):
+            if (id(owner), key) in self.writes and (key == name or name in ("_parameters", "_buffers")):
+                return self.writes[id(owner), key]
+        return self.definition
+
+    def _line(self) -> str:
+        """The innermost line of a method of this module on the stack, else the definition of its forward."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if not code.co_filename.startswith(_NOT_THE_USERS) and frame.f_locals.get("self") is self.module:
+                return f"{code.co_filename}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return self.definition
+
+
+def is_watchable(cls: type) -> bool:
+    """Whether reads can be watched: a class made by a class statement (Py_TPFLAGS_HEAPTYPE) takes new attributes."""
+    return bool(cls.__flags__ & 1 << 9)
+
+
+def is_checkpoint_flag(module: object, name: str) -> bool:
+    """Whether the attribute only tells the class to wrap its forward, generated or not, in a checkpoint."""
+    return name == CHECKPOINT_FLAG and hasattr(type(module), name)
+
+
+def _ambient() -> tuple[Any, ...]:
+    """State of the process that an operation depends on and a graph does not carry."""
+    return (
+        autocast_state(),
+        torch.is_inference_mode_enabled(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
+
+
+def _definition(forward: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "<unknown>:0"
+
+
+def _leaf_names(forward: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[str, ...]:
+    """What a reader calls each leaf: the parameter's name, and indices into it."""
+    try:
+        parameters = list(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        parameters = []
+    names: list[str] = []
+    for index, arg in enumerate(args):
+        label = parameters[index] if index < len(parameters) else f"argument_{index}"
+        names += [label + suffix for suffix in _suffixes(arg)]
+    for label, arg in kwargs.items():
+        names += [label + suffix for suffix in _suffixes(arg)]
+    return tuple(names)
+
+
+def _suffixes(value: object) -> list[str]:
+    leaves, _ = flatten_arguments((value,), {})
+    return [""] if len(leaves) == 1 and leaves[0] is value else [f"_{index}" for index in range(len(leaves))]
+
+
+def _identifier(name: str) -> str:
+    return name if name.isidentifier() else "argument"
+
+
+def _target_name(target: Any) -> str:
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+CHECKPOINT_FLAG = "gradient_checkpointing"
+
+_FRAMEWORK = frozenset(vars(nn.Module()))
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))

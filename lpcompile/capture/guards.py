@@ -1,0 +1,253 @@
+"""Guards: under which calls does a recorded graph stand for the forward?
+
+What recording burnt into the graph is checked before each use: the structure and plain values of the arguments, shape,
+dtype, device and identity of the tensors, training or not, autocast, and what else the forward read: grad mode,
+strides, plain attributes of the module, its children and its configuration. A guard that fails says why.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class TensorFact:
+    """What a graph assumes of a tensor argument."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    alias: int | None = None
+    """Index of the earlier leaf that is the same object."""
+    stride: tuple[int, ...] | None = None
+    """In elements; None: the forward did not read it."""
+
+
+@dataclass(frozen=True)
+class ValueFact:
+    """What a graph assumes of a plain value: its type (1 is not True) and itself."""
+
+    kind: type
+    value: object
+
+
+@dataclass(frozen=True)
+class Guard:
+    """When a graph holds: `check` returns None, or what differs."""
+
+    in_spec: pytree.TreeSpec
+    """Structure of (args, kwargs)."""
+    leaves: tuple[TensorFact | ValueFact, ...]
+    names: tuple[str, ...]
+    """How a sentence calls each leaf."""
+    training: bool
+    grad_enabled: bool | None
+    """None: the forward neither switched nor read grad mode, so the graph holds in both."""
+    autocast: tuple[tuple[str, torch.dtype | None], ...]
+    """Per device type the dtype, or None where autocast is off."""
+    attributes: tuple[tuple[str, ValueFact], ...] = ()
+    """Plain attributes that the forward read, as dotted paths from the module (`scaling`, `attn_dropout.p`,
+    `config.use_cache`): a schedule or a user may change them between steps."""
+
+    def check(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
+        """None when the graph holds for this call, else one short sentence."""
+        matched = self.match(module, args, kwargs)
+        return matched if isinstance(matched, str) else None
+
+    def match(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor] | str:
+        """The graph's operands, or what differs. About 5 us for eight leaves."""
+        if module.training is not self.training:
+            return f"training is {module.training}, recorded {self.training}"
+        if self.grad_enabled is not None and torch.is_grad_enabled() is not self.grad_enabled:
+            return f"grad mode is {torch.is_grad_enabled()}, recorded {self.grad_enabled}"
+        for device_type, dtype in self.autocast:
+            if autocast_dtype(device_type) is not dtype:
+                return f"autocast on {device_type} is {autocast_dtype(device_type)}, recorded {dtype}"
+        for steps, name, value, kind in self._attribute_rows:
+            owner: Any = module
+            for step in steps:
+                owner = getattr(owner, step, None)
+            now = getattr(owner, name, None)
+            if now is not value and (type(now) is not kind or now != value):
+                return f"attribute {'.'.join((*steps, name))} is {_describe(now)}, recorded {value!r}"
+        leaves: list[Any] = []
+        if not _collect(self._plan, (tuple(args), kwargs), leaves):
+            return "the structure of the arguments differs"
+        return self._operands(leaves)
+
+    def _operands(self, leaves: list[Any]) -> list[Tensor] | str:
+        operands: list[Tensor] = []
+        for index, (is_tensor, first, dtype, device, alias, stride) in enumerate(self._rows):
+            leaf = leaves[index]
+            if not is_tensor:
+                if leaf is not first and (type(leaf) is not dtype or leaf != first):
+                    return f"{self.names[index]} is {_describe(leaf)}, recorded {first!r}"
+                continue
+            if not isinstance(leaf, Tensor):
+                return f"{self.names[index]} is {_describe(leaf)}, recorded a tensor"
+            if leaf.shape != first:
+                return f"{self.names[index]} has shape {tuple(leaf.shape)}, recorded {tuple(first)}"
+            if leaf.dtype is not dtype:
+                return f"{self.names[index]} is {leaf.dtype}, recorded {dtype}"
+            if leaf.device != device:
+                return f"{self.names[index]} is on {leaf.device}, recorded {device}"
+            if stride is not None and leaf.stride() != stride:
+                return f"{self.names[index]} has strides {leaf.stride()}, recorded {stride}"
+            if alias is None:
+                operands.append(leaf)
+            elif leaf is not leaves[alias]:
+                return f"{self.names[index]} is no longer the same tensor as {self.names[alias]}"
+        if len(operands) > 1 and len({id(operand) for operand in operands}) != len(operands):
+            return "two arguments are the same tensor, recorded as two"
+        return operands
+
+    @cached_property
+    def _plan(self) -> tuple[Any, ...] | None:
+        return _plan(self.in_spec)
+
+    @cached_property
+    def _attribute_rows(self) -> tuple[tuple[tuple[str, ...], str, Any, type], ...]:
+        paths = [(path.split("."), fact) for path, fact in self.attributes]
+        return tuple((tuple(steps), name, fact.value, fact.kind) for (*steps, name), fact in paths)
+
+    @cached_property
+    def _rows(self) -> tuple[tuple[Any, ...], ...]:
+        return tuple(
+            (True, torch.Size(fact.shape), fact.dtype, fact.device, fact.alias, fact.stride)
+            if isinstance(fact, TensorFact)
+            else (False, fact.value, fact.kind, None, None, None)
+            for fact in self.leaves
+        )
+
+
+def is_plain(value: object) -> bool:
+    """A value that can stand in a graph as a constant and in a guard as an equality."""
+    return type(value) in _PLAIN or isinstance(value, Enum)
+
+
+def is_container(value: object) -> bool:
+    """Containers that arguments are looked for in. A mutable object (a cache) is never taken apart: what the forward
+    writes to it would be lost, even if pytree knows its type."""
+    return type(value) in (tuple, list, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
+def plain_copy(value: object) -> object | None:
+    """A plain value, or a copy of a container of plain values; None for whatever else (and for None)."""
+    if is_plain(value):
+        return value
+    if isinstance(value, dict) and type(value) is dict:
+        items = {key: plain_copy(item) for key, item in value.items()}
+        return items if all(copied is not None or value[key] is None for key, copied in items.items()) else None
+    if type(value) in (list, tuple, set, frozenset):
+        copies = [(item, plain_copy(item)) for item in value]  # type: ignore[attr-defined]
+        if all(copied is not None or item is None for item, copied in copies):
+            return type(value)(copied for _, copied in copies)  # type: ignore[call-arg]
+    return None
+
+
+def with_article(value: object) -> str:
+    """What a sentence calls a value by its type: `an int`, `a DynamicCache`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def flatten_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[list[Any], pytree.TreeSpec]:
+    """Leaves of (args, kwargs) and their structure; whatever is no plain container is a leaf."""
+    return pytree.tree_flatten((tuple(args), dict(kwargs)), is_leaf=lambda value: not is_container(value))
+
+
+def tensor_facts(leaves: Sequence[object]) -> tuple[TensorFact | ValueFact, ...]:
+    """The facts of argument leaves that are tensors or plain values, strides included."""
+    seen: dict[int, int] = {}
+    facts: list[TensorFact | ValueFact] = []
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            alias = seen.setdefault(id(leaf), index)
+            stride = tuple(leaf.stride()) if leaf.layout is torch.strided else None
+            facts.append(
+                TensorFact(tuple(leaf.shape), leaf.dtype, leaf.device, None if alias == index else alias, stride)
+            )
+        else:
+            facts.append(ValueFact(type(leaf), leaf))
+    return tuple(facts)
+
+
+def autocast_state() -> tuple[tuple[str, torch.dtype | None], ...]:
+    """The autocast dtype per device type of this machine."""
+    return tuple((device_type, autocast_dtype(device_type)) for device_type in _device_types())
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """None where autocast is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _device_types() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _plan(spec: pytree.TreeSpec) -> tuple[Any, ...] | None:
+    """None for a leaf, else (type, keys or None, number of children, plans of the children)."""
+    if spec.is_leaf():
+        return None
+    keys = tuple(spec.context) if spec.type is dict else None
+    kind = spec.context if isinstance(spec.context, type) else spec.type
+    children = tuple(_plan(child) for child in spec.children())
+    return kind, keys, len(children), children
+
+
+def _collect(plan: tuple[Any, ...] | None, value: Any, leaves: list[Any]) -> bool:
+    """Append the leaves of `value` in the plan's order; False where the structure differs."""
+    if plan is None:
+        leaves.append(value)
+        return not is_container(value)
+    kind, keys, count, children = plan
+    if type(value) is not kind or len(value) != count:
+        return False
+    if keys is not None:
+        try:
+            value = [value[key] for key in keys]
+        except KeyError:
+            return False
+    for child, item in zip(children, value):
+        if child is None:
+            # inlined leaf: most nodes are leaves, and a call costs as much as the check
+            if type(item) in _CONTAINERS or (isinstance(item, tuple) and is_container(item)):
+                return False
+            leaves.append(item)
+        elif not _collect(child, item, leaves):
+            return False
+    return True
+
+
+def _describe(value: object) -> str:
+    return repr(value) if plain_copy(value) is not None or value is None else with_article(value)
+
+
+_CONTAINERS = frozenset({tuple, list, dict})
+
+_PLAIN = frozenset(
+    {
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        type(...),
+        slice,
+        range,
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        torch.Size,
+    }
+)

@@ -1,0 +1,61 @@
+"""Leaf code: a leaf module runs its compiled graph, one per phase of the schedule, and takes casts from a caller that
+offers them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lpcompile.capture.graph_code import GraphCode
+from lpcompile.capture.install import RECORD, captured_class
+from passes.ir.program import CASTS, STATE, Unit
+from runtime.state import RunState
+
+
+def install_leaf(module: nn.Module, units: list[Unit | None], state: RunState) -> None:
+    """Let the graphs of `units`, one per phase, be the forward of a leaf; None where the policy leaves the leaf
+    alone.
+    """
+    module.__class__ = captured_class(type(module))
+    module.__dict__[STATE] = state
+    module.__dict__[RECORD] = LeafForward([None if unit is None else _LeafPhase.of(unit) for unit in units], state)
+
+
+@dataclass(frozen=True)
+class _LeafPhase:
+    """The graphs of one phase. `floor` casts its own input; `fed`, if there is one, takes the casts from the caller."""
+
+    floor: GraphCode
+    fed: GraphCode | None
+
+    @staticmethod
+    def of(unit: Unit) -> "_LeafPhase":
+        fed = None if unit.fed is None else GraphCode(unit.fed, switches_grad_mode=False)
+        return _LeafPhase(GraphCode(unit.graph, switches_grad_mode=False), fed)
+
+
+@dataclass
+class LeafForward:
+    """What is installed under a leaf: its graphs by phase, and the state that says which phase it is."""
+
+    phases: list[_LeafPhase | None]
+    state: RunState
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The forward: y = code(x), x by position or by its name, with or without casts handed down."""
+        phase = self.phases[self.state.phase]
+        casts = kwargs.get(CASTS)
+        inputs = args or tuple(value for name, value in kwargs.items() if name != CASTS)
+        if phase is None:
+            return original(module, *inputs)
+        if casts is None or phase.fed is None:
+            return phase.floor(module, inputs)[0]
+        return phase.fed(module, (*inputs, casts))[0]
+
+    @property
+    def is_picklable(self) -> bool:
+        return all(phase is None or phase.floor.is_picklable for phase in self.phases)

@@ -1,0 +1,89 @@
+"""Program: every graph of a model, the GEMM sites in them, and what the policy says of each site.
+
+    Unit      one torch.fx graph: the forward of one module for one recorded call, or the forward of one GEMM-bearing
+    leaf Program   units by name, specs by site name, and what the passes learned: choices and refusals
+
+A leaf's graph holds its GEMM; other graphs call it by `call_module`, so that weights stay with their module. A fed leaf
+graph takes the casts of its input from its caller, under the keyword `lp_casts`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from runtime.kernels.dispatch import Choice
+from runtime.numerics.specs import LayerSpec, Role
+from runtime.ops import OPS
+
+SITE = "lp_site"
+"""Key of `node.meta`: the name of the GEMM site that the node is."""
+SPEC = "lp_spec"
+"""Key of `node.meta`: the LayerSpec that annotate put there."""
+STATE = "_lp_state"
+"""The attribute under which every compiled module holds the model's RunState; graphs read it by get_attr."""
+CASTS = "lp_casts"
+"""The keyword under which a caller hands casts to a fed leaf."""
+
+
+@dataclass
+class Unit:
+    """One graph. `path` is the module path from the model's root, "" for the root itself."""
+
+    path: str
+    graph: fx.Graph
+    kind: Literal["leaf", "module"]
+    fed: fx.Graph | None = None
+    """Of a leaf: the same graph, with the casts of its input taken from the caller. Made by share-casts."""
+
+
+@dataclass
+class Program:
+    """What the passes work on, and where they leave what they learned."""
+
+    units: dict[str, Unit]
+    specs: dict[str, LayerSpec]
+    """What the policy says, by site name; a site that is not here is left alone."""
+    device: str = "cpu"
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Sites that the policy names and that run as the uncompiled model does, with the reason."""
+    choices: dict[str, dict[Role, Choice]] = field(default_factory=dict)
+    """The backend of every site and role."""
+
+    def leaf(self, path: str) -> Unit | None:
+        """The unit of the leaf module at `path`, if it is one."""
+        unit = self.units.get(path)
+        return unit if unit and unit.kind == "leaf" else None
+
+    def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
+        """Every graph with a name for messages, fed leaf graphs included."""
+        for name, unit in self.units.items():
+            yield name or "(root)", unit.graph
+            if unit.fed is not None:
+                yield f"{name} (fed)", unit.fed
+
+    def num_nodes(self) -> int:
+        return sum(len(graph.nodes) for _, graph in self.graphs())
+
+
+def num_op(program: Program, name: str) -> int:
+    """How many nodes of an lp op one forward pass runs: one variant of each module, and a fed leaf by its fed graph."""
+    one_per_path = {unit.path: unit.fed or unit.graph for unit in reversed(program.units.values())}
+    return sum(node.target is OPS[name].run for graph in one_per_path.values() for node in graph.nodes)
+
+
+def state_node(graph: fx.Graph) -> fx.Node:
+    """The node that reads the RunState, made at the top of the graph if it is not there."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == STATE:
+            return node
+    last_input = None
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            break
+        last_input = node
+    with (
+        graph.inserting_after(last_input) if last_input is not None else graph.inserting_before(next(iter(graph.nodes)))
+    ):
+        return graph.get_attr(STATE)

@@ -1,0 +1,33 @@
+"""select-kernels: each role of each lp.gemm gets the backend that runs it, by exact embedding; the choice and its
+reason are kept.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from passes.ir.program import SITE, Program
+from passes.manager import Pass
+from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.numerics.specs import ROLES, LayerSpec
+from runtime.ops import OPS
+
+
+@dataclass(frozen=True)
+class SelectKernels(Pass):
+    """Writes the attribute `methods` and `program.choices`."""
+
+    name: ClassVar[str] = "select-kernels"
+
+    def run(self, program: Program) -> bool:
+        changed = False
+        for _, graph in program.graphs():
+            for node in graph.nodes:
+                if node.target is not OPS["lp.gemm"].run:
+                    continue
+                spec, kind = LayerSpec.parse(str(node.kwargs["spec"])), str(node.kwargs["kind"])
+                choices = {role: choose(GemmRequest(kind, role, spec.role(role), program.device)) for role in ROLES}
+                methods = ",".join(choices[role].method for role in ROLES)
+                program.choices[node.meta[SITE]] = choices
+                changed |= methods != node.kwargs["methods"]
+                node.kwargs = {**node.kwargs, "methods": methods}
+        return changed

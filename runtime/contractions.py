@@ -1,0 +1,223 @@
+"""Contractions: the geometry of a layer's three GEMMs, with no number format in it.
+
+    kind        FWD               BWD                GRAD               rhs is
+    linear      y_MN = x_MK w_NK  dx_MK = dy_MN w    dw_NK = dy_MN x    torch.nn.Linear's weight
+    linear_kn   y_MN = x_MK w_KN  dx_MK = dy_MN w    dw_KN = x_MK dy    the Conv1D of transformers
+    matmul      y = a_MK b_KN     da = dy_MN b       db = a_MK dy       an activation, batched
+    conv        y = x * w         dx                 dw                 a convolution's weight, 1-D to 3-D
+
+M is the product of the leading dims. Each kind also says along which axis of an operand's matrix view a scale may vary
+and still come out of the sum (its free axis): y = sum_k (s_m q_mk)(t_n r_nk) = s_m t_n sum_k q_mk r_nk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.numerics.specs import Role
+
+Axis = Literal["row", "column", "none"]
+Side = Literal["lhs", "rhs"]
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """stride, padding and dilation per spatial dim, and groups; `same` padding is resolved by the caller."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+
+class AbstractContraction(Protocol):
+    """How one kind of layer lays out its three GEMMs. `multiply(a, b)` is a backend's product of (..., M, K) and
+    (..., K, N).
+    """
+
+    @property
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]: ...
+
+    @property
+    def grad_rows(self) -> Side:
+        """Which operand of GRAD, dy (lhs) or x (rhs), gives the rows of dw."""
+        ...
+
+    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        """FWD with torch's own op, in the operands' dtype: what the uncompiled model runs."""
+        ...
+
+    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor: ...
+
+    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor: ...
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor: ...
+
+    def bias_grad(self, dy: Tensor) -> Tensor: ...
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x w^T, w_NK (nn.Linear)."""
+
+    @property
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
+        return _LINEAR_AXES
+
+    @property
+    def grad_rows(self) -> Side:
+        return "lhs"
+
+    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        # the builtin, because DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear in the whole process
+        return torch._C._nn.linear(lhs, rhs, bias)
+
+    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return multiply(_matrix(lhs), rhs.t()).view(*lhs.shape[:-1], rhs.shape[0])
+
+    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return multiply(_matrix(dy), rhs).view(lhs_shape)
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return multiply(_matrix(dy).t(), _matrix(lhs))
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return _matrix(dy).sum(0)
+
+
+@dataclass(frozen=True)
+class LinearKN:
+    """y = x w, w_KN (transformers' Conv1D)."""
+
+    @property
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
+        return _MATMUL_AXES
+
+    @property
+    def grad_rows(self) -> Side:
+        return "rhs"
+
+    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        y_MN = _matrix(lhs) @ rhs if bias is None else torch.addmm(bias, _matrix(lhs), rhs)
+        return y_MN.view(*lhs.shape[:-1], rhs.shape[1])
+
+    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return multiply(_matrix(lhs), rhs).view(*lhs.shape[:-1], rhs.shape[1])
+
+    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return multiply(_matrix(dy), rhs.t()).view(lhs_shape)
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return multiply(_matrix(lhs).t(), _matrix(dy))
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return _matrix(dy).sum(0)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """y = a b with broadcast batch dims; both operands have at least two dims."""
+
+    @property
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
+        return _MATMUL_AXES
+
+    @property
+    def grad_rows(self) -> Side:
+        return "rhs"
+
+    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.matmul(lhs, rhs)
+
+    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return multiply(lhs, rhs)
+
+    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return multiply(dy, rhs.transpose(-1, -2)).sum_to_size(lhs_shape)
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        if len(rhs_shape) == 2:  # one matrix for the whole batch: a single GEMM over all rows, as torch.matmul folds it
+            return multiply(_matrix(lhs).t(), _matrix(dy))
+        return multiply(lhs.transpose(-1, -2), dy).sum_to_size(rhs_shape)
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        raise AssertionError("a product of activations has no bias")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """y = x * w, 1-D to 3-D, grouped and depthwise included.
+
+    The direct kernels of torch compute it in the operands' dtype, so `multiply` is not called: a backend that cannot
+    use them declines the kind.
+    """
+
+    geometry: ConvGeometry
+
+    @property
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
+        return _CONV_AXES
+
+    @property
+    def grad_rows(self) -> Side:
+        return "lhs"
+
+    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        zeros = (0,) * len(g.stride)
+        return torch.convolution(lhs, rhs, bias, g.stride, g.padding, g.dilation, False, zeros, g.groups)
+
+    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return self.native(lhs, rhs, None)
+
+    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        lhs = dy.new_empty((1,)).expand(lhs_shape)
+        return self._backward(dy, lhs, rhs, (True, False, False))[0]
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        rhs = dy.new_empty((1,)).expand(rhs_shape)
+        return self._backward(dy, lhs, rhs, (False, True, False))[1]
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return dy.sum((0, *range(2, dy.dim())))
+
+    def grad_and_bias_grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """GRAD and the bias gradient in one call: torch sums both in one kernel, in an order that `bias_grad` does
+        not have.
+        """
+        rhs = dy.new_empty((1,)).expand(rhs_shape)
+        return self._backward(dy, lhs, rhs, (False, True, True))[1:]
+
+    def _backward(
+        self, dy: Tensor, lhs: Tensor, rhs: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        g = self.geometry
+        zeros = [0] * len(g.stride)
+        return torch.ops.aten.convolution_backward(
+            dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, False, zeros, g.groups, mask
+        )
+
+
+_LINEAR_AXES: dict[tuple[Role, Side], Axis] = {
+    ("fwd", "lhs"): "row",
+    ("fwd", "rhs"): "row",
+    ("bwd", "lhs"): "row",
+    ("bwd", "rhs"): "column",
+    ("grad", "lhs"): "column",
+    ("grad", "rhs"): "column",
+}
+_MATMUL_AXES: dict[tuple[Role, Side], Axis] = {**_LINEAR_AXES, ("fwd", "rhs"): "column", ("bwd", "rhs"): "row"}
+_CONV_AXES: dict[tuple[Role, Side], Axis] = dict.fromkeys(_LINEAR_AXES, "none")
+
+
+def linear_kn(x: Tensor, weight_KN: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x w + bias: the op of transformers' Conv1D, as one function that graphs can name."""
+    return LinearKN().native(x, weight_KN, bias)

@@ -1,0 +1,295 @@
+"""The three GEMMs of a layer as one autograd function: FWD y = x.w, BWD dx = dy.w, GRAD dw = dy.x.
+
+Straight-through: the casts of x and w have derivative one, so x and w enter twice, once as the carrier of the gradient
+and once as the values that are multiplied. Backward keeps the cast operands that BWD and GRAD need and not the
+originals; a weight is cast again in backward from the parameter itself, so that nothing outlives a partitioned or
+resharded weight.
+
+    y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
+
+dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond its format's maximum saturates, and
+sets `state.overflow` when `state.watch_overflow` asks for it.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from runtime.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul, Multiply, Side
+from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.dispatch import multiplier
+from runtime.kernels.torch_native import DTYPES
+from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, Role
+from runtime.state import RunState
+
+KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
+STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+"""The dtype that holds the grid values of a format; fp32 where there is no smaller exact one that torch multiplies."""
+
+_DY_BWD, _DY_GRAD, _WEIGHT_BWD = (
+    4,
+    5,
+    6,
+)  # operand slots of the random streams; 0 to 3 are the casts of the forward graph
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """Everything about one site that does not change from call to call. `methods` are those of the chosen backends,
+    by role.
+    """
+
+    kind: str
+    spec: LayerSpec
+    methods: tuple[str, str, str]
+    site: int
+    geometry: ConvGeometry | None = None
+
+    @property
+    def contraction(self) -> AbstractContraction:
+        return KINDS[self.kind] if self.geometry is None else Conv(self.geometry)
+
+    def method(self, role: Role) -> str:
+        return self.methods[("fwd", "bwd", "grad").index(role)]
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(kind: str, spec: str, methods: str, site: int, geometry: str) -> "GemmPlan":
+        """From the attributes of an lp.gemm node. A geometry reads `stride=1,1 padding=0,0 dilation=1,1 groups=1`."""
+        fwd, bwd, grad = methods.split(",")
+        return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry))
+
+
+def parse_geometry(text: str) -> ConvGeometry | None:
+    if not text:
+        return None
+    fields = {
+        key: tuple(int(n) for n in value.split(",")) for key, _, value in (part.partition("=") for part in text.split())
+    }
+    return ConvGeometry(fields["stride"], fields["padding"], fields["dilation"], fields["groups"][0])
+
+
+def print_geometry(geometry: ConvGeometry) -> str:
+    rows = {
+        "stride": geometry.stride,
+        "padding": geometry.padding,
+        "dilation": geometry.dilation,
+        "groups": (geometry.groups,),
+    }
+    return " ".join(f"{key}={','.join(map(str, value))}" for key, value in rows.items())
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Grid values and the scale that gives them back their size: `value == grid * expand(scale)`. scale None is 1."""
+
+    grid: Tensor
+    scale: Tensor | None
+    spec: QuantSpec
+
+
+def cast(x: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
+    """x on the grid of `spec`, with its scale, as forward casts do it; detached."""
+    scale = compute_scale(x.detach(), spec)
+    return Operand(to_grid(x, scale, spec, state, site, slot), scale, spec)
+
+
+def to_grid(x: Tensor, scale: Tensor | None, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Tensor:
+    """Grid values of x in the storage dtype of the format. An identity spec gives x itself, detached."""
+    x = x.detach()
+    if spec.is_identity:
+        return x
+    return _store(fast_to_grid(x, spec, scale, **_randomness(spec, state, site, slot)), spec)
+
+
+def _store(grid: Tensor, spec: QuantSpec) -> Tensor:
+    return grid.to(STORAGE.get(spec.format, grid.dtype))
+
+
+def _randomness(spec: QuantSpec, state: RunState | None, site: int, slot: int) -> dict[str, int]:
+    if spec.rounding != "stochastic":
+        return {}
+    state = state or RunState()
+    return {"seed": state.seed, "step": state.step, "stream": state.stream(site, slot)}
+
+
+def _cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
+    if state is None or not state.watch_overflow or spec.is_identity:
+        return cast(dy, spec, state, site, slot)
+    scale = compute_scale(dy, spec)
+    grid, beyond = fast_to_grid_checked(dy, spec, scale, **_randomness(spec, state, site, slot))
+    state.overflow = state.overflow or beyond
+    return Operand(_store(grid, spec), scale, spec)
+
+
+def run_gemm(
+    lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: dict[str, Operand | None], state: RunState, plan: GemmPlan
+) -> Tensor:
+    """One site, differentiable in lhs, rhs and bias. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast again in
+    backward), grad_lhs.
+    """
+    flat: list[Tensor | None] = []
+    for name in CAST_NAMES:
+        operand = casts[name]
+        flat += [operand.grid, operand.scale] if operand else [None, None]
+    return _Gemm.apply(lhs, rhs, bias, state, plan, *flat)
+
+
+CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
+
+
+class _Gemm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lhs: Tensor,
+        rhs: Tensor,
+        bias: Tensor | None,
+        state: RunState,
+        plan: GemmPlan,
+        fwd_lhs: Tensor,
+        fwd_lhs_scale: Tensor | None,
+        fwd_rhs: Tensor,
+        fwd_rhs_scale: Tensor | None,
+        bwd_rhs: Tensor | None,
+        bwd_rhs_scale: Tensor | None,
+        grad_lhs: Tensor | None,
+        grad_lhs_scale: Tensor | None,
+    ) -> Tensor:
+        state.gemm_calls += 1
+        needs_lhs, needs_rhs = ctx.needs_input_grad[:2]
+        ctx.state, ctx.plan = state, plan
+        ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
+        ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            rhs if needs_lhs and bwd_rhs is None else None,
+            bwd_rhs if needs_lhs else None,
+            bwd_rhs_scale if needs_lhs else None,
+            grad_lhs if needs_rhs else None,
+            grad_lhs_scale if needs_rhs else None,
+        )
+        spec = plan.spec.fwd
+        a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
+        return _fwd(plan, a, b, bias).to(lhs.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        plan, state = ctx.plan, ctx.state
+        rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale = ctx.saved_tensors
+        needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
+        bwd, grad = plan.spec.bwd, plan.spec.grad
+        dx = dw = db = dy_cast = None
+        if needs_lhs:
+            dy_cast = _cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD)
+            w = (
+                Operand(bwd_rhs, bwd_rhs_scale, bwd.rhs)
+                if bwd_rhs is not None
+                else cast(rhs, bwd.rhs, state, plan.site, _WEIGHT_BWD)
+            )
+            dx = _bwd(plan, dy_cast, w, ctx.lhs_shape).to(ctx.dtypes[0])
+        if needs_rhs:
+            if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
+                dy_cast = _cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
+            x = Operand(grad_lhs, grad_lhs_scale, grad.rhs)
+            if needs_bias and grad.is_identity and isinstance(plan.contraction, Conv):
+                dw, db = plan.contraction.grad_and_bias_grad(dy, x.grid, ctx.rhs_shape)
+            else:
+                dw = _grad(plan, dy_cast, x, ctx.rhs_shape).to(ctx.dtypes[1])
+        if needs_bias and db is None:
+            db = plan.contraction.bias_grad(dy).to(ctx.dtypes[2])
+        return dx, dw, db, *(None,) * 10
+
+
+def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None) -> Tensor:
+    spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction
+    x, w = _foldable(plan, "fwd", x, w)
+    unscaled = x.scale is None and w.scale is None
+    if method in ("as_is", "fp32") and unscaled and spec.out == "fp32":
+        return kind.native(
+            _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
+        )
+    if plan.geometry is not None:
+        y = _scaled(kind.native(_load(x.grid, method), _load(w.grid, method), None), x.scale, w.scale)
+    else:
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w))
+    y = _round_out(y, spec, method)
+    if bias is not None:
+        y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
+    return y
+
+
+def _bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size) -> Tensor:
+    spec, method = plan.spec.bwd, plan.method("bwd")
+    dy, w = _foldable(plan, "bwd", dy, w)
+    dx = plan.contraction.bwd(_load(dy.grid, method), _load(w.grid, method), lhs_shape, _product(plan, "bwd", dy, w))
+    return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
+
+
+def _grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size) -> Tensor:
+    spec, method = plan.spec.grad, plan.method("grad")
+    dy, x = _foldable(plan, "grad", dy, x)
+    dw = plan.contraction.grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, _product(plan, "grad", dy, x))
+    return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, method)
+
+
+def _load(grid: Tensor, method: str) -> Tensor:
+    return grid if method == "as_is" else grid.to(DTYPES.get(method, torch.float32))
+
+
+def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:
+    if spec.out == "fp32" or method == spec.out:
+        return y
+    return _store(fast_to_grid(y.float(), QuantSpec.parse(spec.out), None), QuantSpec.parse(spec.out))
+
+
+def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
+    for scale in scales:
+        y = y if scale is None else y * scale
+    return y
+
+
+def _product(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand) -> Multiply:
+    """The backend's product, times the scales of its rows and columns."""
+    multiply = multiplier(plan.method(role), plan.spec.role(role))
+    rows, columns = (rhs, lhs) if role == "grad" and plan.contraction.grad_rows == "rhs" else (lhs, rhs)
+    if rows.scale is None and columns.scale is None:
+        return multiply
+    batched = plan.kind == "matmul"
+    return lambda a, b: _scaled(multiply(a, b), _along(rows, "row", batched), _along(columns, "column", batched))
+
+
+def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:
+    """The operand's free scale, laid along the rows or the columns of a product."""
+    scale = operand.scale
+    if scale is None or scale.dim() == 0:
+        return scale
+    if not batched:
+        return scale.reshape((-1, 1) if axis == "row" else (1, -1))
+    assert operand.spec.scale is not None
+    return scale if operand.spec.scale.granularity == axis else scale.transpose(-1, -2)
+
+
+def varies_along_sum(plan_kind: AbstractContraction, role: Role, side: Side, spec: QuantSpec) -> bool:
+    """True when the operand's scale changes along the reduction axis, so that it cannot be taken out of the sum."""
+    granularity = spec.scale.granularity if spec.scale else "tensor"
+    return granularity not in ("tensor", plan_kind.free_axis[role, side])
+
+
+def _foldable(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
+    """Multiply into the grid values any scale that varies along the sum: exact, because such a scale is a power of
+    two.
+    """
+    sides: tuple[tuple[Side, Operand], ...] = (("lhs", lhs), ("rhs", rhs))
+    folded = []
+    for side, operand in sides:
+        if operand.scale is not None and varies_along_sum(plan.contraction, role, side, operand.spec):
+            value = operand.grid.float() * expand_scale(operand.scale, operand.grid.shape, operand.spec)
+            operand = replace(operand, grid=value, scale=None)
+        folded.append(operand)
+    return folded[0], folded[1]

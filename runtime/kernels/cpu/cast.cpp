@@ -1,0 +1,323 @@
+// Cast: round fp32 (fp16, bf16) onto the grid of a number format, bit for bit as runtime/numerics/casts.py does.
+//
+// With y = x / scale, a = |y|, and bits(a) the IEEE pattern of a, both halves below are computed and one is selected,
+// so that the loop has no branch and the compiler vectorises it:
+//
+//   a >= low   the format's precision is constant: add to bits(a), clear the bits below the last kept one.
+//              nearest_even adds half - 1 + (last kept bit), nearest_away half, toward_zero 0, stochastic random bits.
+//   a <  low   the spacing is constant (subnormals, all integers): r = (a + magic) - magic with magic = 2^23 spacing,
+//              whose ulp is the spacing, so fp32's own nearest-even does the work; d = a - r is exact and moves r one
+//              step up (d >= up_at: ties away) or down (d < down_below: toward zero).
+//
+// A format with nothing between 0 and its smallest value has spacing = low = that value and a magic so large that r = 0.
+// An integer format has spacing 1 and low = 2^23, from where on every fp32 is an integer.
+//
+// Plain C++17, no headers of torch; called through ctypes by runtime/kernels/cast.py. Needs -ffp-contract=off semantics
+// and no -ffast-math: `(a + magic) - magic` must stay as written.
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+// Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/kernels/cast.py fills it in.
+struct CastPlan {
+  uint32_t shift;       // bits of an fp32 fraction that the format does not keep
+  uint32_t round_bias;  // added to bits(a)
+  uint32_t odd_mask;    // 1: also add the last kept bit
+  uint32_t keep_mask;   // ~(2^shift - 1)
+  float low;            // where the constant spacing ends
+  float magic;          // 2^23 spacing
+  float spacing;        // of the low half
+  float up_at;          // step up if d >= up_at
+  float down_below;     // step down if d < down_below
+  float max;            // saturation
+  float zero;           // added last: -0.0f keeps the sign of zero, +0.0f (integers) clears it
+};
+
+struct RandomPlan {
+  uint32_t key[2];
+  uint32_t high, step, stream;  // counter words 1 (to which the high half of the counter is added), 2 and 3
+  int64_t offset;
+};
+
+inline uint32_t bits_of(float v) {
+  uint32_t b;
+  std::memcpy(&b, &v, 4);
+  return b;
+}
+
+inline float float_of(uint32_t b) {
+  float v;
+  std::memcpy(&v, &b, 4);
+  return v;
+}
+
+struct Fp32 {
+  using Storage = float;
+  static inline float load(Storage v) { return v; }
+};
+
+struct Bf16 {
+  using Storage = uint16_t;
+  static inline float load(Storage v) { return float_of(uint32_t(v) << 16); }
+};
+
+struct Fp16 {
+  using Storage = uint16_t;
+  // The fraction and exponent moved into place are the value times 2^-112, subnormals too; 2^16 and above were Inf or NaN.
+  static inline float load(Storage v) {
+    const float magnitude = float_of(uint32_t(v & 0x7fff) << 13) * 0x1p112f;
+    const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
+    return float_of(bits_of(magnitude) | special | uint32_t(v & 0x8000) << 16);
+  }
+};
+
+// Philox4x32-10 (Salmon et al., SC 2011): words [4 first, 4 (first + count)) of the stream; see runtime/numerics/random.py.
+void philox(const RandomPlan& plan, int64_t first, int64_t count, uint32_t* __restrict words) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t n = uint64_t(first + i);
+    uint32_t c0 = uint32_t(n), c1 = uint32_t(n >> 32) + plan.high, c2 = plan.step, c3 = plan.stream;
+    uint32_t k0 = plan.key[0], k1 = plan.key[1];
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+      c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+      c1 = uint32_t(p1);
+      c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+      c3 = uint32_t(p0);
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    words[4 * i] = c0;
+    words[4 * i + 1] = c1;
+    words[4 * i + 2] = c2;
+    words[4 * i + 3] = c3;
+  }
+}
+
+// One run of elements that shares a scale (Step 0) or has one each (Step 1). True if a value lay beyond max, or a NaN.
+template <class In, bool Scaled, int Step, bool Stochastic>
+bool cast_run(const CastPlan& plan, const typename In::Storage* __restrict x, float* __restrict out, int64_t count,
+              const float* __restrict scale, const uint32_t* __restrict words) {
+  const CastPlan p = plan;
+  const double spacing = p.spacing;
+  uint32_t beyond = 0;
+#pragma omp simd reduction(| : beyond)
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = In::load(x[i]);
+    const float y = Scaled ? value / scale[Step * i] : value;
+    const uint32_t bits = bits_of(y), magnitude = bits & 0x7fffffffu;
+    const float a = float_of(magnitude);
+    float upper, lower;
+    if (Stochastic) {
+      upper = float_of((magnitude + uint32_t(uint64_t(words[i]) >> (32 - p.shift))) & p.keep_mask);
+      const double t = std::min(a, p.low) / spacing, below = std::floor(t);
+      lower = float((below + (t - below >= 1.0 - words[i] * 0x1p-32 ? 1.0 : 0.0)) * spacing);
+    } else {
+      upper = float_of((magnitude + p.round_bias + ((magnitude >> p.shift) & p.odd_mask)) & p.keep_mask);
+      const float nearest = (a + p.magic) - p.magic, d = a - nearest;
+      lower = nearest + (d >= p.up_at ? p.spacing : 0.0f) - (d < p.down_below ? p.spacing : 0.0f);
+    }
+    const float q = a < p.low ? lower : upper;
+    const bool is_nan = y != y;
+    beyond |= uint32_t(q > p.max) | uint32_t(is_nan);
+    const float saturated = q > p.max ? p.max : q;
+    out[i] = (is_nan ? y : float_of(bits_of(saturated) | (bits & 0x80000000u))) + p.zero;
+  }
+  return beyond != 0;
+}
+
+constexpr int64_t kRun = 4096;  // elements a run has at most: its random words stay in the first-level cache
+
+// Elements [begin, end) of the flat tensor, cut where the scale changes. Tile (i, j) of the matrix has scale[i tiles + j].
+template <class In, bool Scaled, bool Stochastic>
+bool cast_range(const CastPlan& plan, const typename In::Storage* x, float* out, int64_t begin, int64_t end,
+                int64_t columns, const float* scale, int64_t tile_rows, int64_t tile_columns,
+                const RandomPlan& random) {
+  const int64_t tiles = (columns + tile_columns - 1) / tile_columns;
+  const bool each = Scaled && tile_columns == 1;
+  std::vector<uint32_t> buffer(Stochastic ? kRun + 8 : 0);
+  bool beyond = false;
+  for (int64_t at = begin; at < end;) {
+    const int64_t row = at / columns, column = at % columns;
+    const int64_t tile = each ? column : column / tile_columns;
+    const int64_t tile_end = each ? columns : std::min(columns, (tile + 1) * tile_columns);
+    const int64_t count = std::min({end - at, tile_end - column, Scaled || Stochastic ? kRun : end - at});
+    const float* s = Scaled ? scale + (row / tile_rows) * tiles + tile : nullptr;
+    const uint32_t* words = nullptr;
+    if (Stochastic) {
+      const int64_t element = random.offset + at, first = element / 4;
+      philox(random, first, (element + count + 3) / 4 - first, buffer.data());
+      words = buffer.data() + element % 4;
+    }
+    beyond |= each ? cast_run<In, Scaled, 1, Stochastic>(plan, x + at, out + at, count, s, words)
+                   : cast_run<In, Scaled, 0, Stochastic>(plan, x + at, out + at, count, s, words);
+    at += count;
+  }
+  return beyond;
+}
+
+template <class In>
+bool cast_all(const CastPlan& plan, const void* x, float* out, int64_t rows, int64_t columns, const float* scale,
+              int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  const int64_t count = rows * columns;
+  const RandomPlan draw = random ? *random : RandomPlan{};
+  int beyond = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : beyond)
+  for (int part = 0; part < threads; ++part) {
+    // parts begin at multiples of 64 elements, so that no two threads write one cache line
+    const int64_t share = (count / threads + 64) & ~int64_t(63);
+    const int64_t begin = std::min(count, part * share), end = std::min(count, begin + share);
+    const auto range = random ? (scale ? cast_range<In, true, true> : cast_range<In, false, true>)
+                              : (scale ? cast_range<In, true, false> : cast_range<In, false, false>);
+    beyond |= range(plan, typed, out, begin, end, columns, scale, tile_rows, tile_columns, draw);
+  }
+  return beyond != 0;
+}
+
+// max |x| of the elements [begin, end). On IEEE patterns without the sign, integer order is the order of magnitudes, and
+// every NaN lies above Inf: a NaN among them gives a NaN.
+template <class Bits>
+Bits amax_of(const Bits* __restrict x, int64_t begin, int64_t end, Bits top) {
+  const Bits mask = Bits(~Bits(0)) >> 1;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = begin; i < end; ++i) top = std::max<Bits>(top, x[i] & mask);
+  return top;
+}
+
+// Columns of one element: the running maximum of a row of tiles.
+template <class Bits>
+void amax_columns(const Bits* __restrict line, Bits* __restrict top, int64_t columns) {
+  const Bits mask = Bits(~Bits(0)) >> 1;
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) top[j] = std::max<Bits>(top[j], line[j] & mask);
+}
+
+// max |x| tile by tile over the rows [begin, end) of the matrix; tiles cut by another thread's rows are merged.
+template <class Bits>
+void amax_rows(const Bits* x, Bits* out, int64_t begin, int64_t end, int64_t rows, int64_t columns, int64_t tile_rows,
+               int64_t tile_columns) {
+  const int64_t tiles = (columns + tile_columns - 1) / tile_columns;
+  std::vector<Bits> largest(tiles);
+  for (int64_t row = begin; row < end;) {
+    const int64_t band = row / tile_rows, band_end = std::min(rows, (band + 1) * tile_rows);
+    const bool is_whole = row == band * tile_rows && band_end <= end;
+    std::fill(largest.begin(), largest.end(), Bits(0));
+    for (; row < std::min(band_end, end); ++row) {
+      const Bits* line = x + row * columns;
+      if (tile_columns == 1) {
+        amax_columns(line, largest.data(), columns);
+        continue;
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * tile_columns;
+        largest[tile] = amax_of(line, first, std::min(columns, first + tile_columns), largest[tile]);
+      }
+    }
+    Bits* result = out + band * tiles;
+    if (is_whole) {
+      std::copy(largest.begin(), largest.end(), result);
+    } else {
+#pragma omp critical(lp_amax)
+      for (int64_t tile = 0; tile < tiles; ++tile) result[tile] = std::max(result[tile], largest[tile]);
+    }
+  }
+}
+
+// scale = fp32(amax / max), or the smallest power of two not below it; 1 if amax is 0, Inf or NaN. As in scaling.py.
+float scale_of(float amax, double max, bool is_pow2) {
+  if (!(amax > 0.0f && amax <= std::numeric_limits<float>::max())) return 1.0f;
+  double scale = amax / max;
+  if (is_pow2) {
+    int exponent;
+    const double fraction = std::frexp(scale, &exponent);
+    scale = std::ldexp(1.0, std::clamp(exponent - (fraction == 0.5), -126, 127));
+  }
+  return float(std::clamp(scale, 0x1p-126, double(std::numeric_limits<float>::max())));
+}
+
+template <class In>
+void scale_all(const void* x, float* out, int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns,
+               double max, bool is_pow2, int threads) {
+  using Bits = std::conditional_t<sizeof(typename In::Storage) == 4, uint32_t, uint16_t>;
+  const auto* bits = static_cast<const Bits*>(x);
+  const int64_t bands = (rows + tile_rows - 1) / tile_rows, tiles = (columns + tile_columns - 1) / tile_columns;
+  std::vector<Bits> amax(bands * tiles, Bits(0));
+  const bool is_one_tile = bands * tiles == 1;
+  const int64_t items = is_one_tile ? rows * columns : rows;  // what is shared out: elements of the one tile, or rows
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; ++part) {
+    const int64_t begin = items * part / threads, end = items * (part + 1) / threads;
+    if (!is_one_tile) {
+      amax_rows(bits, amax.data(), begin, end, rows, columns, tile_rows, tile_columns);
+      continue;
+    }
+    const Bits top = amax_of(bits, begin, end, Bits(0));
+#pragma omp critical(lp_amax)
+    amax[0] = std::max(amax[0], top);
+  }
+  for (int64_t i = 0; i < bands * tiles; ++i) {
+    typename In::Storage value;
+    std::memcpy(&value, &amax[i], sizeof(value));
+    out[i] = scale_of(In::load(value), max, is_pow2);
+  }
+}
+
+// A fresh block of many megabytes costs more in page faults than in work (4 KiB pages, 50 ms against 8 for 64 MiB):
+// ask for 2 MiB pages before the first touch. Only advice; a refusal changes nothing.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = uintptr_t(1) << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(page - 1);
+  if (end > begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+// dtype: 0 fp32, 1 bf16, 2 fp16. scale: null, or one fp32 per tile of the [rows, columns] matrix. random: null unless
+// stochastic. Returns 1 if any value rounded beyond max or was NaN, else 0.
+int lp_cast(const CastPlan* plan, const void* x, int dtype, float* out, int64_t rows, int64_t columns,
+            const float* scale, int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, rows * columns * 4);
+  const auto cast = dtype == 0 ? cast_all<Fp32> : dtype == 1 ? cast_all<Bf16> : cast_all<Fp16>;
+  return cast(*plan, x, out, rows, columns, scale, tile_rows, tile_columns, random, threads);
+}
+
+// out: one fp32 scale per tile of the [rows, columns] matrix, row-major. max: the format's largest value.
+void lp_scale(const void* x, int dtype, float* out, int64_t rows, int64_t columns, int64_t tile_rows,
+              int64_t tile_columns, double max, int is_pow2, int threads) {
+  const auto scale = dtype == 0 ? scale_all<Fp32> : dtype == 1 ? scale_all<Bf16> : scale_all<Fp16>;
+  scale(x, out, rows, columns, tile_rows, tile_columns, max, is_pow2 != 0, threads);
+}
+
+// out: `count` words, widened to int64, of elements offset ... offset + count - 1.
+void lp_random_bits(const RandomPlan* plan, int64_t* out, int64_t count, int threads) {
+  ask_for_huge_pages(out, count * 8);
+  const int64_t runs = (count + kRun - 1) / kRun;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> buffer(kRun + 8);
+#pragma omp for schedule(static)
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t begin = run * kRun, size = std::min(kRun, count - begin);
+      const int64_t element = plan->offset + begin, first = element / 4;
+      philox(*plan, first, (element + size + 3) / 4 - first, buffer.data());
+      const uint32_t* words = buffer.data() + element % 4;
+      for (int64_t i = 0; i < size; ++i) out[begin + i] = words[i];
+    }
+  }
+}
+}

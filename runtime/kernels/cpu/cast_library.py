@@ -1,0 +1,72 @@
+"""The C face of cast.cpp: its two structs, its three functions with their argument types, and who is served by them."""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.cpu.build import load_library
+
+SOURCE = Path(__file__).with_name("cast.cpp")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels read; the index is the number they know the dtype by."""
+SERIAL = 1 << 15
+"""Elements below which waking the other threads costs more than they save."""
+
+
+@lru_cache(maxsize=1)
+def cast_library() -> ctypes.CDLL | None:
+    """The library, built at the first call; None if it cannot be (one warning has said why)."""
+    library = load_library(SOURCE)
+    if library is not None:
+        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        plan, draw = ctypes.POINTER(CastPlan), ctypes.POINTER(RandomPlan)
+        shape = [size, size]
+        library.lp_cast.argtypes = [plan, pointer, integer, pointer, *shape, pointer, *shape, draw, integer]
+        library.lp_scale.argtypes = [pointer, integer, pointer, *shape, *shape, ctypes.c_double, integer, integer]
+        library.lp_scale.restype = None
+        library.lp_random_bits.argtypes = [draw, pointer, size, integer]
+        library.lp_random_bits.restype = None
+    return library
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether the kernels can read x, once it is contiguous: on the CPU, one of DTYPES, not empty."""
+    return x.is_cpu and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0
+
+
+def num_threads(count: int) -> int:
+    """Threads for a loop over `count` elements: torch's own number, or one for a small loop."""
+    return torch.get_num_threads() if count > SERIAL else 1
+
+
+class CastPlan(ctypes.Structure):
+    """What the loop needs to know of a format and a rounding; mirrors CastPlan of cast.cpp, which explains each."""
+
+    _fields_ = [
+        ("shift", ctypes.c_uint32),
+        ("round_bias", ctypes.c_uint32),
+        ("odd_mask", ctypes.c_uint32),
+        ("keep_mask", ctypes.c_uint32),
+        ("low", ctypes.c_float),
+        ("magic", ctypes.c_float),
+        ("spacing", ctypes.c_float),
+        ("up_at", ctypes.c_float),
+        ("down_below", ctypes.c_float),
+        ("max", ctypes.c_float),
+        ("zero", ctypes.c_float),
+    ]
+
+
+class RandomPlan(ctypes.Structure):
+    """Key and counter of one random stream; mirrors RandomPlan of cast.cpp field by field."""
+
+    _fields_ = [
+        ("key", ctypes.c_uint32 * 2),
+        ("high", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
+        ("stream", ctypes.c_uint32),
+        ("offset", ctypes.c_int64),
+    ]

@@ -1,0 +1,119 @@
+"""Dispatch: which backend runs a GEMM, and how exactly. Backends are asked in order of preference; each accepts or
+declines with a reason.
+
+Fidelity of an accepted GEMM:
+
+    bitwise       equal to the reference, bit for bit format-exact  operands embed, same accumulator and output format;
+    only the order of additions differs (bound in the reason) bounded       a stated cause makes it differ by a stated
+    bound emulated      runs in the emulation kernel, which rounds after every add refused       runs as the uncompiled
+    model does; the reason says why
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from runtime.errors import NotSupported
+from runtime.kernels import reference, torch_native
+from runtime.numerics.formats import FloatFormat, embeds, get_format
+from runtime.numerics.specs import GemmSpec, Role
+
+Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
+
+
+@dataclass(frozen=True)
+class GemmRequest:
+    """One GEMM to place: the layer kind (a name of runtime.gemms.KINDS), the role, the numbers and the device type."""
+
+    kind: str
+    role: Role
+    spec: GemmSpec
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend that accepted: `method` names how it runs (a row of the backend's table)."""
+
+    backend: str
+    method: str
+    fidelity: Fidelity
+    reason: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A backend that did not accept, and why. Falsy, so that `a or b` reads as preference."""
+
+    backend: str
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def choose(request: GemmRequest) -> Choice:
+    """The first backend of BACKENDS that accepts. Raises NotSupported, naming every reason, when none does."""
+    declined: list[Declined] = []
+    for consider in BACKENDS:
+        answer = consider(request)
+        if isinstance(answer, Choice):
+            notes = "".join(f"; {other.backend} declined: {other.reason}" for other in declined)
+            return Choice(answer.backend, answer.method, answer.fidelity, answer.reason + notes)
+        declined.append(answer)
+    reasons = "; ".join(f"{other.backend}: {other.reason}" for other in declined)
+    raise NotSupported(f"no backend runs {request.kind} {request.role} as `{request.spec}`", got=reasons)
+
+
+def _consider_torch(request: GemmRequest) -> Choice | Declined:
+    name, spec = torch_native.NAME, request.spec
+    lhs, rhs = get_format(spec.lhs.format), get_format(spec.rhs.format)
+    if spec.is_identity:
+        return Choice(name, "as_is", "format-exact", f"no operand is cast; {_ORDER_BOUND}")
+    if spec.accumulate == "int32":
+        if spec.lhs.format != "int8" or spec.rhs.format != "int8":
+            return Declined(name, f"int32 sums need int8 operands, not {spec.lhs.format} x {spec.rhs.format}")
+        if request.kind not in ("linear", "linear_kn"):
+            return Declined(name, f"torch has no int8 {request.kind}")
+        return Choice(name, "int8", "bitwise", "int8 products add exactly in int32")
+    if spec.accumulate != "fp32" or spec.chunk is not None:
+        return Declined(
+            name,
+            f"hardware sums in fp32, not {spec.accumulate}" + (f" in chunks of {spec.chunk}" if spec.chunk else ""),
+        )
+    bf16, fp32 = get_format("bf16"), get_format("fp32")
+    if spec.out == "bf16" and embeds(lhs, bf16) and embeds(rhs, bf16):
+        return Choice(
+            name,
+            "bf16",
+            "bounded",
+            f"bf16 GEMM, fp32 sums rounded once to bf16; subnormal bf16 operands may count as 0; {_ORDER_BOUND}",
+        )
+    if embeds(lhs, fp32) and embeds(rhs, fp32):
+        return Choice(
+            name, "fp32", "format-exact", f"{spec.lhs.format} and {spec.rhs.format} embed in fp32; {_ORDER_BOUND}"
+        )
+    return Declined(name, f"{spec.lhs.format} x {spec.rhs.format} does not embed in fp32")
+
+
+def _consider_reference(request: GemmRequest) -> Choice | Declined:
+    spec = request.spec
+    if request.kind == "conv":
+        return Declined(reference.NAME, "it has no convolution")
+    if not isinstance(get_format(spec.accumulate), FloatFormat):
+        return Declined(reference.NAME, f"it sums in floats, not in {spec.accumulate}")
+    return Choice(reference.NAME, "sequential", "emulated", f"rounds to {spec.accumulate} after every add")
+
+
+_ORDER_BOUND = "order of additions differs, |error| <= (K-1) 2^-24 sum|a b|"
+
+BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (_consider_torch, _consider_reference)
+
+
+def multiplier(method: str, spec: GemmSpec) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of two matrices of grid values by `method` of a Choice."""
+    if method == "sequential":
+        return lambda a, b: reference.multiply(a, b, spec)
+    return torch_native.multiply

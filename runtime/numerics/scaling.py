@@ -1,0 +1,97 @@
+"""Scaling: the number a tensor is divided by so that its largest magnitude lands on the format's largest value.
+
+    amax   scale = fp32(amax / max)                    clamped to >= 2^-126
+    pow2   scale = smallest 2^k >= amax / max          clamped to [2^-126, 2^127]
+
+amax is the largest |x| of the group that shares the scale; an amax of 0, NaN or Inf gives scale 1, so that zeros stay
+zeros and a NaN or Inf spreads to nothing but itself. Shapes, with the matrix view x_MK (M = product of leading dims):
+
+    tensor  ()                      row    x.shape[:-1] + (1,)
+    column  (1, ..., 1, K)          block  [ceil(M / b0), ceil(K / b1)], one per tile, ragged at the edges
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from runtime.errors import FormatError
+from runtime.kernels.cpu.scale import fast_scale
+from runtime.numerics.formats import get_format
+from runtime.numerics.specs import QuantSpec, ScaleSpec
+
+MIN_SCALE, MAX_SCALE = 2.0**-126, torch.finfo(torch.float32).max
+
+
+@torch.no_grad()
+def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
+    """The fp32 scale of x under `spec`, in the shape above; None if the spec has no scale.
+
+    Invariants: 2^-126 <= scale < Inf, and amax / scale <= max (1 + 2^-23) unless that clamp or a non-finite amax acted.
+    One pass over x where the C++ kernel serves it, else one for the maximum and one for the minimum; no copy of x
+    unless a block tile is ragged.
+    """
+    if spec.scale is None:
+        return None
+    if not x.is_floating_point():
+        raise FormatError("a scale is computed from real numbers", expected="a floating-point tensor", got=str(x.dtype))
+    largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
+    fast = fast_scale(x, tile_shape(x.shape, spec.scale), largest, is_pow2)
+    if fast is not None:
+        return fast.reshape(scale_shape(x.shape, spec.scale))
+    amax = group_amax(x, spec.scale)
+    # In float64: the quotient of two fp32 numbers rounded to 53 bits and then to 24 is the one rounded to 24 at once.
+    scale = amax.double() / largest
+    if is_pow2:
+        fraction, exponent = torch.frexp(scale)  # scale = fraction 2^exponent, 1/2 <= fraction < 1
+        scale = power_of_two((exponent - (fraction == 0.5).int()).clamp(-126, 127))
+    scale = scale.clamp(MIN_SCALE, MAX_SCALE).float()
+    return torch.where(torch.isfinite(amax) & (amax > 0), scale, torch.ones_like(scale))
+
+
+def expand_scale(scale: Tensor, x_shape: torch.Size, spec: QuantSpec) -> Tensor:
+    """A scale as `compute_scale` shapes it, made to broadcast against x; only block makes a full-size tensor."""
+    if spec.scale is None or spec.scale.granularity != "block" or not x_shape:
+        return scale.reshape(()) if not x_shape else scale
+    rows, columns = spec.scale.block
+    m, k = matrix_shape(x_shape)
+    wide = scale.repeat_interleave(rows, dim=0)[:m].repeat_interleave(columns, dim=1)[:, :k]
+    return wide.reshape(x_shape)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64, exactly, for integers in [-1022, 1023]: the bits are written, no power is computed."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
+def matrix_shape(x_shape: torch.Size) -> tuple[int, int]:
+    """(M, K) of the matrix view; a tensor without dims is 1 x 1."""
+    return (x_shape[:-1].numel(), x_shape[-1]) if x_shape else (1, 1)
+
+
+def tile_shape(x_shape: torch.Size, scale: ScaleSpec) -> tuple[int, int]:
+    """The tile of the matrix view that shares one scale; at least 1 x 1."""
+    m, k = matrix_shape(x_shape)
+    tiles = {"tensor": (m, k), "row": (1, k), "column": (m, 1), "block": scale.block}
+    rows, columns = tiles[scale.granularity]
+    return max(rows, 1), max(columns, 1)
+
+
+def scale_shape(x_shape: torch.Size, scale: ScaleSpec) -> torch.Size:
+    """The shape of the scale of x, as the head of this file lists them."""
+    m, k = matrix_shape(x_shape)
+    rows, columns = tile_shape(x_shape, scale)
+    if scale.granularity == "block":
+        return torch.Size((-(-m // rows), -(-k // columns)))
+    ones = torch.Size((1,) * (len(x_shape) - 1))
+    shapes = {"row": (*x_shape[:-1], 1), "column": (*ones, k)}
+    return torch.Size(shapes.get(scale.granularity, ())) if x_shape else torch.Size(())
+
+
+def group_amax(x: Tensor, scale: ScaleSpec) -> Tensor:
+    """max |x| of each group, in the scale's shape and x's dtype; NaN if the group holds one, 0 if it is empty."""
+    shape, (m, k), (rows, columns) = scale_shape(x.shape, scale), matrix_shape(x.shape), tile_shape(x.shape, scale)
+    if not x.numel():
+        return x.new_zeros(shape)
+    x_MK = pad(x.reshape(m, k), (0, -k % columns, 0, -m % rows)) if m % rows or k % columns else x.reshape(m, k)
+    tiles = x_MK.view(x_MK.shape[0] // rows, rows, x_MK.shape[1] // columns, columns)
+    return torch.maximum(tiles.amax(dim=(1, 3)), -tiles.amin(dim=(1, 3))).reshape(shape)

@@ -1,0 +1,49 @@
+"""RunState: what changes while a compiled model trains, apart from its weights. One per model, shared by its ops."""
+
+from dataclasses import dataclass
+
+from runtime.errors import LpError
+
+
+@dataclass
+class RunState:
+    """The clock, the random streams and the overflow flag of one compiled model. Holds no tensors.
+
+    `step` counts optimizer steps and `micro_batch` the forward passes since the last one; `phase` is the entry of the
+    policy's schedule that is in force. `overflow` is set when a gradient operand exceeded its format's largest value
+    (it saturates all the same); whoever owns the loss scale reads and clears it. `gemm_calls` counts executed forward
+    GEMMs, for tests and reports.
+    """
+
+    seed: int = 0
+    rank: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    phase: int = 0
+    watch_overflow: bool = False
+    overflow: bool = False
+    gemm_calls: int = 0
+
+    def stream(self, site: int, slot: int) -> int:
+        """A 48-bit stream number that no two (rank, micro-batch, site, operand slot) share: 16 + 10 + 18 + 4 bits.
+
+        Raises LpError where a part does not fit: 1024 forward passes without a step mean that nobody calls
+        advance(model).
+        """
+        number = 0
+        for name, value, bits in (
+            ("rank", self.rank, 16),
+            ("micro_batch", self.micro_batch, 10),
+            ("site", site, 18),
+            ("slot", slot, 4),
+        ):
+            if not 0 <= value < 1 << bits:
+                hint = "advance(model) after each optimizer step" if name == "micro_batch" else ""
+                raise LpError(
+                    f"{name} has no stochastic stream left",
+                    expected=f"less than {1 << bits}",
+                    got=str(value),
+                    hint=hint,
+                )
+            number = number << bits | value
+        return number

@@ -1,0 +1,188 @@
+"""Training with 2 processes on gloo: resume is bit-exact, overflow is everybody's, a lost or wrong worker is told in a sentence."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TINY = "--layers 2 --d 64 --heads 2 --context 32 --batch 4 --warmup 2 --eval-every 4 --device cpu --timeout 60".split()
+DDP, ZERO = ["--engine", "ddp"], ["--engine", "deepspeed", "--zero-stage"]
+
+
+def train(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "launch", "train", *arguments]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def succeed(folder: Path, *arguments: str) -> str:
+    done = train(folder, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+ENGINES = [
+    pytest.param(DDP, id="ddp"),
+    pytest.param([*ZERO, "2"], id="zero2"),
+    *(pytest.param([*ZERO, stage], id=f"zero{stage}", marks=pytest.mark.slow) for stage in "013"),
+    pytest.param([*DDP, "--dtype", "bf16", "--grad-accumulation", "2"], id="ddp-bf16", marks=pytest.mark.slow),
+    *(
+        pytest.param(
+            [*ZERO, stage, "--dtype", "bf16", "--grad-accumulation", "2"], id=f"zero{stage}-bf16", marks=pytest.mark.slow
+        )
+        for stage in "0123"
+    ),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_is_bit_exact(tmp_path: Path, engine: list[str]) -> None:
+    whole = ["--policy", "hfp8", "--nproc", "2", "--steps", "8", "--save-every", "4", "--out", "whole"]
+    succeed(tmp_path, *TINY, *engine, *whole)
+    printed = succeed(tmp_path, "--resume", "whole/checkpoints/step-000004", "--out", "half")
+    expected, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "half")
+    keys = ("step", "loss", "validation", "loss_scale", "grad_norm", "gradient_bytes")
+    assert [[step[key] for key in keys] for step in resumed] == [[step[key] for key in keys] for step in expected[4:]]
+    assert resumed[-1]["loss"] < expected[0]["loss"]
+    assert all(step["wire_agrees"] for step in expected + resumed)
+    assert sum(step["gradient_bytes"] for step in expected) > 0
+
+    summary = json.loads((tmp_path / "half" / "summary.json").read_text())
+    assert summary["gemms_as_asked"] == summary["gemms"] > 0
+    assert summary["gradient_bytes_fp32"] > 1.5 * summary["gradient_bytes"]
+    assert "byte-bigram baseline" in printed
+    for file in ("certificate.txt", "certificate.json", "loss.png", "tensorboard", "checkpoints/latest", "run.yaml"):
+        assert (tmp_path / "half" / file).exists()
+    assert not list((tmp_path / "whole" / "checkpoints").glob("*.tmp"))
+
+    for arguments, sentence in (
+        (["--policy", "fp32"], "was trained under another policy"),
+        (["--d", "32"], "--d: this is another model than the checkpoint's"),
+        (["--nproc", "1"], "written by another number of ranks"),
+        (["--steps", "8"], "past the end of the run"),
+    ):
+        if engine == DDP:  # said before any engine is chosen
+            done = train(tmp_path, "--resume", "whole", *arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert sentence in done.stderr
+            assert done.stderr.count("\n") == 1
+
+
+def overflow(folder: Path, *engines: str) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("overflow_worker.py")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder), *engines],
+            env={**ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                 "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [worker.communicate() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    told: dict[str, Any] = json.loads(outputs[0][0].splitlines()[-1])
+    return told
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [
+        pytest.param(["ddp", "deepspeed:2"], id="ddp,zero2"),
+        pytest.param(["deepspeed:0", "deepspeed:1", "deepspeed:3"], id="zero0,1,3", marks=pytest.mark.slow),
+    ],
+)
+def test_overflow_of_one_rank_skips_the_step_on_all(tmp_path: Path, engines: list[str]) -> None:
+    for steps in overflow(tmp_path, *engines).values():
+        before, skipped, after = steps
+        assert [step["skipped"] for step in steps] == [False, True, False]
+        for step in steps:
+            assert step["ranks"][0] == step["ranks"][1]
+        (scale0, _, loss0, _), (scale1, count1, loss1, _), (_, _, loss2, _) = (step["ranks"][0] for step in steps)
+        assert scale1 == scale0 / 2
+        assert count1 == 1
+        assert loss1 == loss0, "the weights changed in a skipped step"
+        assert loss2 < loss1
+        assert before["ranks"] and skipped["ranks"] and after["ranks"]
+
+
+def test_compare_under_an_overflowing_scale(tmp_path: Path) -> None:
+    """A loss scale at the edge of fp32 backs off until steps are clean; both runs stand in one table."""
+    (tmp_path / "edge.yaml").write_text(
+        "version: 1\nname: edge\nrules:\n  - match: {op: linear}\n    fwd: {x: bf16, w: bf16}\n"
+        f"loss_scale: {{kind: dynamic, init: {2.0**127}, backoff: 0.0625}}\n"
+    )
+    arguments = [*TINY, *DDP, "--policy", "edge.yaml", "--compare", "fp32", "--steps", "6", "--out", "edge"]
+    printed = succeed(tmp_path, *arguments)
+    steps = metrics(tmp_path / "edge")
+    assert [step["skipped"] for step in steps][:1] == [True]
+    assert not steps[-1]["skipped"]
+    assert "edge: step 1 skipped: a gradient overflowed; loss scale" in printed
+    assert "difference" in printed
+    assert (tmp_path / "edge" / "compare-fp32" / "summary.json").is_file()
+
+
+def test_a_worker_error_is_one_sentence(tmp_path: Path) -> None:
+    """strict: the parent cannot know which GEMMs would be refused; the worker's sentence is the parent's."""
+    (tmp_path / "typo.yaml").write_text(
+        "version: 1\nname: typo\nrules:\n  - match: {name: no_such_layer}\n    fwd: {x: bf16, w: bf16}\n"
+    )
+    done = train(tmp_path, *TINY, *DDP, "--policy", "typo.yaml", "--strict", "--out", "run")
+    assert done.returncode == 2
+    assert "no_such_layer" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_prints_one_sentence_or_one_table(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "launch"]
+
+    def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [*torchrun, "train", *TINY, *DDP, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+    good = start("--policy", "hfp8", "--steps", "3")
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.count("byte-bigram baseline") == 1
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    bad = start("--policy", "hfp9")
+    assert bad.returncode != 0
+    assert len([line for line in bad.stderr.splitlines() if line.startswith('"hfp9" is neither')]) == 1
+    taken = start("--policy", "fp32", "--out", "runs")
+    assert taken.stderr.count("--out runs: this folder is not empty") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [DDP, [*ZERO, "2"]], ids=["ddp", "zero2"])
+def test_a_lost_worker_is_restarted_from_the_latest_checkpoint(tmp_path: Path, engine: list[str]) -> None:
+    arguments = [*TINY, *engine, "--policy", "hfp8", "--nproc", "2", "--steps", "60", "--save-every", "5"]
+    succeed(tmp_path, *arguments, "--out", "calm")
+    command = [sys.executable, "-m", "launch", "train", *arguments, "--out", "storm", "--max-restarts", "2"]
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
+        while not (tmp_path / "storm" / "checkpoints" / "latest").exists():
+            time.sleep(0.02)
+            assert parent.poll() is None
+        victims = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True).stdout
+        os.kill(int(victims.split()[-1]), signal.SIGKILL)
+        assert parent.wait() == 0, (tmp_path / "log").read_text()
+    calm, storm = metrics(tmp_path / "calm"), metrics(tmp_path / "storm")
+    assert [step["step"] for step in storm] == list(range(1, 61))
+    assert [step["loss"] for step in storm] == [step["loss"] for step in calm]

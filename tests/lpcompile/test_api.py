@@ -1,0 +1,355 @@
+"""lpcompile on real models: nothing changes under fp32 and fp32-emulated, everything named runs under the rest, and
+it can be undone.
+"""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import runtime.ops
+from lpcompile import advance, attach, load_policy, lpcompile, original_state_dict, report
+from lpcompile.api import restore, run_state
+from lpcompile.errors import LoweringError, LpError
+from tests.models_for_tests import TinyResNet, image_batch, tiny_gpt2, tiny_llama, token_batch
+
+Call = dict[str, Any]
+
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[], Call], int]] = {
+    "llama": (tiny_llama, token_batch, 19),  # 2 x (7 linear + 2 matmul) + head
+    "gpt2": (tiny_gpt2, token_batch, 13),  # 2 x (4 linear + 2 matmul) + head
+    "resnet": (TinyResNet, image_batch, 7),  # stem, 2 x 2 in the blocks, shortcut, classifier
+}
+
+
+def _build(name: str) -> tuple[nn.Module, nn.Module, Call]:
+    make, call, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    return model, copy.deepcopy(model), call()
+
+
+def _loss_and_grads(model: nn.Module, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(5)  # dropout
+    model.zero_grad()
+    loss = model(**call)["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("policy", ["fp32", "fp32-emulated"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_policies_change_no_bit(name: str, policy: str, training: bool) -> None:
+    model, original, call = _build(name)
+    lpcompile(model, policy, example_kwargs=call)
+    model.train(training)
+    original.train(training)
+    loss, grads = _loss_and_grads(model, call)
+    expected_loss, expected_grads = _loss_and_grads(original, call)
+    assert torch.equal(loss, expected_loss)
+    assert _same(grads, expected_grads)
+    assert _same(dict(model.named_buffers()), dict(original.named_buffers()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_emulation_executes_every_gemm_site(name: str) -> None:
+    model, _, call = _build(name)
+    sites = MODELS[name][2]
+    lpcompile(model, "fp32-emulated", example_kwargs=call, strict=True)
+    found = report(model)
+    assert len({row.name for row in found.gemms}) == sites
+    assert not found.left_alone
+    assert not found.opaque
+    model(**call)
+    assert run_state(model).gemm_calls == sites
+    assert report(model).guard_misses == {}
+
+
+def test_perturbing_one_node_changes_the_loss() -> None:
+    """The bitwise checks above can fail: a disturbance of one cast of one site is seen."""
+    model, _, call = _build("llama")
+    lpcompile(model, "fp32-emulated", example_kwargs=call)
+    before, grads_before = _loss_and_grads(model, call)
+    layer = model.model.layers[1].mlp.down_proj
+    code = vars(layer)["_lp_captured"].phases[0].floor
+    node = next(node for node in code.graph.nodes if node.target is runtime.ops.quantize)
+    node.kwargs = {**node.kwargs, "spec": "1-8-7 nearest_even"}
+    code.__dict__["_function"] = None  # generate the source again
+    after, grads_after = _loss_and_grads(model, call)
+    assert not torch.equal(before, after)
+    assert not _same(grads_before, grads_after)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "hfp8", "fp8-rowwise", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_low_precision_is_near_and_not_equal(name: str, policy: str) -> None:
+    model, original, call = _build(name)
+    lpcompile(model, policy, example_kwargs=call, strict=True)
+    loss, grads = _loss_and_grads(model, call)
+    expected_loss, expected_grads = _loss_and_grads(original, call)
+    assert not torch.equal(loss, expected_loss)
+    torch.testing.assert_close(loss, expected_loss, rtol=2e-3, atol=0)
+    for key, grad in grads.items():
+        assert nn.functional.cosine_similarity(grad.flatten(), expected_grads[key].flatten(), dim=0) > 0.97, key
+    assert all(row.runs_as_policy_says for row in report(model).gemms)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("policy", ["hfp8", "fp32-emulated"])
+def test_the_model_stays_the_model(name: str, policy: str) -> None:
+    model, original, call = _build(name)
+    keys = list(model.state_dict())
+    compiled = lpcompile(model, policy, example_kwargs=call)
+    assert compiled is model
+    assert isinstance(model, type(original))
+    assert type(model).__name__ == type(original).__name__
+    assert list(model.state_dict()) == keys == list(original_state_dict(model))
+    assert inspect.signature(model.forward) == inspect.signature(original.forward)
+    model.load_state_dict(original.state_dict(), strict=True)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in original.named_modules()]
+
+
+def test_llama_shares_casts_of_qkv_and_of_gate_up() -> None:
+    model, _, call = _build("llama")
+    lpcompile(model, "fp32-emulated", example_kwargs=call)
+    found = report(model)
+    # 15 leaves x 2 + 4 products x 2; in each of 2 layers q, k, v cast x once, not thrice, and gate, up once, not twice
+    assert (found.num_quantize_before, found.num_quantize_after) == (38, 38 - 2 * (2 + 1))
+    lpcompile(model, "hfp8", example_kwargs=call)
+    found = report(model)
+    assert (found.num_quantize_before, found.num_quantize_after) == (30, 30 - (1 + 1) - (2 + 1)), (
+        "q of layer 0 is `first`: bf16"
+    )
+
+
+def test_shared_casts_are_counted_as_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, call = _build("llama")
+    lpcompile(model, "hfp8", example_kwargs=call)
+    calls: list[str] = []
+    original = runtime.ops.to_grid
+    monkeypatch.setattr(runtime.ops, "to_grid", lambda *args: (calls.append(""), original(*args))[1])
+    model(**call)
+    assert len(calls) == report(model).num_quantize_after
+
+
+def test_sharing_does_not_change_a_bit() -> None:
+    """Without example inputs nothing is shared; values and gradients are the same."""
+    shared, alone, call = _build("llama")
+    lpcompile(shared, "fp8-rowwise", example_kwargs=call)
+    lpcompile(alone, "fp8-rowwise")
+    assert report(shared).num_quantize_after < report(alone).num_quantize_after
+    assert _same(_loss_and_grads(shared, call)[1], _loss_and_grads(alone, call)[1])
+
+
+def test_without_example_inputs_the_report_says_so() -> None:
+    model, _, _ = _build("gpt2")
+    lpcompile(model, "fp32-emulated")
+    found = report(model)
+    assert len({row.name for row in found.gemms}) == 9
+    assert "no example inputs were given" in found.to_text()
+
+
+def test_another_shape_misses_the_guard_and_is_still_right() -> None:
+    model, original, call = _build("llama")
+    lpcompile(model, "fp32-emulated", example_kwargs=call)
+    other = {key: value[:1, :9] for key, value in call.items()}
+    assert _same(_loss_and_grads(model, other)[1], _loss_and_grads(original, other)[1])
+    assert any("shape" in reason for reason in report(model).guard_misses.values())
+
+
+def test_fused_attention_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model, call = tiny_llama("sdpa"), token_batch()
+    lpcompile(model, "fp32-emulated", example_kwargs=call)
+    refused = {row.name: row.reason for row in report(model).gemms if not row.runs_as_policy_says}
+    assert set(refused) == {f"model.layers.{i}.self_attn.sdpa_0" for i in range(2)}
+    assert all('attn_implementation="eager"' in reason for reason in refused.values())
+    untouched = tiny_llama("sdpa")
+    with pytest.raises(LoweringError, match=r"self_attn.sdpa_0: fused attention"):
+        lpcompile(untouched, "fp32-emulated", example_kwargs=call, strict=True)
+    assert type(untouched.lm_head) is nn.Linear, "nothing was changed"
+
+
+def test_a_rule_that_matches_nothing_is_told_and_refused_under_strict(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text('version: 1\nrules:\n  - match: {name: "*.q_prj"}\n    fwd: {x: e4m3, w: e4m3}\n')
+    model, _, _ = _build("llama")
+    lpcompile(model, file)
+    assert "p.yaml:3" in report(model).unmatched_rules[0]
+    with pytest.raises(LoweringError, match=r"q_prj"):
+        lpcompile(model, file, strict=True)
+
+
+def test_scale_along_the_sum_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    scale = "{format: e4m3, scale: {granularity: column}}"
+    file.write_text(f"version: 1\nrules:\n  - match: {{op: linear}}\n    fwd: {{x: {scale}, w: e4m3}}\n")
+    model, original, call = _build("llama")
+    lpcompile(model, file, example_kwargs=call)
+    rows = report(model).gemms
+    assert {row.fidelity for row in rows} == {"refused"}
+    assert "use granularity row, or rule pow2" in rows[0].reason
+    assert _same(_loss_and_grads(model, call)[1], _loss_and_grads(original, call)[1])
+
+
+def test_schedule_switches_without_recompiling(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("version: 1\nextends: [hfp8]\nschedule: [{from_step: 0, policy: fp32}, {from_step: 2}]\n")
+    model, original, call = _build("llama")
+    lpcompile(model, file, example_kwargs=call)
+    exact = _loss_and_grads(original, call)[1]
+    seen = []
+    for _ in range(3):
+        seen.append(_same(_loss_and_grads(model, call)[1], exact))
+        advance(model)
+    assert seen == [True, True, False]
+    advance(model, to_step=1)
+    assert _same(_loss_and_grads(model, call)[1], exact)
+
+
+def test_stochastic_bits_follow_the_clock_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "version: 1\nrules:\n  - match: {op: linear}\n    fwd: {x: {format: e4m3, rounding: stochastic}, w: e4m3}\n"
+    )
+    model, _, call = _build("llama")
+    lpcompile(model, file, example_kwargs=call, seed=3)
+    model.eval()
+    with torch.no_grad():
+        first = model(**call).logits
+        torch.manual_seed(99)
+        assert torch.equal(model(**call).logits, first), "the same step, the same bits"
+        advance(model)
+        second = model(**call).logits
+        assert not torch.equal(second, first)
+        advance(model, to_step=0)
+        assert torch.equal(model(**call).logits, first)
+        run_state(model).rank = 1
+        assert not torch.equal(model(**call).logits, first)
+
+
+def test_micro_batches_do_not_share_stochastic_bits(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "version: 1\nrules:\n  - match: {op: linear}\n    bwd: {dy: {format: e4m3, rounding: stochastic}, w: e4m3}\n"
+    )
+    model, _, call = _build("llama")
+    lpcompile(model, file, example_kwargs=call)
+    model.train()
+    first, second = _loss_and_grads(model, call)[1], _loss_and_grads(model, call)[1]
+    assert not _same(first, second)
+    advance(model, to_step=0)
+    assert _same(_loss_and_grads(model, call)[1], first)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_bitwise(reentrant: bool) -> None:
+    model, plain, call = _build("llama")
+    for each in (model, plain):
+        lpcompile(each, "hfp8", example_kwargs=call)
+        each.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss, grads = _loss_and_grads(model, call)
+    expected_loss, expected_grads = _loss_and_grads(plain, call)
+    assert torch.equal(loss, expected_loss)
+    assert _same(grads, expected_grads)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_compute_the_same_and_have_their_own_state(clone: Callable[[nn.Module], nn.Module]) -> None:
+    model, _, call = _build("llama")
+    lpcompile(model, "hfp8", example_kwargs=call)
+    model.eval()
+    twin = clone(model)
+    assert _same(_loss_and_grads(model, call)[1], _loss_and_grads(twin, call)[1])
+    calls = run_state(model).gemm_calls
+    with torch.no_grad():
+        twin.model.layers[0].mlp.down_proj.weight.zero_()
+    assert not torch.equal(twin(**call).loss, model(**call).loss)
+    assert run_state(twin) is not run_state(model)
+    assert run_state(model).gemm_calls == calls + 15
+    advance(twin)
+    assert run_state(model).step == 0
+
+
+def test_a_new_weight_is_seen() -> None:
+    model, _, call = _build("llama")
+    lpcompile(model, "hfp8", example_kwargs=call)
+    model.eval()
+    before = model(**call).loss
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+    assert not torch.equal(model(**call).loss, before)
+
+
+def test_generate_and_save_pretrained(tmp_path: Path) -> None:
+    model, original, call = _build("llama")
+    lpcompile(model, "fp32-emulated", example_kwargs=call)
+    model.eval(), original.eval()
+    prompt = {"input_ids": call["input_ids"][:1, :8], "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**prompt), original.generate(**prompt))
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert _same(dict(loaded.state_dict()), dict(original.state_dict()))
+
+
+def test_restore_and_compile_again() -> None:
+    model, original, call = _build("gpt2")
+    lpcompile(model, "hfp8", example_kwargs=call)
+    lpcompile(model, "fp32-emulated", example_kwargs=call)
+    assert _same(_loss_and_grads(model, call)[1], _loss_and_grads(original, call)[1])
+    restore(model)
+    assert not any(name.startswith("_lp") for module in model.modules() for name in vars(module))
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+
+
+def test_attach_advances_after_each_step() -> None:
+    model, _, call = _build("gpt2")
+    lpcompile(model, "hfp8")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    attach(model, optimizer)
+    for _ in range(2):
+        _loss_and_grads(model, call)
+        optimizer.step()
+    assert run_state(model).step == 2
+
+
+def test_fused_recurrences_and_attention_are_named_as_unreached() -> None:
+    model = nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.ConvTranspose2d(3, 3, 2))
+    lpcompile(model, "hfp8")
+    assert set(report(model).unreached) == {"0", "2", "3"}
+    assert {row.name for row in report(model).gemms} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: lpcompile(tiny_gpt2(), "hfp9"), r"hfp8"),
+        (lambda: lpcompile("gpt2", "hfp8"), r"Expected a torch.nn.Module"),
+        (lambda: lpcompile(tiny_gpt2(), "hfp8", mode="serve"), r"Expected train or infer"),
+        (lambda: report(tiny_gpt2()), r"was not compiled"),
+        (lambda: advance(nn.Linear(2, 2)), r"was not compiled"),
+    ],
+)
+def test_wrong_use_gets_a_sentence(call: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(LpError, match=sentence):
+        call()
+
+
+def test_load_policy_gives_what_lpcompile_takes() -> None:
+    model = nn.Linear(8, 8)
+    assert report(lpcompile(model, load_policy("hfp8"))).policy == "hfp8"

@@ -1,0 +1,214 @@
+"""Cast kernels: the C++ loop against the oracle, bit for bit, and the way back to torch when there is no compiler."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from runtime.kernels import cast
+from runtime.kernels.cast import cast_plan, fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cpu import build
+from runtime.kernels.cpu.cast_library import SOURCE, cast_library
+from runtime.numerics.casts import to_grid
+from runtime.numerics.formats import FORMATS
+from runtime.numerics.scaling import compute_scale
+from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
+
+needs_kernel = pytest.mark.skipif(build.load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+WRITTEN = ["1-6-9", "1-5-2:subnormals=no", "1-3-0:top=none", "1-2-3:bias=-3,top=nan", "1-8-22", "1-8-23:subnormals=no"]
+NAMES = [*FORMATS, *WRITTEN, "int5"]
+ROOT = Path(__file__).parents[3]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal patterns, any NaN equal to any NaN."""
+    both_nan = a.isnan() & b.isnan()
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and bool(((a.view(torch.int32) == b.view(torch.int32)) | both_nan).all())
+    )
+
+
+def hard_values(name: str) -> Tensor:
+    """Special values; the edges of the format with their fp32 neighbours; random patterns; random numbers in range."""
+    row = FORMATS.get(name) or cast.get_format(name)
+    edges = [
+        0.0,
+        1.0,
+        1.5,
+        2.5,
+        row.tiny,
+        row.tiny / 2,
+        row.tiny * 1.5,
+        row.max,
+        2.0**-126,
+        2.0**-149,
+        2.0**22 + 0.5,
+        2.0**23,
+    ]
+    edges += [row.max * f for f in (1 - 2.0**-9, 1 + 2.0**-20, 1.03125, 1.0625, 1.125, 1.25)]
+    edges += [getattr(row, "min_normal", 1.0) * f for f in (0.5, 1, 2)]
+    at = torch.tensor(edges, dtype=torch.float64).float().clamp(max=3.4028234663852886e38)
+    at = torch.cat(
+        [at, at.nextafter(torch.tensor(math.inf)), at.nextafter(torch.tensor(0.0)), torch.tensor([math.inf, math.nan])]
+    )
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.randint(-(2**31), 2**31, (3000,), generator=generator).to(torch.int32).view(torch.float32)
+    spread = (
+        torch.rand(3000, generator=generator)
+        * row.tiny
+        * torch.exp2(torch.randint(-3, 30, (3000,), generator=generator).float())
+    )
+    return torch.cat([at, -at, patterns, spread, -spread])
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
+    for mode, dtype in itertools.product(ROUNDINGS, (torch.float32, torch.bfloat16, torch.float16)):
+        spec = QuantSpec(name, mode, None if name != "fp32" else ScaleSpec())
+        x = hard_values(name).to(dtype)
+        scale = None if name != "fp32" else torch.tensor(0.7)
+        assert cast_plan(name, mode) is not None
+        got = fast_to_grid(x, spec, scale, seed=5, step=2, stream=7, offset=13)
+        assert same_bits(got, to_grid(x, spec, scale, seed=5, step=2, stream=7, offset=13)), (mode, dtype)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["e4m3", "dlfloat16", "int8", "fp32"])
+@pytest.mark.parametrize(
+    "scale", ["tensor/amax", "row/pow2", "column/amax", "block[3,16]/amax", "block[128,128]/pow2", "block[5,1]/amax"]
+)
+def test_equals_the_oracle_with_every_scale(name: str, scale: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for shape, mode in itertools.product(
+        [(3, 43, 129), (300, 200), (1, 5000), (5000, 1), (17,), ()], ("nearest_even", "stochastic")
+    ):
+        x = torch.randn(shape, generator=generator) * 100
+        spec = QuantSpec(name, mode, ScaleSpec.parse(scale))
+        s = compute_scale(x, spec)
+        assert same_bits(fast_to_grid(x, spec, s, seed=1), to_grid(x, spec, s, seed=1)), (shape, mode)
+
+
+@needs_kernel
+def test_the_number_of_threads_changes_nothing() -> None:
+    x = torch.randn(301, 1001, generator=torch.Generator().manual_seed(3))
+    before = torch.get_num_threads()
+    for text in ("e4m3 stochastic row/amax", "e4m3 nearest_even column/amax", "e4m3 nearest_even block[64,32]/amax"):
+        spec, results = QuantSpec.parse(text), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            scale = compute_scale(x, spec)
+            assert scale is not None
+            results.append((scale, fast_to_grid(x, spec, scale, seed=3)))
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result))
+
+
+@pytest.mark.parametrize("use_kernel", [True, False])
+def test_checked_tells_what_rounded_beyond_the_largest_value(use_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not use_kernel:
+        monkeypatch.setattr(cast, "cast_library", lambda: None)
+    spec = QuantSpec("e4m3")
+    beyond = {448.0: False, 464.0: False, 464.1: True, -1e9: True, math.inf: True, math.nan: True, 0.0: False}
+    for value, expected in beyond.items():
+        x = torch.full((100,), 0.5)
+        x[77] = value
+        got, flag = fast_to_grid_checked(x, spec, None)
+        assert flag is expected, value
+        assert same_bits(got, to_grid(x, spec, None))
+    assert fast_to_grid_checked(torch.tensor([127.4]), QuantSpec("int8"), None)[1] is False
+    assert fast_to_grid_checked(torch.tensor([127.6]), QuantSpec("int8"), None)[1] is True
+    for seed in range(50):  # amax / scale is max (1 +- 2^-23): no overflow
+        x = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        scaled = QuantSpec("e4m3", scale=ScaleSpec())
+        assert fast_to_grid_checked(x, scaled, compute_scale(x, scaled))[1] is False
+
+
+def test_identity_returns_its_argument_and_checks_it() -> None:
+    x = torch.ones(3, dtype=torch.bfloat16)
+    assert fast_to_grid(x, QuantSpec(), None) is x
+    assert fast_to_grid_checked(x, QuantSpec(), None) == (x, False)
+    assert fast_to_grid_checked(torch.tensor([1.0, math.nan]), QuantSpec(), None)[1] is True
+    assert fast_to_grid_checked(torch.tensor([1.0, -math.inf]), QuantSpec(), None)[1] is True
+    assert fast_to_grid_checked(torch.empty(0), QuantSpec(), None)[1] is False
+
+
+def test_what_the_kernel_declines_takes_the_oracle() -> None:
+    x, spec = torch.randn(6, 8, generator=torch.Generator().manual_seed(4)), QuantSpec("e4m3")
+    assert same_bits(fast_to_grid(x.t(), spec, None), fast_to_grid(x, spec, None).t())
+    assert fast_to_grid(x.double(), spec, None).dtype == torch.float64
+    assert fast_to_grid(torch.empty(0, 4), spec, None).shape == (0, 4)
+    assert cast_plan("1-8-7:bias=130", "nearest_even") is None  # normals below 2^-126
+    wild = QuantSpec("1-8-7:bias=130")
+    assert same_bits(fast_to_grid(x, wild, None), to_grid(x, wild, None))
+    assert not fast_to_grid(x.requires_grad_(), spec, None).requires_grad
+    assert fast_to_grid(x.to("meta"), QuantSpec("e4m3", "stochastic"), None).shape == x.shape
+
+
+@needs_kernel
+def test_fake_tensors_get_shapes() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 6, dtype=torch.bfloat16)
+        for text in ("e4m3 nearest_even row/amax", "e4m3 stochastic block[2,4]/pow2"):
+            spec = QuantSpec.parse(text)
+            out = fast_to_grid(x, spec, compute_scale(x, spec))
+            assert (out.shape, out.dtype) == (x.shape, torch.float32)
+
+
+def test_without_a_compiler_it_says_so_once_and_the_bits_are_equal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(5))
+    spec = QuantSpec.parse("e4m3 stochastic row/amax")
+    expected = fast_to_grid(x, spec, compute_scale(x, spec), seed=9)
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    build.load_library.cache_clear()
+    cast_library.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert same_bits(fast_to_grid(x, spec, compute_scale(x, spec), seed=9), expected)
+        assert [str(one.message).count("no C++ compiler: looked for g++") for one in said] == [1]
+    finally:
+        build.load_library.cache_clear()
+        cast_library.cache_clear()
+
+
+@needs_kernel
+def test_two_processes_that_build_at_once_both_get_the_library(tmp_path: Path) -> None:
+    code = (
+        "import torch; from runtime.kernels.cast import fast_to_grid; from runtime.numerics.specs import QuantSpec;"
+        "print(fast_to_grid(torch.tensor([0.3]), QuantSpec('e4m3'), None).item())"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    both = [subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["0.3125", "0.3125"]
+    assert len(list((tmp_path / "lpcompile").glob("*.so"))) == 1
+
+
+@needs_kernel
+def test_nothing_is_built_by_importing() -> None:
+    code = (
+        "import runtime.kernels.cast, runtime.numerics; from runtime.kernels.cpu.build import load_library;"
+        "print(load_library.cache_info().misses)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "0"
+
+
+def test_every_rounding_of_every_row_has_a_plan() -> None:
+    modes: tuple[Rounding, ...] = ROUNDINGS
+    assert [(name, mode) for name in FORMATS for mode in modes if cast_plan(name, mode) is None] == []

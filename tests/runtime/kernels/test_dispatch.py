@@ -1,0 +1,43 @@
+"""Dispatch: what runs where, how it is graded, and that a refusal names every backend's reason."""
+
+import pytest
+
+from runtime.errors import NotSupported
+from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.numerics.specs import GemmSpec, QuantSpec
+
+
+def _request(
+    lhs: str, rhs: str, accumulate: str = "fp32", out: str = "fp32", kind: str = "linear", chunk: int | None = None
+) -> GemmRequest:
+    return GemmRequest(kind, "fwd", GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, chunk, out))
+
+
+@pytest.mark.parametrize(
+    ("request_", "method", "fidelity"),
+    [
+        (_request("fp32", "fp32"), "as_is", "format-exact"),
+        (_request("hfp8-143", "e5m2"), "fp32", "format-exact"),
+        (_request("bf16", "bf16", out="bf16"), "bf16", "bounded"),
+        (_request("bf16", "bf16"), "fp32", "format-exact"),
+        (_request("e4m3", "e4m3", out="bf16"), "bf16", "bounded"),
+        (_request("fp16", "fp16", out="bf16"), "fp32", "format-exact"),
+        (_request("int8", "int8", "int32"), "int8", "bitwise"),
+        (_request("e4m3", "e4m3", "dlfloat16", chunk=64), "sequential", "emulated"),
+    ],
+)
+def test_choice(request_: GemmRequest, method: str, fidelity: str) -> None:
+    choice = choose(request_)
+    assert (choice.method, choice.fidelity) == (method, fidelity)
+
+
+def test_the_reason_tells_who_declined() -> None:
+    assert (
+        "torch_native declined: hardware sums in fp32, not dlfloat16 in chunks of 64"
+        in choose(_request("e4m3", "e4m3", "dlfloat16", chunk=64)).reason
+    )
+
+
+def test_refusal_names_every_reason() -> None:
+    with pytest.raises(NotSupported, match=r"torch_native: torch has no int8 conv; reference: it has no convolution"):
+        choose(_request("int8", "int8", "int32", kind="conv"))

@@ -1,0 +1,223 @@
+"""The three GEMMs against float64 products of the oracle's casts, within the bound of fp32 sums; and the identity,
+bit for bit.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.contractions import ConvGeometry, linear_kn
+from runtime.gemms import GemmPlan, cast, parse_geometry, print_geometry, run_gemm
+from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.numerics import quantize
+from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, QuantSpec
+from runtime.state import RunState
+
+_GEOMETRY = ConvGeometry((2, 1), (1, 0), (1, 2), 2)
+_ONE_D = ConvGeometry((1,), (2,), (1,), 1)
+
+OPERATIONS = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), (3, 5, 16), (7, 16), (7,), None),
+    "linear_kn": (linear_kn, (3, 5, 16), (16, 7), (7,), None),
+    "matmul": (lambda x, w, b: torch.matmul(x, w), (2, 3, 5, 16), (2, 3, 16, 7), None, None),
+    "matmul_broadcast": (lambda x, w, b: torch.matmul(x, w), (2, 1, 5, 16), (3, 16, 7), None, None),
+    "matmul_folded": (lambda x, w, b: torch.matmul(x, w), (4, 5, 16), (16, 7), None, None),
+    "conv2d": (
+        lambda x, w, b: F.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 2),
+        (2, 4, 9, 9),
+        (6, 2, 3, 3),
+        (6,),
+        _GEOMETRY,
+    ),
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, 1, 2), (2, 4, 9), (6, 4, 3), (6,), _ONE_D),
+}
+
+_ROW = {
+    "linear": ("row", "row", "row", "column", "column", "column"),
+    "linear_kn": ("row", "column", "row", "row", "column", "column"),
+}
+
+
+def _spec(lhs: str, rhs: str, accumulate: str = "fp32", out: str = "fp32") -> GemmSpec:
+    return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, None, out)
+
+
+def _layer(kind: str, how: str) -> LayerSpec:
+    if how == "plain":
+        return LayerSpec(
+            *(_spec(*pair) for pair in (("hfp8-143", "hfp8-143"), ("e5m2", "hfp8-143"), ("e5m2", "hfp8-143")))
+        )
+    if how == "tensor":
+        pairs = (
+            ("e4m3 nearest_even tensor/amax", "int8 nearest_even tensor/pow2"),
+            ("e5m2 nearest_even tensor/amax", "e4m3"),
+        )
+        return LayerSpec(*(_spec(*pair) for pair in (*pairs, ("fp32", "e4m3 nearest_even tensor/amax"))))
+    if how == "free axis":
+        axes = _ROW.get(kind, _ROW["linear_kn"])
+        casts = [f"e4m3 nearest_even {axis}/amax" for axis in axes]
+        return LayerSpec(_spec(casts[0], casts[1]), _spec(casts[2], casts[3]), _spec(casts[4], casts[5]))
+    assert how == "along the sum"
+    cast_text = "e4m3 nearest_even block[2,4]/pow2"
+    return LayerSpec(*(_spec(cast_text, cast_text) for _ in ROLES))
+
+
+def _value(x: Tensor, spec: QuantSpec) -> Tensor:
+    """The cast value of x by the oracle, in float64."""
+    if spec.is_identity:
+        return x.double()
+    scale = compute_scale(x, spec)
+    expanded = None if scale is None else expand_scale(scale, x.shape, spec)
+    grid = quantize(x if expanded is None else x / expanded, spec.format, spec.rounding)
+    return grid.double() if expanded is None else grid.double() * expanded.double()
+
+
+def _run(name: str, layer: LayerSpec, seed: int = 0) -> tuple[dict[str, Tensor], tuple[Tensor, ...], RunState]:
+    operation, x_shape, w_shape, b_shape, geometry = OPERATIONS[name]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(x_shape, generator=generator, requires_grad=True)
+    w = torch.randn(w_shape, generator=generator, requires_grad=True)
+    b = torch.randn(b_shape, generator=generator, requires_grad=True) if b_shape else None
+    dy = torch.randn(operation(x, w, b).shape, generator=generator)
+    kind = "conv" if geometry else name.split("_broadcast")[0].split("_folded")[0]
+    methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).method for role in ROLES)
+    state = RunState(watch_overflow=True)
+    plan = GemmPlan(kind, layer, methods, 0, geometry)  # type: ignore[arg-type]
+    is_weight = not name.startswith("matmul")
+    casts = {
+        "fwd_lhs": cast(x, layer.fwd.lhs, state, 0, 0),
+        "fwd_rhs": cast(w, layer.fwd.rhs, state, 0, 1),
+        "bwd_rhs": None if is_weight else cast(w, layer.bwd.rhs, state, 0, 2),
+        "grad_lhs": cast(x, layer.grad.rhs, state, 0, 3),
+    }
+    y = run_gemm(x, w, b, casts, state, plan)  # type: ignore[arg-type]
+    y.backward(dy)
+    grads = {"dx": x.grad, "dw": w.grad} | ({"db": b.grad} if b is not None else {})
+    return {"y": y.detach(), **grads}, (x.detach(), w.detach(), b, dy), state  # type: ignore[dict-item]
+
+
+def _expected(name: str, layer: LayerSpec, inputs: tuple[Tensor, ...], magnitude: bool = False) -> dict[str, Tensor]:
+    """Each role by autograd in float64 on the oracle's casts; with `magnitude` the same on absolute values, for the
+    bound.
+    """
+    operation = OPERATIONS[name][0]
+    x, w, b, dy = inputs
+    size = torch.abs if magnitude else (lambda t: t)
+    cast_of = {
+        role: (size(_value_of(role, "lhs", layer, inputs)), size(_value_of(role, "rhs", layer, inputs)))
+        for role in ROLES
+    }
+    bias = None if b is None else size(b.detach().double())
+    out = {"y": operation(*cast_of["fwd"], bias)}
+    x64 = x.double().requires_grad_()
+    operation(x64, cast_of["bwd"][1], None).backward(cast_of["bwd"][0])
+    w64 = w.double().requires_grad_()
+    operation(cast_of["grad"][1], w64, None).backward(cast_of["grad"][0])
+    out |= {"dx": x64.grad, "dw": w64.grad}
+    if b is not None:
+        dims = (0, *range(2, dy.dim())) if name.startswith("conv") else tuple(range(dy.dim() - 1))
+        out["db"] = size(dy.double()).sum(dims)
+    return out
+
+
+def _value_of(role: str, side: str, layer: LayerSpec, inputs: tuple[Tensor, ...]) -> Tensor:
+    x, w, _, dy = inputs
+    tensor = {
+        ("fwd", "lhs"): x,
+        ("fwd", "rhs"): w,
+        ("bwd", "lhs"): dy,
+        ("bwd", "rhs"): w,
+        ("grad", "lhs"): dy,
+        ("grad", "rhs"): x,
+    }
+    return _value(tensor[role, side], getattr(layer.role(role), side))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["plain", "tensor", "free axis", "along the sum"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_three_gemms_equal_float64_products_of_the_casts(name: str, how: str) -> None:
+    if how in ("free axis", "along the sum") and name.startswith("conv"):
+        pytest.skip("a convolution takes scales per tensor only")
+    layer = _layer(name, how)
+    results, inputs, _ = _run(name, layer)
+    exact, bound = _expected(name, layer, inputs), _expected(name, layer, inputs, magnitude=True)
+    for key, value in results.items():
+        error = (value.double() - exact[key]).abs()
+        assert (error <= 64 * 2.0**-24 * bound[key] + 1e-30).all(), (key, error.max())
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_identity_is_bitwise_the_native_op(name: str) -> None:
+    results, (x, w, b, dy), state = _run(name, LayerSpec())
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    b = None if b is None else b.detach().clone().requires_grad_()
+    y = OPERATIONS[name][0](x, w, b)
+    y.backward(dy)
+    assert torch.equal(results["y"], y)
+    assert torch.equal(results["dx"], x.grad)
+    assert torch.equal(results["dw"], w.grad)
+    assert b is None or torch.equal(results["db"], b.grad)
+    assert state.gemm_calls == 1
+
+
+def test_bf16_output_is_the_fp32_sum_rounded_once() -> None:
+    layer = LayerSpec(*(_spec("bf16", "bf16", out="bf16") for _ in ROLES))
+    results, inputs, _ = _run("linear", layer)
+    exact, bound = _expected("linear", layer, inputs), _expected("linear", layer, inputs, magnitude=True)
+    for key in ("dx", "dw"):
+        assert torch.equal(results[key], results[key].bfloat16().float())
+        assert ((results[key] - exact[key]).abs() <= 2.0**-8 * exact[key].abs() + 2.0**-20 * bound[key]).all()
+
+
+def test_int8_sums_are_exact() -> None:
+    row, column = "int8 nearest_even row/amax", "int8 nearest_even column/amax"
+    layer = LayerSpec(_spec(row, row, "int32"), _spec(row, column, "int32"), _spec(column, column, "int32"))
+    assert choose(GemmRequest("linear", "fwd", layer.fwd)).fidelity == "bitwise"
+    results, (x, w, b, _), _ = _run("linear", layer)
+    qx, qw = cast(x, layer.fwd.lhs, None, 0, 0), cast(w, layer.fwd.rhs, None, 0, 0)
+    sums = (qx.grid.long().reshape(-1, 16) @ qw.grid.long().t()).float().view(3, 5, 7)
+    assert torch.equal(results["y"], sums * qx.scale * qw.scale.reshape(1, -1) + b)
+
+
+def test_gradient_beyond_the_format_saturates_and_is_told() -> None:
+    layer = _layer("linear", "plain")
+    x, w = torch.ones(2, 16, requires_grad=True), torch.ones(3, 16, requires_grad=True)
+    state = RunState(watch_overflow=True)
+    plan = GemmPlan("linear", layer, ("fp32", "fp32", "fp32"), 0)
+    casts = {
+        "fwd_lhs": cast(x, layer.fwd.lhs, state, 0, 0),
+        "fwd_rhs": cast(w, layer.fwd.rhs, state, 0, 1),
+        "bwd_rhs": None,
+    }
+    casts["grad_lhs"] = casts["fwd_lhs"]
+    run_gemm(x, w, None, casts, state, plan).backward(torch.full((2, 3), 57344.0), retain_graph=True)
+    assert not state.overflow
+    run_gemm(x, w, None, casts, state, plan).backward(torch.full((2, 3), 1e6))
+    assert state.overflow
+    assert torch.equal(x.grad[0], torch.full((16,), 2 * 3 * 57344.0))
+
+
+def test_frozen_operands_get_no_gradient_and_save_nothing() -> None:
+    layer = _layer("linear", "plain")
+    state, plan = RunState(), GemmPlan("linear", layer, ("fp32", "fp32", "fp32"), 0)
+    x, w = torch.randn(2, 16), torch.randn(3, 16, requires_grad=True)
+    casts = {
+        "fwd_lhs": cast(x, layer.fwd.lhs, state, 0, 0),
+        "fwd_rhs": cast(w, layer.fwd.rhs, state, 0, 1),
+        "bwd_rhs": None,
+    }
+    casts["grad_lhs"] = casts["fwd_lhs"]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = run_gemm(x, w, None, casts, state, plan)
+    y.sum().backward()
+    assert x.grad is None
+    assert w.grad is not None
+    assert len(saved) == 1, "only GRAD's operand"
+
+
+def test_geometry_prints_and_parses() -> None:
+    assert parse_geometry(print_geometry(_GEOMETRY)) == _GEOMETRY
+    assert parse_geometry("") is None
