@@ -26,9 +26,7 @@ class GraphCode:
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, module: torch.nn.Module, operands: Sequence[Tensor]) -> Sequence[Any]:
-        function = self._function
-        if function is None:
-            function = self._function = compile_graph(self.graph)
+        function = self._function or self.compiled()
         if not self.switches_grad_mode:
             return function(module, *operands)
         before = torch.is_grad_enabled()
@@ -37,6 +35,12 @@ class GraphCode:
         finally:
             # an error between two switches must not leave grad mode off for the rest of the program
             torch._C._set_grad_enabled(before)
+
+    def compiled(self) -> Callable[..., Any]:
+        """The function, made now if it is not there yet."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        return self._function
 
     @cached_property
     def is_picklable(self) -> bool:

@@ -6,9 +6,8 @@ strides, plain attributes of the module, its children and its configuration. A g
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +53,18 @@ class Guard:
     attributes: tuple[tuple[str, ValueFact], ...] = ()
     """Plain attributes that the forward read, as dotted paths from the module (`scaling`, `attn_dropout.p`,
     `config.use_cache`): a schedule or a user may change them between steps."""
+    _plan: Any = field(init=False, repr=False, compare=False)
+    _rows: Any = field(init=False, repr=False, compare=False)
+    _attribute_rows: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # tuples for the hot path, made here and not on demand: torch.compile traces through a check, not through a lock
+        paths = [(path.split("."), fact) for path, fact in self.attributes]
+        object.__setattr__(self, "_plan", _plan(self.in_spec))
+        object.__setattr__(self, "_rows", tuple(_row(fact) for fact in self.leaves))
+        object.__setattr__(
+            self, "_attribute_rows", tuple((tuple(steps), name, f.value, f.kind) for (*steps, name), f in paths)
+        )
 
     def check(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
         """None when the graph holds for this call, else one short sentence."""
@@ -106,24 +117,6 @@ class Guard:
         if len(operands) > 1 and len({id(operand) for operand in operands}) != len(operands):
             return "two arguments are the same tensor, recorded as two"
         return operands
-
-    @cached_property
-    def _plan(self) -> tuple[Any, ...] | None:
-        return _plan(self.in_spec)
-
-    @cached_property
-    def _attribute_rows(self) -> tuple[tuple[tuple[str, ...], str, Any, type], ...]:
-        paths = [(path.split("."), fact) for path, fact in self.attributes]
-        return tuple((tuple(steps), name, fact.value, fact.kind) for (*steps, name), fact in paths)
-
-    @cached_property
-    def _rows(self) -> tuple[tuple[Any, ...], ...]:
-        return tuple(
-            (True, torch.Size(fact.shape), fact.dtype, fact.device, fact.alias, fact.stride)
-            if isinstance(fact, TensorFact)
-            else (False, fact.value, fact.kind, None, None, None)
-            for fact in self.leaves
-        )
 
 
 def is_plain(value: object) -> bool:
@@ -190,6 +183,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def _device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _row(fact: TensorFact | ValueFact) -> tuple[Any, ...]:
+    if isinstance(fact, TensorFact):
+        return True, torch.Size(fact.shape), fact.dtype, fact.device, fact.alias, fact.stride
+    return False, fact.value, fact.kind, None, None, None
 
 
 def _plan(spec: pytree.TreeSpec) -> tuple[Any, ...] | None:

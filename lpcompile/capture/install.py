@@ -101,6 +101,8 @@ def install(module: nn.Module, variants: Sequence[Variant], *, phase: int = 0, c
     while len(record.variants_by_phase) <= phase:
         record.variants_by_phase.append([])
     record.variants_by_phase[phase] = list(variants)
+    for variant in variants:
+        variant.code.compiled()
     record.clock = clock or record.clock
 
 

@@ -239,6 +239,7 @@ class _Attachment:
         with _open(_Scope(self, shapes, tensor)):
             return original(tensor, communication_data_type)
 
+    @torch.no_grad()
     def _allreduce_and_scatter(
         self,
         original: Callable[..., Any],

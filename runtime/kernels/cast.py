@@ -1,7 +1,8 @@
 """Cast kernels: the grid values of runtime/numerics/casts.py, bit for bit, at the speed of memory.
 
-The C++ kernel serves fp32, bf16 and fp16 tensors on the CPU (a strided one is copied first), every format within fp32's
-exponent range, every rounding, every granularity of scale. All else, and a machine without a compiler, takes the oracle.
+The C++ kernel serves fp32, bf16 and fp16 tensors on the CPU (a strided one is copied first), every format within
+fp32's normal exponents, every rounding, every granularity of scale. All else takes the oracle, and so does a machine
+without a compiler.
 """
 
 import math

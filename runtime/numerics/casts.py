@@ -173,8 +173,9 @@ def _to_grid(
     wide = y.double()
     a = wide.abs()
     ulp = _spacing(a, row)
-    t = a / ulp  # exact: ulp is a power of two; but for a below a smallest value that is none (dlfloat16)
-    t = torch.where((t == 0.5) & (2 * a != ulp), 0.5 + (2 * a - ulp) / ulp, t)  # there, put back on its side of the tie
+    # Exact, ulp being a power of two, except for a below a smallest value that is none (dlfloat16). There too t is 1/2
+    # only at the tie: the next float64 to ulp / 2 is farther than 2^-53 off in proportion, so its t farther than 2^-54.
+    t = a / ulp
     u = None
     if rounding == "stochastic":
         words = random_bits(x.numel(), seed=seed, step=step, stream=stream, offset=offset, device=x.device)

@@ -30,7 +30,17 @@ loss_scale: {kind: dynamic, init: 1024}
 
 def main(folder: Path, engines: list[str]) -> None:
     base = RunConfig(
-        layers=1, d=32, heads=2, context=16, batch=2, steps=3, warmup=0, timeout=60.0, device="cpu", eval_every=1
+        data=str(folder / "text.txt"),
+        layers=1,
+        d=32,
+        heads=2,
+        context=16,
+        batch=2,
+        steps=3,
+        warmup=0,
+        timeout=60.0,
+        device="cpu",
+        eval_every=1,
     )
     with join_world(base) as world:
         told = {}

@@ -49,7 +49,9 @@ def exchange(rank: int, world: int) -> dict[str, Any]:
 def inputs(numel: int, world: int, seed: int = 0) -> list[torch.Tensor]:
     """What each rank holds; any rank can compute all of it."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(numel, generator=generator) * torch.randn(numel, generator=generator).exp() for _ in range(world)]
+    return [
+        torch.randn(numel, generator=generator) * torch.randn(numel, generator=generator).exp() for _ in range(world)
+    ]
 
 
 def relative(y: torch.Tensor, exact: torch.Tensor) -> float:

@@ -114,6 +114,14 @@ def test_published_values(name: str, x: float, even: float, away: float | None, 
             assert quantize(torch.tensor([x, -x], dtype=torch.float32), name, mode).tolist() == [expected, -expected]
 
 
+def test_next_to_the_tie_below_a_smallest_value_that_is_no_power_of_two() -> None:
+    """a / tiny is rounded there, and must not round onto 1/2 from either side."""
+    tiny = 2.0**-31 * 513 / 512
+    x = [math.nextafter(tiny / 2, 0), tiny / 2, math.nextafter(tiny / 2, 1)]
+    got = {m: quantize(torch.tensor(x, dtype=torch.float64), "dlfloat16", m).tolist() for m in ROUNDINGS[:2]}
+    assert got == {"nearest_even": [0, 0, tiny], "nearest_away": [0, tiny, tiny]}
+
+
 def test_dlfloat_codes_and_its_own_rounding() -> None:
     x = torch.tensor([1.0, 1 + 2.0**-10, -(1 + 2.0**-10), 0.1, math.pi, 65504, 1e30, 2.0**33, 2.0**-31, 2.0**-32])
     codes = [0x3E00, 0x3E01, 0xBE01, 0x3733, 0x4124, 0x5E00, 0x7FFE, 0x7FFE, 0x0001, 0x0000]
