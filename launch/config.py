@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     lr: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "constant"] = Field(
         default="constant",
-        description="Learning rate after warm-up: constant (ends 0.09 nats lower at 300 steps), or a cosine to lr / 10.",
+        description="Learning rate after warm-up: constant (0.09 nats lower after 300 steps), or a cosine to lr / 10.",
     )
     warmup: int = Field(default=20, ge=0, description="Steps of linear warm-up.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")

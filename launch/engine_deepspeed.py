@@ -84,7 +84,7 @@ class DeepSpeedEngine(AbstractEngine):
 
 
 def _is_news(line: logging.LogRecord) -> bool:
-    """False for the warning that our AdamW is not DeepSpeed's own: tests/launch resume it bit-exactly at every stage."""
+    """False for the warning that our AdamW is not DeepSpeed's own: tests/launch resume it at every stage."""
     return "untested optimizer" not in line.getMessage()
 
 

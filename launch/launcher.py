@@ -105,8 +105,8 @@ def _run_workers(config: RunConfig, folder: Path) -> None:
 
 def _last_words(error: "Exception", folder: Path) -> WorkerError:
     rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    if failure.exitcode == 2 and isinstance(failure.message, str):
-        return _Repeated(failure.message)
+    if failure.exitcode == 2 and isinstance(failure.message, dict):
+        return _Repeated(failure.message["message"])
     cause = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     hint = f"--resume {folder}" if (folder / "checkpoints" / "latest").is_file() else ""
     return WorkerError(f"worker {rank} was lost ({cause})", 1, where=str(folder), hint=hint)

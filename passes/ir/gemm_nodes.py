@@ -59,7 +59,8 @@ def _read_matmul(node: fx.Node) -> GemmNode | Unreadable:
     lhs, rhs = node.args[0], _argument(node, 1, "other")
     if not isinstance(lhs, fx.Node) or not isinstance(rhs, fx.Node) or node.kwargs.get("out") is not None:
         return Unreadable("matmul", "an operand is not a tensor of the graph")
-    if any(len(operand.meta.get("shape", (1, 1))) < 2 for operand in (lhs, rhs)):
+    shapes = [operand.meta["tensor_meta"].shape for operand in (lhs, rhs) if "tensor_meta" in operand.meta]
+    if any(len(shape) < 2 for shape in shapes):
         return Unreadable("matmul", "a product with a vector is no GEMM")
     return GemmNode("matmul", "matmul", lhs, rhs)
 

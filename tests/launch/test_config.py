@@ -49,7 +49,7 @@ def test_names_the_flag() -> None:
 
 
 def test_a_missing_file_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="no-such.yaml: this config file cannot be read"):
+    with pytest.raises(ConfigError, match=r"no-such.yaml: this config file cannot be read"):
         load_config({}, Path("no-such.yaml"))
 
 

@@ -15,7 +15,6 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lpcompile.capture.functional import functional_gemms, op_name
 from lpcompile.capture.install import Variant, install
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import RecordResult
@@ -28,6 +27,12 @@ def is_leaf(module: nn.Module) -> bool:
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> RecordResult:
     return record(model, args, kwargs, is_leaf=is_leaf)
+
+
+def op_name(node: fx.Node) -> str:
+    """`__matmul__`, `mm.default` -> matmul, mm."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.partition(".")[0].removeprefix("__").removesuffix("__")
 
 
 def ops(graph: fx.Graph) -> list[str]:
@@ -74,30 +79,6 @@ def test_coverage_of_real_models(name: str, recorded: int, opaque: list[str]) ->
     assert len(result.recordings) == recorded
     assert list(result.opaque) == opaque
     assert all("__bool__" in str(result.opaque[path]) for path in opaque)
-
-
-@pytest.mark.parametrize(("attention", "expected"), [("eager", ["matmul_0", "matmul_1"]), ("sdpa", ["sdpa_0"])])
-@pytest.mark.parametrize(
-    ("make", "path"), [(tiny_gpt2, "transformer.h.1.attn"), (tiny_llama, "model.layers.1.self_attn")]
-)
-def test_functional_gemms_of_attention(make: Any, path: str, attention: str, expected: list[str]) -> None:
-    result = run(make(attention), **token_batch())
-    assert [gemm.name for gemm in functional_gemms(result.recordings[path][0].graph)] == expected
-
-
-def test_functional_gemms_are_named_by_op_in_order() -> None:
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        y = torch.matmul(x, self.weight) + x @ self.weight + x.mm(self.weight)
-        y = torch.addmm(y, x, self.weight) + torch.einsum("ij,jk->ik", x, self.weight) + F.linear(y, self.weight)
-        z = torch.bmm(y[None], y[None])
-        z = torch.baddbmm(z, z, z)
-        return F.conv1d(z, self.weight[:, :, None]) + F.scaled_dot_product_attention(z, z, z)
-
-    graph = run(Wrapped(forward), torch.randn(4, 4)).recordings[""][0].graph
-    names = [gemm.name for gemm in functional_gemms(graph)]
-    assert names == [
-        "matmul_0", "matmul_1", "mm_0", "addmm_0", "einsum_0", "linear_0", "bmm_0", "baddbmm_0", "conv1d_0", "sdpa_0",
-    ]  # fmt: skip
 
 
 def test_children_are_calls_and_own_weights_are_not_hoisted() -> None:

@@ -71,14 +71,16 @@ def fingerprint(model: nn.Module) -> float:
     return sum(float((p.double() * torch.arange(1, p.numel() + 1).view_as(p)).sum()) for p in model.parameters())
 
 
-def swap_layers(sent: list[Tensor]) -> list[Tensor]:
-    """A negative control: two layers' codes change places on the wire."""
-    swapped = []
+def rotate_layers(sent: list[Tensor]) -> list[Tensor]:
+    """A negative control: the codes of three stretches of layers change places on the wire.
+
+    Three and not two, because above two ranks the wire is passed twice, and a swap done twice is no swap.
+    """
+    rotated = []
     for message in sent:
-        size = message.numel() * 2 // 5
-        a, b, rest = message[:size], message[size : 2 * size], message[2 * size :]
-        swapped.append(torch.cat([b, a, rest]))
-    return swapped
+        a, b, c, rest = message.split([size := message.numel() * 3 // 10, size, size, message.numel() - 3 * size])
+        rotated.append(torch.cat([b, c, a, rest]))
+    return rotated
 
 
 def train(rank: int, world: int) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
         ("plain", None, None, 20),
         ("e4m3", WireSpec("e4m3"), None, 20),
         ("e5m2", WireSpec("e5m2"), None, 6),
-        ("tampered", WireSpec("e4m3"), swap_layers, 6),
+        ("tampered", WireSpec("e4m3"), rotate_layers, 6),
     ):
         model = TinyGPT()
         ddp, counter = DistributedDataParallel(model, bucket_cap_mb=1), WireCounter()

@@ -24,7 +24,7 @@ from runtime.collectives.exchange import Tamper
 from runtime.collectives.wire import WireSpec
 from runtime.errors import WireError
 from tests.multiprocess import run_ranks
-from tests.runtime.collectives.test_ddp import TinyGPT, batch, fingerprint, loss_of, swap_layers
+from tests.runtime.collectives.test_ddp import TinyGPT, batch, fingerprint, loss_of, rotate_layers
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'lpcompile[deepspeed]'"
@@ -102,7 +102,7 @@ def train(rank: int, stage: int, flavour: str) -> dict[str, Any]:
     runs: tuple[tuple[str, WireSpec | None, Tamper | None, int], ...] = (
         ("plain", None, None, 10),
         ("e4m3", WireSpec("e4m3"), None, 10),
-        ("tampered", WireSpec("e4m3"), swap_layers, 5),
+        ("tampered", WireSpec("e4m3"), rotate_layers, 5),
     )
     for name, spec, tamper, num_steps in runs:
         micro_batches = 2
