@@ -82,6 +82,12 @@ class Run:
             monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
             if self.corpus.skipped:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
+            certificate = report(self.model)
+            for rule in certificate.unmatched_rules:
+                monitor.say(f"warning: {rule}")
+            for gemm in certificate.gemms:
+                if not gemm.runs_as_policy_says:
+                    monitor.say(f"warning: {gemm.name} {gemm.role} does not run as the policy says: {gemm.reason}")
             for step in range(start, self.config.steps):
                 metrics = self.step(step)
                 monitor.show(metrics)
@@ -89,6 +95,8 @@ class Run:
                     log.write(metrics)
                 if _is_due(step + 1, self.config.save_every, self.config.steps):
                     self._save(step + 1)
+            for module, reason in report(self.model).guard_misses.items():
+                monitor.say(f"warning: {module} ran its original forward at least once: {reason}")
         peak = self.world.largest(_peak_memory(self.world))
         self._certify()
         if log:

@@ -68,7 +68,9 @@ def loss_of(logits: Tensor, targets_BT: Tensor) -> Tensor:
 
 def fingerprint(model: nn.Module) -> float:
     """Differs when any bit of a parameter differs."""
-    return sum(float((p.double() * torch.arange(1, p.numel() + 1).view_as(p)).sum()) for p in model.parameters())
+    return sum(
+        float((p.detach().double() * torch.arange(1, p.numel() + 1).view_as(p)).sum()) for p in model.parameters()
+    )
 
 
 def rotate_layers(sent: list[Tensor]) -> list[Tensor]:
