@@ -26,8 +26,8 @@ class RunConfig(BaseModel):
         default="gpt", description="Model family: GPT-2, or Llama (RoPE, RMSNorm, SwiGLU)."
     )
     layers: int = Field(default=3, ge=1, description="Number of transformer blocks.")
-    d: int = Field(default=256, ge=8, description="Width of the residual stream, in elements.")
-    heads: int = Field(default=4, ge=1, description="Attention heads per block; must divide d.")
+    width: int = Field(default=256, ge=8, description="Width of the residual stream, in elements.")
+    heads: int = Field(default=4, ge=1, description="Attention heads per block; must divide the width.")
     context: int = Field(default=128, ge=2, description="Tokens per training window.")
     vocab: int | None = Field(
         default=None, ge=2, description="Vocabulary size; omitted: 256 for bytes, else the tokenizer's."
@@ -43,11 +43,13 @@ class RunConfig(BaseModel):
 
     steps: int = Field(default=300, ge=1, description="Optimizer steps.")
     lr: float = Field(default=2e-3, gt=0, description="Peak learning rate.")
-    schedule: Literal["cosine", "constant"] = Field(
-        default="constant",
-        description="Learning rate after warm-up: constant (0.09 nats lower after 300 steps), or a cosine to lr / 10.",
+    schedule: Literal["trapezoid", "constant", "cosine"] = Field(
+        default="trapezoid",
+        description="After warm-up. trapezoid: constant, its last fifth linear to lr / 10; cosine: down to lr / 10.",
     )
-    warmup: int = Field(default=20, ge=0, description="Steps of linear warm-up.")
+    warmup: int = Field(
+        default=60, ge=0, description="Steps of linear warm-up; with 20 the default run overshoots at step 14."
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
     beta2: float = Field(
         default=0.99, ge=0, lt=1, description="AdamW: decay of the second moment (0.99 suits runs this short)."
@@ -81,10 +83,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        if self.d % self.heads:
-            raise ValueError(f"d ({self.d}) must be a multiple of heads ({self.heads})")
-        if self.model == "llama" and (self.d // self.heads) % 2:
-            raise ValueError(f"llama rotates pairs, so d / heads ({self.d // self.heads}) must be even")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.model == "llama" and (self.width // self.heads) % 2:
+            raise ValueError(f"llama rotates pairs, so width / heads ({self.width // self.heads}) must be even")
         return self
 
     def to_yaml(self) -> str:
@@ -93,7 +95,7 @@ class RunConfig(BaseModel):
 
 # What a checkpoint was trained as: a resumed run may not differ in any of these.
 IDENTITY_FIELDS = (
-    "model", "layers", "d", "heads", "context", "vocab", "data", "tokenizer", "batch", "grad_accumulation",
+    "model", "layers", "width", "heads", "context", "vocab", "data", "tokenizer", "batch", "grad_accumulation",
     "dtype", "seed", "engine", "zero_stage",
 )  # fmt: skip
 

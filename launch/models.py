@@ -37,7 +37,7 @@ def _gpt(config: RunConfig, vocab: int) -> nn.Module:
         GPT2Config(
             vocab_size=vocab,
             n_positions=config.context,
-            n_embd=config.d,
+            n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
             resid_pdrop=0.0,
@@ -58,8 +58,8 @@ def _llama(config: RunConfig, vocab: int) -> nn.Module:
         LlamaConfig(
             vocab_size=vocab,
             max_position_embeddings=config.context,
-            hidden_size=config.d,
-            intermediate_size=_swiglu_width(config.d),
+            hidden_size=config.width,
+            intermediate_size=_swiglu_width(config.width),
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
@@ -73,9 +73,9 @@ def _llama(config: RunConfig, vocab: int) -> nn.Module:
     return model
 
 
-def _swiglu_width(d: int) -> int:
-    """8/3 d rounded up to a multiple of 16: three matrices of this width weigh as much as GPT-2's two of 4 d."""
-    return -(-8 * d // 3 // 16) * 16
+def _swiglu_width(width: int) -> int:
+    """8/3 of the width, up to a multiple of 16: three such matrices weigh as much as GPT-2's two of 4 widths."""
+    return -(-8 * width // 3 // 16) * 16
 
 
 _BUILDERS = {"gpt": _gpt, "llama": _llama}

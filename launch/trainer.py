@@ -51,13 +51,16 @@ def work(config: RunConfig, is_prepared: bool) -> Path:
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Linear warm-up from lr / warmup, then constant or a cosine down to lr / 10 at the end; steps count from 0."""
+    """Linear warm-up from lr / warmup, then `config.schedule`, which falls to lr / 10 at most; steps count from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
     share = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+    falls = {
+        "constant": 0.0,
+        "cosine": 0.5 * (1 - math.cos(math.pi * share)),
+        "trapezoid": max(0.0, 1 - (config.steps - step) / (0.2 * config.steps)),
+    }
+    return config.lr * (1 - 0.9 * falls[config.schedule])
 
 
 class Run:

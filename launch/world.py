@@ -60,7 +60,6 @@ def join_world(config: RunConfig) -> Iterator[World]:
             hint="leaving --nproc out",
         )
     device = _device(config, local_size)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(

@@ -32,7 +32,7 @@ def main(folder: Path, engines: list[str]) -> None:
     base = RunConfig(
         data=str(folder / "text.txt"),
         layers=1,
-        d=32,
+        width=32,
         heads=2,
         context=16,
         batch=2,

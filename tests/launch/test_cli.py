@@ -10,7 +10,7 @@ import pytest
 from launch.cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--layers", "1", "--d", "16", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
+TINY = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +37,8 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--policy", "hfp9"], "hfp9"),
         (["--policy", "no-such.yaml"], "no-such.yaml"),
         (["--compare", "hfp9"], "hfp9"),
-        (["--d", "wide"], "--d: this value does not fit. Expected a valid integer"),
-        (["--heads", "3"], "d (256) must be a multiple of heads (3)"),
+        (["--width", "wide"], "--width: this value does not fit. Expected a valid integer"),
+        (["--heads", "3"], "width (256) must be a multiple of heads (3)"),
         (["--model", "bert"], "--model: this value does not fit. Expected 'gpt' or 'llama'. Got 'bert'"),
         (["--engine", "fsdp"], "--engine: this value does not fit"),
         (["--zero-stage", "4"], "--zero-stage: this value does not fit"),

@@ -15,7 +15,7 @@ def test_flags_override_the_file_and_the_file_the_checkpoint(tmp_path: Path) -> 
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = RunConfig(model="llama", d=64, lr=3e-4, policy="hfp8")
+    config = RunConfig(model="llama", width=64, lr=3e-4, policy="hfp8")
     file = tmp_path / "run.yaml"
     file.write_text(config.to_yaml())
     assert load_config({}, file) == config
@@ -27,9 +27,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("steps: 10\nlayrs: 2\n", 'run.yaml:2: layrs: "layrs" is not a field of a run. Try "layers"?'),
         ("lr: 0.1\n\nlayers: 0\n", "run.yaml:3: layers: this value does not fit. Expected greater than or equal to 1."),
         ("engine: fsdp\n", "run.yaml:1: engine: this value does not fit. Expected 'deepspeed' or 'ddp'. Got 'fsdp'."),
-        ("d: wide\n", "run.yaml:1: d: this value does not fit. Expected a valid integer"),
-        ("d: 100\nheads: 3\n", "run.yaml: d (100) must be a multiple of heads (3)."),
-        ("d: 36\nheads: 4\nmodel: llama\n", "must be even"),
+        ("width: wide\n", "run.yaml:1: width: this value does not fit. Expected a valid integer"),
+        ("width: 100\nheads: 3\n", "run.yaml: width (100) must be a multiple of heads (3)."),
+        ("width: 36\nheads: 4\nmodel: llama\n", "must be even"),
         ("a: [1\n", "this is not YAML"),
         ("- 1\n", "a config is a mapping"),
     ],
@@ -54,10 +54,10 @@ def test_a_missing_file_is_an_error() -> None:
 
 
 def test_a_resumed_run_may_train_longer_but_not_another_model() -> None:
-    base = RunConfig(d=64, heads=2).model_dump()
+    base = RunConfig(width=64, heads=2).model_dump()
     assert load_config({"steps": "999"}, None, base, "old").steps == 999
-    with pytest.raises(ConfigError, match=r"--d: this is another model than the checkpoint's. Expected d = 64"):
-        load_config({"d": "128"}, None, base, "old")
+    with pytest.raises(ConfigError, match=r"--width: this is another model than the checkpoint's. Expected width = 64"):
+        load_config({"width": "128"}, None, base, "old")
 
 
 def test_every_field_has_a_description() -> None:

@@ -18,7 +18,7 @@ from launch.cli import run
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TINY = [
-    *["--data", "text.txt", "--layers", "2", "--d", "64", "--heads", "2", "--context", "32", "--batch", "4"],
+    *["--data", "text.txt", "--layers", "2", "--width", "64", "--heads", "2", "--context", "32", "--batch", "4"],
     *["--warmup", "2", "--eval-every", "4", "--device", "cpu", "--timeout", "60"],
 ]
 DDP, ZERO = ["--engine", "ddp"], ["--engine", "deepspeed", "--zero-stage"]
@@ -87,7 +87,7 @@ def test_resume_is_bit_exact(
 
     for arguments, sentence in (
         (["--policy", "fp32"], "was trained under another policy"),
-        (["--d", "32"], "--d: this is another model than the checkpoint's"),
+        (["--width", "32"], "--width: this is another model than the checkpoint's"),
         (["--nproc", "1"], "written by another number of ranks"),
         (["--steps", "8"], "past the end of the run"),
     ):
@@ -194,12 +194,34 @@ def test_a_lost_worker_is_restarted_from_the_latest_checkpoint(tmp_path: Path, e
     command = [sys.executable, "-m", "launch", "train", *arguments, "--out", "storm", "--max-restarts", "2"]
     with (tmp_path / "log").open("w") as log:
         parent = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
-        while not (tmp_path / "storm" / "checkpoints" / "latest").exists():
-            time.sleep(0.02)
-            assert parent.poll() is None
-        victims = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True).stdout
-        os.kill(int(victims.split()[-1]), signal.SIGKILL)
+        os.kill(_a_worker_of(parent, tmp_path / "storm"), signal.SIGKILL)
         assert parent.wait() == 0, (tmp_path / "log").read_text()
     calm, storm = metrics(tmp_path / "calm"), metrics(tmp_path / "storm")
     assert [step["step"] for step in storm] == list(range(1, 61))
     assert [step["loss"] for step in storm] == [step["loss"] for step in calm]
+
+
+@pytest.mark.slow
+def test_a_hung_worker_ends_the_run(tmp_path: Path) -> None:
+    """DeepSpeed's own groups wait 30 minutes unless they are told the run's timeout."""
+    arguments = [*TINY, *ZERO, "2", "--policy", "hfp8", "--nproc", "2", "--steps", "100000", "--out", "hung"]
+    command = [sys.executable, "-m", "launch", "train", *arguments, "--timeout", "8", "--save-every", "5"]
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
+        victim = _a_worker_of(parent, tmp_path / "hung")
+        os.kill(victim, signal.SIGSTOP)
+        try:
+            assert parent.wait(timeout=120) == 1
+        finally:
+            if Path(f"/proc/{victim}").exists():
+                os.kill(victim, signal.SIGCONT)
+    assert "was lost" in (tmp_path / "log").read_text().splitlines()[-1]
+
+
+def _a_worker_of(parent: "subprocess.Popen[bytes]", run: Path) -> int:
+    """The pid of one worker, once the run has written a checkpoint."""
+    while not (run / "checkpoints" / "latest").exists():
+        time.sleep(0.02)
+        assert parent.poll() is None
+    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True).stdout
+    return int(children.split()[-1])
