@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launch.config import ConfigError, RunConfig
-from runtime.collectives.deepspeed import init_process_group_safely, set_group_timeouts
+from runtime.collectives.process_group import init_process_group_safely, set_group_timeouts
 from runtime.errors import LpError
 
 T = TypeVar("T")

@@ -16,11 +16,10 @@ from runtime.collectives.deepspeed import (
     assert_active,
     attach_deepspeed,
     detach,
-    init_process_group_safely,
     initialize,
-    set_group_timeouts,
 )
 from runtime.collectives.exchange import Tamper
+from runtime.collectives.process_group import init_process_group_safely, set_group_timeouts
 from runtime.collectives.wire import WireSpec
 from runtime.errors import WireError
 from tests.multiprocess import run_ranks
