@@ -2,8 +2,9 @@
 
     python -m benchmarks.training_step [--policy hfp8] [--rounds 7] [--threads 2]
 
-Forward, backward and AdamW of a GPT-2 from config; the contenders take turns step by step, so that a change of the machine's speed hits
-all of them. Printed: median ms, the ratio to fp32, and where the time of a policy step goes by the profiler.
+Forward, backward and AdamW of a GPT-2 from config; the contenders take turns step by step, so that a change of the
+machine's speed hits all of them. Printed: median ms, the ratio to fp32, and where the time of a policy step goes by the
+profiler.
 """
 
 import argparse
@@ -61,7 +62,12 @@ def _compare(shape: Shape, policy: str, rounds: int) -> None:
             step()
             times[name].append(1e3 * (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    table = Table("step", "median ms", "x fp32", title=f"{shape.name}: {shape.layers} layers, d {shape.d}, {shape.batch} x {shape.context}")
+    table = Table(
+        "step",
+        "median ms",
+        "x fp32",
+        title=f"{shape.name}: {shape.layers} layers, d {shape.d}, {shape.batch} x {shape.context}",
+    )
     for name, median in medians.items():
         table.add_row(name, f"{median:.1f}", f"{median / medians['fp32']:.2f}")
     console = Console()
@@ -85,9 +91,16 @@ def _contenders(shape: Shape, policy: str) -> dict[str, Callable[[], None]]:
 
 def _model(shape: Shape) -> nn.Module:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_embd": shape.d, "n_layer": shape.layers, "n_head": shape.d // 64, "n_positions": shape.context}
+    sizes: dict[str, Any] = {
+        "n_embd": shape.d,
+        "n_layer": shape.layers,
+        "n_head": shape.d // 64,
+        "n_positions": shape.context,
+    }
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=256, use_cache=False, bos_token_id=0, eos_token_id=0, **sizes, **dropout))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=256, use_cache=False, bos_token_id=0, eos_token_id=0, **sizes, **dropout)
+    )
 
 
 def _step(model: nn.Module, tokens: Tensor, autocast: bool = False) -> Callable[[], None]:

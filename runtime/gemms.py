@@ -12,7 +12,7 @@ sets `state.overflow` when `state.watch_overflow` asks for it.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from runtime.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul, Multiply, Side
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.dispatch import multiplier
 from runtime.kernels.torch_native import DTYPES
 from runtime.numerics.scaling import compute_scale, expand_scale
@@ -214,6 +215,9 @@ def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None) -> Tensor:
         return kind.native(
             _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
         )
+    if method == "cpu_bf16" and unscaled and spec.out == "fp32":
+        add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
+        return kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias)
     if plan.geometry is not None:
         y = _scaled(kind.native(_load(x.grid, method), _load(w.grid, method), None), x.scale, w.scale)
     else:
@@ -239,7 +243,10 @@ def _grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size) -> Ten
 
 
 def _load(grid: Tensor, method: str) -> Tensor:
-    return grid if method == "as_is" else grid.to(DTYPES.get(method, torch.float32))
+    """Grid values in a dtype that the method multiplies; exact either way."""
+    if method == "as_is" or (method == "cpu_bf16" and grid.dtype == torch.bfloat16):
+        return grid
+    return grid.to(DTYPES.get(method, torch.float32))
 
 
 def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.errors import NotSupported
 from runtime.kernels import reference, torch_native
+from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.numerics.formats import FloatFormat, embeds, get_format
 from runtime.numerics.specs import GemmSpec, Role
 
@@ -67,6 +68,43 @@ def choose(request: GemmRequest) -> Choice:
     raise NotSupported(f"no backend runs {request.kind} {request.role} as `{request.spec}`", got=reasons)
 
 
+def _consider_cpu(request: GemmRequest) -> Choice | Declined:
+    """The C++ GEMMs: bf16 or int8 units, and unlike torch's a result in fp32."""
+    name, spec = cpu_gemm.NAME, request.spec
+    lhs, rhs = get_format(spec.lhs.format), get_format(spec.rhs.format)
+    if request.device != "cpu" or request.kind not in ("linear", "linear_kn"):
+        return Declined(name, f"it has no {request.kind} on {request.device}")
+    is_int = spec.lhs.format == spec.rhs.format == "int8" and spec.accumulate == "int32"
+    if not is_int and (spec.accumulate != "fp32" or spec.chunk is not None):
+        return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
+    if not (embeds(lhs, "bf16") and embeds(rhs, "bf16")):
+        return Declined(name, f"{spec.lhs.format} x {spec.rhs.format} does not embed in bf16")
+    if spec.out == "bf16":
+        return Declined(name, "torch's own bf16 GEMM has this output")
+    if cpu_gemm.gemm_library() is None:
+        return Declined(name, "no C++ compiler, or a CPU without AVX512-BF16 and VNNI")
+    if is_int:
+        return Choice(name, "cpu_int8", "bitwise", "int8 products add exactly in int32")
+    how = f"{spec.lhs.format} and {spec.rhs.format} embed in bf16, fp32 sums; {_ORDER_BOUND}"
+    if _can_underflow(spec):
+        return Choice(name, "cpu_bf16", "bounded", f"{how}; operands, products and sums below 2^-126 count as 0")
+    return Choice(name, "cpu_bf16", "format-exact", how)
+
+
+def _can_underflow(spec: GemmSpec) -> bool:
+    """Whether a product of two operands can leave fp32's normal range, which the bf16 unit flushes to zero."""
+    for operand in (spec.lhs, spec.rhs):
+        row = get_format(operand.format)
+        is_folded = operand.scale is not None and operand.scale.rule == "pow2"
+        if is_folded or (isinstance(row, FloatFormat) and row.tiny < 2.0**-63):
+            return True
+    return False
+
+
+def _sum_of(spec: GemmSpec) -> str:
+    return spec.accumulate + (f" in chunks of {spec.chunk}" if spec.chunk else "")
+
+
 def _consider_torch(request: GemmRequest) -> Choice | Declined:
     name, spec = torch_native.NAME, request.spec
     lhs, rhs = get_format(spec.lhs.format), get_format(spec.rhs.format)
@@ -79,10 +117,7 @@ def _consider_torch(request: GemmRequest) -> Choice | Declined:
             return Declined(name, f"torch has no int8 {request.kind}")
         return Choice(name, "int8", "bitwise", "int8 products add exactly in int32")
     if spec.accumulate != "fp32" or spec.chunk is not None:
-        return Declined(
-            name,
-            f"hardware sums in fp32, not {spec.accumulate}" + (f" in chunks of {spec.chunk}" if spec.chunk else ""),
-        )
+        return Declined(name, f"hardware sums in fp32, not {_sum_of(spec)}")
     bf16, fp32 = get_format("bf16"), get_format("fp32")
     if spec.out == "bf16" and embeds(lhs, bf16) and embeds(rhs, bf16):
         return Choice(
@@ -109,11 +144,13 @@ def _consider_reference(request: GemmRequest) -> Choice | Declined:
 
 _ORDER_BOUND = "order of additions differs, |error| <= (K-1) 2^-24 sum|a b|"
 
-BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (_consider_torch, _consider_reference)
+BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (_consider_cpu, _consider_torch, _consider_reference)
 
 
 def multiplier(method: str, spec: GemmSpec) -> Callable[[Tensor, Tensor], Tensor]:
     """The product of two matrices of grid values by `method` of a Choice."""
+    if method.startswith("cpu"):
+        return cpu_gemm.multiply
     if method == "sequential":
         return lambda a, b: reference.multiply(a, b, spec)
     return torch_native.multiply

@@ -1,10 +1,12 @@
 """The torch_native backend: torch's own GEMMs on operands that embed exactly in the dtype it multiplies in.
 
-method  operands in  sums in  returns  why it is right
-as_is   their dtype  fp32     dtype    no operand is cast: the op the uncompiled model runs
-fp32    fp32         fp32     fp32     every operand format embeds in fp32
-bf16    bf16         fp32     bf16     every operand format embeds in bf16, and the policy's output is bf16
-int8    int8         int32    fp32     integers below 2^31 add exactly, in any order
+    method  operands in  sums in  returns  why it is right
+    as_is   their dtype  fp32     dtype    no operand is cast: the op the uncompiled model runs
+    fp32    fp32         fp32     fp32     every operand format embeds in fp32
+    bf16    bf16         fp32     bf16     every operand format embeds in bf16, and the policy's output is bf16
+    int8    int8         int32    fp32     integers below 2^31 add exactly, in any order
+
+It serves where the cpu backend declines: without AVX512-BF16 or a compiler, on CUDA, for convolutions and batches.
 """
 
 import torch
@@ -14,7 +16,7 @@ from runtime.errors import NotSupported
 
 NAME = "torch_native"
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "cpu_int8": torch.int8}
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -22,12 +24,15 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     sums as fp32.
     """
     if a.dtype == torch.int8:
-        if a.shape[-1] > _LONGEST_INT8_SUM:
-            raise NotSupported(
-                f"an int8 GEMM of K = {a.shape[-1]} can overflow int32", expected=f"K <= {_LONGEST_INT8_SUM}"
-            )
+        check_int8_sum(a.shape[-1])
         return torch._int_mm(a.contiguous(), b.contiguous() if b.stride(-1) != 1 and b.stride(0) != 1 else b).float()
     return torch.matmul(a, b)
 
 
-_LONGEST_INT8_SUM = (2**31 - 1) // (127 * 127)
+def check_int8_sum(num_k: int) -> None:
+    """NotSupported where `num_k` products of int8 could leave int32."""
+    if num_k > LONGEST_INT8_SUM:
+        raise NotSupported(f"an int8 GEMM of K = {num_k} can overflow int32", expected=f"K <= {LONGEST_INT8_SUM}")
+
+
+LONGEST_INT8_SUM = (2**31 - 1) // (127 * 127)

@@ -42,7 +42,11 @@ def _caller(in_place: bool = False) -> fx.Graph:
 
 
 def _program(a: LayerSpec, b: LayerSpec, in_place: bool = False) -> Program:
-    units = {"block.a": _leaf("block.a"), "block.b": _leaf("block.b"), "block#0": Unit("block", _caller(in_place), "module")}
+    units = {
+        "block.a": _leaf("block.a"),
+        "block.b": _leaf("block.b"),
+        "block#0": Unit("block", _caller(in_place), "module"),
+    }
     return Program(units, {"block.a": a, "block.b": b})
 
 
@@ -56,7 +60,9 @@ def test_two_leaves_with_one_input_cast_it_once() -> None:
     assert num_op(program, "lp.quantize") == 3  # x once in the caller, and each weight
     calls = [node for node in program.units["block#0"].graph.nodes if node.op == "call_module"]
     assert calls[0].kwargs[CASTS] == calls[1].kwargs[CASTS]
-    assert all(call.args == (program.units["block#0"].graph.find_nodes(op="placeholder")[0],) for call in calls), "x carries"
+    assert all(call.args == (program.units["block#0"].graph.find_nodes(op="placeholder")[0],) for call in calls), (
+        "x carries"
+    )
 
 
 def test_the_floor_of_a_fed_leaf_still_casts_for_itself() -> None:

@@ -59,17 +59,29 @@ MUTATIONS: dict[str, tuple[str, Callable[[fx.Node], None], str]] = {
     "scale of nothing": ("lp.scale", _operand(0, None), "operand x is missing"),
     "cast of a constant": ("lp.quantize", _operand(0, 1.0), "operand x is missing"),
     "too few operands": ("lp.quantize", lambda node: setattr(node, "args", node.args[:2]), "wrong number of operands"),
-    "too many operands": ("lp.gemm", lambda node: setattr(node, "args", (*node.args, None)), "wrong number of operands"),
+    "too many operands": (
+        "lp.gemm",
+        lambda node: setattr(node, "args", (*node.args, None)),
+        "wrong number of operands",
+    ),
     "no carrier": ("lp.gemm", _operand(0, None), "operand lhs is missing"),
     "no state": ("lp.gemm", _operand(11, None), "operand state is missing"),
     "no cast": ("lp.gemm", _operand(3, None), "operand fwd_lhs is missing"),
     "unknown kind": ("lp.gemm", _attribute("kind", "lineal"), "`kind` must be one of"),
-    "geometry on a linear": ("lp.gemm", _attribute("geometry", "stride=1 padding=0 dilation=1 groups=1"), "has a `geometry`"),
+    "geometry on a linear": (
+        "lp.gemm",
+        _attribute("geometry", "stride=1 padding=0 dilation=1 groups=1"),
+        "has a `geometry`",
+    ),
     "convolution without geometry": ("lp.gemm", _attribute("kind", "conv"), "has a `geometry`"),
     "half a spec": ("lp.gemm", _attribute("spec", _SPEC.split("; bwd")[0]), "must hold the three GEMMs"),
     "two methods": ("lp.gemm", _attribute("methods", "fp32,fp32"), "one method per role"),
     "a scale inside the sum": ("lp.gemm", _attribute("spec", _SPEC.replace("column", "row")), "must be a power of two"),
-    "swapped casts": ("lp.gemm", lambda node: setattr(node, "args", (*node.args[:9], *node.args[3:5], node.args[11])), "grad_lhs"),
+    "swapped casts": (
+        "lp.gemm",
+        lambda node: setattr(node, "args", (*node.args[:9], *node.args[3:5], node.args[11])),
+        "grad_lhs",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from runtime.errors import NotSupported
+from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import GemmSpec, QuantSpec
 
@@ -13,6 +14,12 @@ def _request(
     return GemmRequest(kind, "fwd", GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, chunk, out))
 
 
+@pytest.fixture
+def _no_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_gemm, "gemm_library", lambda: None)
+
+
+@pytest.mark.usefixtures("_no_cpu_kernel")
 @pytest.mark.parametrize(
     ("request_", "method", "fidelity"),
     [
@@ -26,9 +33,37 @@ def _request(
         (_request("e4m3", "e4m3", "dlfloat16", chunk=64), "sequential", "emulated"),
     ],
 )
-def test_choice(request_: GemmRequest, method: str, fidelity: str) -> None:
+def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidelity: str) -> None:
     choice = choose(request_)
     assert (choice.method, choice.fidelity) == (method, fidelity)
+
+
+@pytest.mark.parametrize(
+    ("request_", "backend", "method", "fidelity"),
+    [
+        (_request("hfp8-143", "e5m2"), "cpu", "cpu_bf16", "format-exact"),
+        (_request("bf16", "bf16"), "cpu", "cpu_bf16", "bounded"),
+        (_request("e4m3 nearest_even block[1,32]/pow2", "e4m3"), "cpu", "cpu_bf16", "bounded"),
+        (_request("int8", "int8", "int32"), "cpu", "cpu_int8", "bitwise"),
+        (_request("int8", "e4m3"), "cpu", "cpu_bf16", "format-exact"),
+        (_request("fp16", "fp16"), "torch_native", "fp32", "format-exact"),
+        (_request("bf16", "bf16", out="bf16"), "torch_native", "bf16", "bounded"),
+        (_request("e4m3", "e4m3", kind="conv"), "torch_native", "fp32", "format-exact"),
+        (_request("e4m3", "e4m3", kind="matmul"), "torch_native", "fp32", "format-exact"),
+        (_request("fp32", "fp32"), "torch_native", "as_is", "format-exact"),
+    ],
+)
+def test_choice_with_the_cpu_kernel(
+    monkeypatch: pytest.MonkeyPatch, request_: GemmRequest, backend: str, method: str, fidelity: str
+) -> None:
+    monkeypatch.setattr(cpu_gemm, "gemm_library", object)
+    choice = choose(request_)
+    assert (choice.backend, choice.method, choice.fidelity) == (backend, method, fidelity)
+
+
+@pytest.mark.usefixtures("_no_cpu_kernel")
+def test_a_missing_kernel_is_told() -> None:
+    assert "cpu declined: no C++ compiler, or a CPU without AVX512-BF16" in choose(_request("e4m3", "e4m3")).reason
 
 
 def test_the_reason_tells_who_declined() -> None:
@@ -39,5 +74,8 @@ def test_the_reason_tells_who_declined() -> None:
 
 
 def test_refusal_names_every_reason() -> None:
-    with pytest.raises(NotSupported, match=r"torch_native: torch has no int8 conv; reference: it has no convolution"):
+    with pytest.raises(
+        NotSupported,
+        match=r"cpu: it has no conv on cpu; torch_native: torch has no int8 conv; reference: it has no convolution",
+    ):
         choose(_request("int8", "int8", "int32", kind="conv"))

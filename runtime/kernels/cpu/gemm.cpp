@@ -1,0 +1,294 @@
+// GEMM: C_MN = A_MK B_KN (+ bias_N) in fp32, for operands that embed exactly in bf16 or int8, on AVX-512.
+//
+//   bf16   vdpbf16ps: two products a step, summed in fp32. Operands are fp32 or bf16 tensors whose values are bf16 values:
+//          the upper half of an fp32 is its bf16, exactly. Subnormal bf16 operands count as zero.
+//   int8   vpdpbusd: four products a step, summed in int32, which is exact. A is shifted to unsigned, a + 128, and
+//          128 sum_k b_kn is taken off again.
+//
+// Both operands are packed once: panels of 12 rows of A and 32 columns of B, in which the k that one step consumes lie
+// together in 32 bits. A task computes a block of C, 96 x 512, over all of K in chunks that keep a panel of B in L1 and
+// a block of B in L2. The order of additions depends on K alone, so the bits do not depend on threads or blocks.
+//
+// Plain C++17, no headers of torch; called through ctypes by runtime/kernels/cpu/gemm.py.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+namespace {
+
+constexpr int kRows = 12, kColumns = 32;      // of the register tile: 24 accumulators of 16 fp32
+constexpr int64_t kSteps = 128;               // of one chunk of K
+constexpr int64_t kRowBlock = 8 * kRows, kColumnBlock = 16 * kColumns;
+
+// An operand seen from outside in: element (i, k) lies at data[i * outer + k * inner], in elements of its dtype.
+struct Operand {
+  const void* data;
+  int dtype;  // 0 fp32, 1 bf16, 2 int8
+  int64_t outer, inner;
+};
+
+struct Bf16 {
+  static constexpr int kGroup = 2;
+  template <typename T>
+  static inline uint32_t bits(T v);
+  static inline __m512i step(__m512i sum, __m512i a, __m512i b) {
+    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
+  }
+};
+
+template <>
+inline uint32_t Bf16::bits(float v) {
+  uint32_t b;
+  std::memcpy(&b, &v, 4);
+  return b >> 16;
+}
+
+template <>
+inline uint32_t Bf16::bits(uint16_t v) {
+  return v;
+}
+
+struct Int8 {
+  static constexpr int kGroup = 4;
+  static inline __m512i step(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
+};
+
+// 16 x 16 words, transposed in registers.
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// 32 fp32 at p, as 16 words of two bf16.
+inline __m512i pairs(const float* p) {
+  const __m512i even_odd_low = _mm512_loadu_si512(p), even_odd_high = _mm512_loadu_si512(p + 16);
+  const __m512i low = _mm512_srli_epi32(even_odd_low, 16), high = _mm512_srli_epi32(even_odd_high, 16);
+  const __m256i a = _mm512_cvtepi32_epi16(low), b = _mm512_cvtepi32_epi16(high);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+
+inline __m512i pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+
+// One panel of `width` outer indices (those from `valid` on are zero) and all k: out[step * width + i] holds the group
+// of k at `step`. T is the element as stored; k_stride or outer is 1.
+template <int width, typename T>
+void pack_bf16(const T* data, int64_t outer, int64_t inner, int64_t valid, int64_t num_k, uint32_t* out) {
+  const int64_t steps = (num_k + 1) / 2, whole = num_k / 2;
+  if (inner == 1) {
+    const int64_t vector_steps = whole / 16 * 16;
+    for (int64_t first = 0; first < width; first += 16) {
+      const int lanes = int(std::min<int64_t>(16, width - first));
+      const __mmask16 mask = __mmask16((1u << lanes) - 1);
+      for (int64_t s = 0; s < vector_steps; s += 16) {
+        __m512i rows[16];
+        for (int i = 0; i < 16; ++i)
+          rows[i] = first + i < valid ? pairs(data + (first + i) * outer + 2 * s) : _mm512_setzero_si512();
+        transpose16(rows);
+        for (int i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(out + (s + i) * width + first, mask, rows[i]);
+      }
+    }
+    for (int64_t s = vector_steps; s < steps; ++s)
+      for (int64_t i = 0; i < width; ++i) {
+        uint32_t word = 0;
+        if (i < valid) {
+          word = Bf16::bits(data[i * outer + 2 * s]);
+          if (2 * s + 1 < num_k) word |= Bf16::bits(data[i * outer + 2 * s + 1]) << 16;
+        }
+        out[s * width + i] = word;
+      }
+    return;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    const T* low = data + 2 * s * inner;
+    const T* high = 2 * s + 1 < num_k ? low + inner : nullptr;
+    uint32_t* row = out + s * width;
+    for (int64_t i = 0; i < valid; ++i)
+      row[i] = Bf16::bits(low[i * outer]) | (high ? Bf16::bits(high[i * outer]) << 16 : 0u);
+    for (int64_t i = valid; i < width; ++i) row[i] = 0;
+  }
+}
+
+// The same for int8: `flip` is 0x80 for the unsigned operand, and `sums`, if not null, gets sum_k of each outer index.
+template <int width>
+void pack_int8(const int8_t* data, int64_t outer, int64_t inner, int64_t valid, int64_t num_k, uint8_t flip,
+               int32_t* sums, uint32_t* out) {
+  const int64_t steps = (num_k + 3) / 4;
+  const uint32_t nothing = 0x01010101u * flip;
+  if (sums) std::fill(sums, sums + width, 0);
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t i = 0; i < width; ++i) {
+      uint32_t word = nothing;
+      if (i < valid) {
+        word = 0;
+        const int64_t last = std::min<int64_t>(4, num_k - 4 * s);
+        for (int64_t e = 0; e < 4; ++e) {
+          const int8_t v = e < last ? data[i * outer + (4 * s + e) * inner] : int8_t(0);
+          word |= uint32_t(uint8_t(v) ^ flip) << (8 * e);
+          if (sums) sums[i] += v;
+        }
+      }
+      out[s * width + i] = word;
+    }
+}
+
+template <typename Kind, int width>
+void pack_panel(const Operand& x, int64_t first, int64_t count, int64_t num_k, uint8_t flip, int32_t* sums, uint32_t* out) {
+  const int64_t valid = std::min<int64_t>(width, count - first), at = first * x.outer;
+  if constexpr (Kind::kGroup == 4)
+    pack_int8<width>(static_cast<const int8_t*>(x.data) + at, x.outer, x.inner, valid, num_k, flip, sums, out);
+  else if (x.dtype == 0)
+    pack_bf16<width>(static_cast<const float*>(x.data) + at, x.outer, x.inner, valid, num_k, out);
+  else
+    pack_bf16<width>(static_cast<const uint16_t*>(x.data) + at, x.outer, x.inner, valid, num_k, out);
+}
+
+// tile += panel of A times panel of B over `steps` groups of k.
+template <typename Kind>
+inline void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t steps, __m512i tile[kRows][2]) {
+  for (int64_t s = 0; s < steps; ++s, a += kRows, b += kColumns) {
+    const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 16);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i broadcast = _mm512_set1_epi32(int(a[r]));
+      tile[r][0] = Kind::step(tile[r][0], broadcast, left);
+      tile[r][1] = Kind::step(tile[r][1], broadcast, right);
+    }
+  }
+}
+
+template <typename Kind>
+void gemm(const Operand& a, const Operand& b, const float* bias, float* c, int64_t num_m, int64_t num_n, int64_t num_k,
+          int threads) {
+  constexpr bool is_int = Kind::kGroup == 4;
+  const int64_t steps = (num_k + Kind::kGroup - 1) / Kind::kGroup;
+  const int64_t row_panels = (num_m + kRows - 1) / kRows, column_panels = (num_n + kColumns - 1) / kColumns;
+  static thread_local std::vector<uint32_t> scratch;
+  static thread_local std::vector<int32_t> column_sums;
+  scratch.resize(size_t(steps * (row_panels * kRows + column_panels * kColumns)) + 16);
+  column_sums.resize(size_t(column_panels * kColumns));
+  uint32_t* const packed_b = scratch.data();
+  uint32_t* const packed_a = packed_b + steps * column_panels * kColumns;
+  int32_t* const sums = column_sums.data();
+  const int64_t row_blocks = (num_m + kRowBlock - 1) / kRowBlock;
+  const int64_t column_blocks = (num_n + kColumnBlock - 1) / kColumnBlock;
+
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < column_panels; ++p)
+      pack_panel<Kind, kColumns>(b, p * kColumns, num_n, num_k, 0, is_int ? sums + p * kColumns : nullptr,
+                                 packed_b + p * steps * kColumns);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < row_panels; ++p)
+      pack_panel<Kind, kRows>(a, p * kRows, num_m, num_k, is_int ? 0x80 : 0, nullptr, packed_a + p * steps * kRows);
+
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < row_blocks * column_blocks; ++task) {
+      const int64_t first_row = task % row_blocks * (kRowBlock / kRows);
+      const int64_t first_column = task / row_blocks * (kColumnBlock / kColumns);
+      const int64_t last_row = std::min(first_row + kRowBlock / kRows, row_panels);
+      const int64_t last_column = std::min(first_column + kColumnBlock / kColumns, column_panels);
+      for (int64_t start = 0; start == 0 || start < steps; start += kSteps) {
+        const int64_t count = std::min(kSteps, steps - start);
+        const bool is_last = start + kSteps >= steps;
+        for (int64_t j = first_column; j < last_column; ++j) {
+          const int64_t columns = std::min<int64_t>(kColumns, num_n - j * kColumns);
+          const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
+          const __mmask16 right = columns > 16 ? __mmask16((1u << (columns - 16)) - 1) : __mmask16(0);
+          const uint32_t* panel_b = packed_b + (j * steps + start) * kColumns;
+          for (int64_t i = first_row; i < last_row; ++i) {
+            const int64_t rows = std::min<int64_t>(kRows, num_m - i * kRows);
+            float* const corner = c + i * kRows * num_n + j * kColumns;
+            __m512i tile[kRows][2];
+            __m512i head[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+            if (start == 0 && is_int) {
+              const __m512i shift = _mm512_set1_epi32(-128);
+              head[0] = _mm512_mullo_epi32(shift, _mm512_loadu_si512(sums + j * kColumns));
+              head[1] = _mm512_mullo_epi32(shift, _mm512_loadu_si512(sums + j * kColumns + 16));
+            } else if (start == 0 && bias) {
+              head[0] = _mm512_maskz_loadu_epi32(left, bias + j * kColumns);
+              head[1] = _mm512_maskz_loadu_epi32(right, bias + j * kColumns + 16);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+              const bool is_read = start > 0 && r < rows;
+              tile[r][0] = is_read ? _mm512_maskz_loadu_epi32(left, corner + r * num_n) : head[0];
+              tile[r][1] = is_read ? _mm512_maskz_loadu_epi32(right, corner + r * num_n + 16) : head[1];
+            }
+            multiply_panels<Kind>(packed_a + (i * steps + start) * kRows, panel_b, count, tile);
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+              if (r >= rows) continue;
+              __m512i one = tile[r][0], two = tile[r][1];
+              if (is_int && is_last) {
+                one = _mm512_castps_si512(_mm512_cvtepi32_ps(one));
+                two = _mm512_castps_si512(_mm512_cvtepi32_ps(two));
+              }
+              _mm512_mask_storeu_epi32(corner + r * num_n, left, one);
+              _mm512_mask_storeu_epi32(corner + r * num_n + 16, right, two);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int lp_gemm_is_supported() { return 1; }
+
+// c: [m, n], row-major. a: element (m, k) at outer m + inner k; b: element (k, n) at outer n + inner k. bias: null or n fp32.
+// dtype: 0 fp32, 1 bf16, 2 int8 (both operands, no bias).
+void lp_gemm(const void* a, int a_dtype, int64_t a_outer, int64_t a_inner, const void* b, int b_dtype, int64_t b_outer,
+             int64_t b_inner, const float* bias, float* c, int64_t m, int64_t n, int64_t k, int threads) {
+  const Operand left{a, a_dtype, a_outer, a_inner}, right{b, b_dtype, b_outer, b_inner};
+  if (a_dtype == 2)
+    gemm<Int8>(left, right, bias, c, m, n, k, threads);
+  else
+    gemm<Bf16>(left, right, bias, c, m, n, k, threads);
+}
+
+}  // extern "C"
+
+#else
+
+extern "C" {
+
+int lp_gemm_is_supported() { return 0; }
+
+void lp_gemm(const void*, int, int64_t, int64_t, const void*, int, int64_t, int64_t, const float*, float*, int64_t,
+             int64_t, int64_t, int) {}
+
+}  // extern "C"
+
+#endif

@@ -1,0 +1,77 @@
+"""The cpu backend: GEMMs on bf16 and int8 units with fp32 results, by gemm.cpp.
+
+Only a CPU with AVX512-BF16 and VNNI has them, and only a compiler brings them; elsewhere `gemm_library()` is None.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from runtime.kernels.cpu.build import load_library
+from runtime.kernels.torch_native import check_int8_sum
+
+NAME = "cpu"
+SOURCE = Path(__file__).with_name("gemm.cpp")
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+"""The index is the number the kernel knows the dtype by."""
+
+
+@lru_cache(maxsize=1)
+def gemm_library() -> ctypes.CDLL | None:
+    """The library, built at the first call; None without a compiler or without AVX512-BF16 and VNNI."""
+    library = load_library(SOURCE)
+    if library is None or not library.lp_gemm_is_supported():
+        return None
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    operand = (pointer, integer, size, size)
+    library.lp_gemm.argtypes = (*operand, *operand, pointer, pointer, size, size, size, integer)
+    library.lp_gemm.restype = None
+    return library
+
+
+def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """a b + bias in fp32, sums in fp32 (bf16 values in fp32 or bf16 tensors) or int32 (int8 tensors, no bias).
+
+    Values that are not bf16 values are cut to bf16: the caller answers for exact embedding. K = 0 gives the bias, or 0.
+    """
+    return torch.ops.lp.gemm_fp32(a_MK, b_KN, bias_N)
+
+
+def _gemm(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
+    library = gemm_library()
+    assert library is not None
+    a_MK, b_KN = _readable(a_MK), _readable(b_KN)
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    if a_MK.dtype == torch.int8:
+        check_int8_sum(k)
+    out = torch.empty(m, n, dtype=torch.float32)
+    bias = None if bias_N is None else bias_N.contiguous()
+    library.lp_gemm(
+        *(a_MK.data_ptr(), DTYPES.index(a_MK.dtype), a_MK.stride(0), a_MK.stride(1)),
+        *(b_KN.data_ptr(), DTYPES.index(b_KN.dtype), b_KN.stride(1), b_KN.stride(0)),
+        None if bias is None else bias.data_ptr(),
+        *(out.data_ptr(), m, n, k),
+        torch.get_num_threads() if m * n * k > _SERIAL else 1,
+    )
+    return out
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The kernel reads any strides, and is fast when one of them is 1."""
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _gemm_shape(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
+    return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=torch.float32)
+
+
+_SERIAL = 32**3
+"""Multiply-adds below which waking the other threads costs more than they save."""
+_OPS = Library("lp", "FRAGMENT")
+_OPS.define("gemm_fp32(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+_OPS.impl("gemm_fp32", _gemm, "CPU")
+register_fake("lp::gemm_fp32", _gemm_shape, lib=_OPS)
