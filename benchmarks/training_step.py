@@ -9,8 +9,6 @@ profiler.
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks._timing import median_ms
 from lpcompile import lpcompile
 
 
@@ -52,16 +51,7 @@ def main() -> None:
 
 def _compare(shape: Shape, policy: str, rounds: int) -> None:
     steps = _contenders(shape, policy)
-    for step in steps.values():
-        step()
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = median_ms(dict(steps), rounds)
     table = Table(
         "step",
         "median ms",

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from launch.config import ConfigError
-from runtime.errors import nearest_names
+from lpcompile.errors import did_you_mean, nearest_names
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -28,7 +28,7 @@ def run_benchmarks(name: str | None, arguments: list[str], folder: Path = FOLDER
             "there are no benchmarks", where=str(folder), hint="a checkout of the project, which holds them"
         )
     if name is not None and name not in known:
-        raise ConfigError(f'"{name}" is not a benchmark', hint=nearest_names(name, tuple(known)))
+        raise ConfigError(did_you_mean(f'"{name}" is not a benchmark', nearest_names(name, tuple(known))))
     for each in [name] if name else list(known):
         print(f"== {each}: {known[each]}", flush=True)
         command = [sys.executable, "-m", f"{folder.name}.{each}", *arguments]

@@ -14,6 +14,7 @@ import typer
 from launch.bench import find_benchmarks, run_benchmarks
 from launch.checkpoint import find_checkpoint, read_record
 from launch.config import RunConfig, flag_of, load_config
+from launch.inspect_commands import inspect_app
 from launch.launcher import WorkerError, check_run, launch, leave_last_words
 from launch.policy_commands import policy_app
 from launch.summary import present
@@ -23,11 +24,11 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="One policy file for every number format a model trains in."
 )
 app.add_typer(policy_app, name="policy")
+app.add_typer(inspect_app, name="inspect")
 
 # Verbs of the design that this version does not have.
 _PLANNED = {
     "opt": "run passes over a graph file",
-    "inspect": "show the graph of a model",
     "quantize": "calibrate and quantize a trained model",
     "search": "find a policy under a budget",
     "export": "write a quantized model for another runtime",
@@ -54,7 +55,8 @@ def run(arguments: list[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         verb = context.command_path if context else "lpcompile"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _complain(f"{verb}: {message.rstrip('.')}. Try {verb} --help.")
+        if message:  # none: a verb without arguments, whose help stands on stdout
+            _complain(f"{verb}: {message.rstrip('.')}{'' if message.endswith('?') else '.'} Try {verb} --help.")
         return 2
     except (typer.Abort, KeyboardInterrupt):
         return 130
@@ -174,7 +176,7 @@ def _bench(
 
 def _refuse(verb: str, what: str) -> Any:
     def refuse() -> None:
-        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, policy or bench")
+        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, policy, inspect or bench")
 
     refuse.__doc__ = f"Not in this version: {what}."
     return refuse

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.errors import LpError, nearest_names
+from lpcompile.errors import LpError, did_you_mean, nearest_names
 
 
 class ConfigError(LpError, ValueError):
@@ -163,8 +163,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str], whole: str) -> C
     field = str(first["loc"][0]) if first["loc"] else ""
     where = origin.get(field, whole)
     if first["type"] == "extra_forbidden":
-        known = tuple(RunConfig.model_fields)
-        return ConfigError(f'"{field}" is not a field of a run', where=where, hint=nearest_names(field, known))
+        hint = nearest_names(field, tuple(RunConfig.model_fields))
+        return ConfigError(did_you_mean(f'"{field}" is not a field of a run', hint), where=where)
     message = str(first["msg"]).removeprefix("Value error, ")
     if not field:
         return ConfigError(message, where=where)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from launch.config import ConfigError, RunConfig
-from runtime.errors import nearest_names
+from lpcompile.errors import did_you_mean, nearest_names
 
 
 def build_model(config: RunConfig, vocab: int) -> nn.Module:
@@ -25,7 +25,8 @@ def sites_for_check(spec: str) -> list[Any]:
     from lpcompile.api import gemm_sites
 
     if spec not in _BUILDERS:
-        raise ConfigError(f'"{spec}" is not a model', where="--model", hint=nearest_names(spec, tuple(_BUILDERS)))
+        what = did_you_mean(f'"{spec}" is not a model', nearest_names(spec, tuple(_BUILDERS)))
+        raise ConfigError(what, where="--model")
     sites: list[Any] = list(gemm_sites(build_model(RunConfig(model=spec), 256)))  # type: ignore[arg-type]
     return sites
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.syntax import Syntax
-from rich.table import Table
+from rich.table import Column, Table
 
 from lpcompile.errors import NotSupported, PolicyError
 from lpcompile.policy import Policy, Resolution, Site
@@ -103,7 +103,8 @@ def _sites_of_model() -> Callable[[str], list[Site]]:
 
 
 def _print_resolution(policy: Policy, step: int, resolution: Resolution) -> None:
-    table = Table("GEMM", "role", "computes in", "decided by", box=None, header_style="bold")
+    name_column = Column("GEMM", no_wrap=True)  # cut to a narrow terminal, c_attn and c_proj would read alike
+    table = Table(name_column, "role", "computes in", "decided by", box=None, header_style="bold")
     for name, spec in resolution.specs.items():
         if spec is None:
             table.add_row(escape(name), "", "left alone", "no rule")

@@ -299,33 +299,34 @@ class Accumulate(Section):
     """What the sums of a GEMM are kept in. A bare format name means that format after every add."""
 
     format: FormatName = "fp32"
-    """fp32, or int32 for two integer operands."""
-    chunk: Any = None
-    """Number of products summed before the sum is rounded to `format`. Not built in this version: refused."""
+    """fp32, another float format that every add is rounded to, or int32 for two integer operands."""
+    chunk: Count | None = None
+    """Number of products summed apart before their sum is added to the total; both sums are in `format`."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_name(cls, value: Any) -> Any:
         return {"format": value} if isinstance(value, str) else value
 
-    @field_validator("format")
-    @classmethod
-    def _check_built(cls, value: str) -> str:
-        if value not in ("fp32", "int32"):
-            raise _not_built(
-                f"accumulating in {value} is not in this version", "fp32, or int32 for two integer operands"
-            )
-        return value
+    @model_validator(mode="after")
+    def _check_built(self) -> "Accumulate":
+        if isinstance(get_format(self.format), IntFormat):
+            if self.format != "int32":
+                raise _not_built(f"accumulating in {self.format} is not in this version", "int32, or a float format")
+            if self.chunk is not None:
+                raise _refusal("integers add exactly, so that chunks change nothing", hint="no chunk", key="chunk")
+        return self
 
-    @field_validator("chunk")
-    @classmethod
-    def _refuse_chunk(cls, value: Any) -> None:
-        if value is not None:
-            raise _not_built("chunked accumulation is not in this version", "accumulate: fp32")
+    def plain(self) -> str | dict[str, Any]:
+        """As a policy file writes it."""
+        return self.format if self.chunk is None else {"format": self.format, "chunk": self.chunk}
+
+    def __str__(self) -> str:
+        return self.format + (f" in chunks of {self.chunk}" if self.chunk else "")
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _or_text(handler(core_schema), handler, {"type": "string", "examples": ["fp32", "int32"]})
+        return _or_text(handler(core_schema), handler, {"type": "string", "examples": ["fp32", "int32", "dlfloat16"]})
 
 
 class _Gemm(Section):
@@ -357,13 +358,13 @@ class _Gemm(Section):
 
     def spec(self) -> GemmSpec:
         lhs, rhs = getattr(self, self.LHS), getattr(self, self.RHS)
-        return GemmSpec(lhs.spec(), rhs.spec(), self.accumulate.format, None, self.out)
+        return GemmSpec(lhs.spec(), rhs.spec(), self.accumulate.format, self.accumulate.chunk, self.out)
 
     def plain(self, twins: bool = False) -> dict[str, Any]:
         """As a policy file writes it, the accumulator and the output always; `twins`: with a and b for x and w."""
         names = {key: twin for twin, key in self.TWINS.items()} if twins else {}
         operands = {names.get(key, key): getattr(self, key).plain() for key in (self.LHS, self.RHS)}
-        return operands | {"accumulate": self.accumulate.format, "out": self.out}
+        return operands | {"accumulate": self.accumulate.plain(), "out": self.out}
 
 
 class Fwd(_Gemm):
@@ -813,7 +814,7 @@ def _describe_rule(index: int, rule: Rule) -> list[str]:
     for role in ROLES:
         if gemm := rule.role(role):
             operands = ", ".join(f"{key} {getattr(gemm, key).spec()}" for key in (gemm.LHS, gemm.RHS))
-            lines.append(f"    {role:<4} {operands}, accumulate {gemm.accumulate.format}, out {gemm.out}")
+            lines.append(f"    {role:<4} {operands}, accumulate {gemm.accumulate}, out {gemm.out}")
     return lines
 
 

@@ -36,6 +36,8 @@ class WireSpec:
                 expected="a format of 8 bits, such as e4m3 or e5m2",
                 got=f"{bits} bits",
             )
+        if not get_format(self.format).signed:
+            raise WireError(f'wire format "{self.format}" has no negative values', expected="a signed format, as e4m3")
         if self.block < 1:
             raise WireError("a block has no elements", where="WireSpec.block", expected=">= 1", got=str(self.block))
 

@@ -15,8 +15,9 @@ from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.cast_library import DTYPES, CastPlan, cast_library, is_readable, num_threads
 from runtime.kernels.cpu.philox import random_plan, signed_seed
-from runtime.numerics.casts import int_range, to_grid
-from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.casts import to_grid
+from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
+from runtime.numerics.grid import int_range
 from runtime.numerics.random import check_counter
 from runtime.numerics.scaling import matrix_shape, tile_shape
 from runtime.numerics.specs import QuantSpec, Rounding, ScaleSpec
@@ -48,7 +49,9 @@ def fast_to_grid_checked(
         return x, bool(x.numel()) and not bool(torch.stack(torch.aminmax(x)).isfinite().all())
     if not _is_served(x, spec, scale):
         cast = partial(to_grid, x, spec, scale, seed=seed, step=step, stream=stream, offset=offset)
-        return cast(), not bool((cast(overflow="unbounded").abs() <= get_format(spec.format).max).all())
+        row = get_format(spec.format)
+        unbounded = cast(overflow="unbounded")
+        return cast(), not bool(((unbounded >= row.min) & (unbounded <= row.max)).all())
     out, beyond = torch.ops.lp.cast_to_grid(
         x.detach().contiguous(), scale, str(spec), signed_seed(seed), step, stream, offset
     )
@@ -57,10 +60,13 @@ def fast_to_grid_checked(
 
 @lru_cache(maxsize=4096)
 def cast_plan(format: str, rounding: Rounding) -> CastPlan | None:
-    """The plan of a cast; None if the loop cannot do it: a constant is no fp32, or min is not -max."""
+    """The plan of a cast; None if the loop cannot do it: a table, a constant that is no fp32, min not -max."""
     row = get_format(format)
+    if isinstance(row, LookupFormat):
+        return None
     if isinstance(row, FloatFormat):
-        shift, smallest, largest, zero = 23 - row.mantissa, row.tiny, row.max, -0.0
+        shift, smallest, largest = 23 - row.mantissa, row.tiny, row.max
+        zero = -0.0 if row.has_negative_zero else 0.0
         low = 2.0**row.emin if row.subnormals else row.tiny
         magic = 2.0**23 * row.quantum if row.subnormals else 2.0 ** (row.emin + 26)
         is_gap = not row.subnormals  # below the smallest value: half of it is a tie, which goes to 0, the even one

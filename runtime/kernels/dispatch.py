@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.errors import NotSupported
 from runtime.kernels import reference, torch_native
+from runtime.kernels.cpu import accumulate as cpu_accumulate
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.numerics.formats import FloatFormat, embeds, get_format
 from runtime.numerics.specs import GemmSpec, Role
@@ -91,6 +92,17 @@ def _consider_cpu(request: GemmRequest) -> Choice | Declined:
     return Choice(name, "cpu_bf16", "format-exact", how)
 
 
+def _consider_cpu_emulation(request: GemmRequest) -> Choice | Declined:
+    """The C++ kernel that rounds after every multiply-add."""
+    spec = request.spec
+    if request.device != "cpu" or request.kind == "conv":
+        return Declined("cpu_emulation", f"it has no {request.kind} on {request.device}")
+    if reason := cpu_accumulate.declines(spec):
+        return Declined("cpu_emulation", reason)
+    how = f"rounds to {_sum_of(spec)} after every add, bitwise the reference"
+    return Choice("cpu_emulation", "cpu_accumulate", "emulated", how)
+
+
 def _can_underflow(spec: GemmSpec) -> bool:
     """Whether a product of two operands can leave fp32's normal range, which the bf16 unit flushes to zero."""
     for operand in (spec.lhs, spec.rhs):
@@ -144,11 +156,18 @@ def _consider_reference(request: GemmRequest) -> Choice | Declined:
 
 _ORDER_BOUND = "order of additions differs, |error| <= (K-1) 2^-24 sum|a b|"
 
-BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (_consider_cpu, _consider_torch, _consider_reference)
+BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (
+    _consider_cpu,
+    _consider_torch,
+    _consider_cpu_emulation,
+    _consider_reference,
+)
 
 
 def multiplier(method: str, spec: GemmSpec) -> Callable[[Tensor, Tensor], Tensor]:
     """The product of two matrices of grid values by `method` of a Choice."""
+    if method == "cpu_accumulate":
+        return lambda a, b: cpu_accumulate.multiply(a, b, spec)
     if method.startswith("cpu"):
         return cpu_gemm.multiply
     if method == "sequential":

@@ -32,5 +32,5 @@ def test_hands_the_exit_code_on(folder: Path) -> None:
 
 
 def test_an_unknown_name_is_told_with_the_known_ones(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r'"god" is not a benchmark. Try "good"'):
+    with pytest.raises(ConfigError, match=r'"god" is not a benchmark. Did you mean "good"'):
         run_benchmarks("god", [], folder)

@@ -30,5 +30,5 @@ def test_sites_for_check_end_with_the_head(family: str) -> None:
 
 
 def test_an_unknown_model_is_told_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r'"gtp" is not a model. Try "gpt"'):
+    with pytest.raises(ConfigError, match=r'"gtp" is not a model. Did you mean "gpt"'):
         sites_for_check("gtp")

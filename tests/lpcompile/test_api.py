@@ -205,6 +205,23 @@ def test_scale_along_the_sum_is_refused_with_the_way_out(tmp_path: Path) -> None
     assert _same(_loss_and_grads(model, call)[1], _loss_and_grads(original, call)[1])
 
 
+def test_low_precision_accumulators_run_emulated(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    sums = "accumulate: {format: dlfloat16, chunk: 64}"
+    roles = f"fwd: {{x: hfp8-143, w: hfp8-143, {sums}}}"
+    roles += f"\n    bwd: {{dy: e5m2, w: hfp8-143, {sums}}}\n    grad: {{dy: e5m2, x: hfp8-143, {sums}}}"
+    file.write_text(f"version: 1\nrules:\n  - match: {{op: linear}}\n    {roles}\n")
+    model, original, call = _build("gpt2")
+    lpcompile(model, file, example_kwargs=call, strict=True)
+    rows = report(model).gemms
+    assert {row.fidelity for row in rows} == {"emulated"}
+    assert {row.accumulate for row in rows} == {"dlfloat16/64"}
+    loss, grads = _loss_and_grads(model, call)
+    expected = _loss_and_grads(original, call)[0]
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 def test_schedule_switches_without_recompiling(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     file.write_text("version: 1\nextends: [hfp8]\nschedule: [{from_step: 0, policy: fp32}, {from_step: 2}]\n")

@@ -277,7 +277,10 @@ ROUNDINGS = st.sampled_from(["nearest_even", "nearest_away", "toward_zero", "sto
 OPERANDS = st.one_of(
     FORMATS, st.fixed_dictionaries({"format": FORMATS}, optional={"rounding": ROUNDINGS, "scale": SCALES})
 )
-OUT = {"out": FORMATS, "accumulate": st.sampled_from(["fp32", {"format": "fp32"}])}
+OUT = {
+    "out": FORMATS,
+    "accumulate": st.sampled_from(["fp32", {"format": "fp32"}, "dlfloat16", {"format": "1-6-9", "chunk": 64}]),
+}
 TABLES = {
     "fwd": st.fixed_dictionaries({}, optional={"x": OPERANDS, "b": OPERANDS, **OUT}),
     "bwd": st.fixed_dictionaries({}, optional={"dy": OPERANDS, "w": OPERANDS, **OUT}),

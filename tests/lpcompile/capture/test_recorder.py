@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lpcompile.capture.install import Variant, install
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import RecordResult
-from tests.models_for_tests import build, image_batch, tiny_gpt2, tiny_llama, token_batch
+from tests.models_for_tests import build, image_batch, tiny_llama, token_batch
 
 
 def is_leaf(module: nn.Module) -> bool:

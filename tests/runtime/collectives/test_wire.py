@@ -8,7 +8,7 @@ import torch
 from runtime.collectives.wire import WireSpec, pack, packed_bytes, unpack
 from runtime.errors import WireError
 
-FORMATS = ["e4m3", "e5m2", "fp8-152", "hfp8-143", "int8"]
+FORMATS = ["e4m3", "e5m2", "fp8-152", "hfp8-143", "int8", "e4m3-fnuz"]
 HALF_ULP = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp8-152": 2.0**-3, "hfp8-143": 2.0**-4}
 
 
@@ -94,6 +94,12 @@ def test_packed_bytes_counts_a_scale_for_the_ragged_block() -> None:
 @pytest.mark.parametrize("format", ["bf16", "e2m1", "int4"])
 def test_refuses_formats_that_are_not_8_bits(format: str) -> None:
     with pytest.raises(WireError, match="8 bits"):
+        WireSpec(format)
+
+
+@pytest.mark.parametrize("format", ["uint8", "e8m0"])
+def test_refuses_formats_without_negative_values(format: str) -> None:
+    with pytest.raises(WireError, match="no negative values"):
         WireSpec(format)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from runtime.errors import NotSupported
+from runtime.kernels.cpu import accumulate as cpu_accumulate
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import GemmSpec, QuantSpec
@@ -17,6 +18,7 @@ def _request(
 @pytest.fixture
 def _no_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_gemm, "gemm_library", lambda: None)
+    monkeypatch.setattr(cpu_accumulate, "accumulate_library", lambda: None)
 
 
 @pytest.mark.usefixtures("_no_cpu_kernel")
@@ -51,12 +53,17 @@ def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidel
         (_request("e4m3", "e4m3", kind="conv"), "torch_native", "fp32", "format-exact"),
         (_request("e4m3", "e4m3", kind="matmul"), "torch_native", "fp32", "format-exact"),
         (_request("fp32", "fp32"), "torch_native", "as_is", "format-exact"),
+        (_request("e4m3", "e4m3", "1-6-9", chunk=64), "cpu_emulation", "cpu_accumulate", "emulated"),
+        (_request("e4m3", "e4m3", "1-6-9", kind="matmul"), "cpu_emulation", "cpu_accumulate", "emulated"),
+        (_request("bf16", "bf16", "1-6-9"), "reference", "sequential", "emulated"),
+        (_request("e4m3", "e4m3", "fp32", chunk=64), "reference", "sequential", "emulated"),
     ],
 )
 def test_choice_with_the_cpu_kernel(
     monkeypatch: pytest.MonkeyPatch, request_: GemmRequest, backend: str, method: str, fidelity: str
 ) -> None:
     monkeypatch.setattr(cpu_gemm, "gemm_library", object)
+    monkeypatch.setattr(cpu_accumulate, "accumulate_library", object)
     choice = choose(request_)
     assert (choice.backend, choice.method, choice.fidelity) == (backend, method, fidelity)
 
@@ -76,6 +83,6 @@ def test_the_reason_tells_who_declined() -> None:
 def test_refusal_names_every_reason() -> None:
     with pytest.raises(
         NotSupported,
-        match=r"cpu: it has no conv on cpu; torch_native: torch has no int8 conv; reference: it has no convolution",
+        match=r"torch_native: torch has no int8 conv; cpu_emulation: it has no conv on cpu; reference: it has no conv",
     ):
         choose(_request("int8", "int8", "int32", kind="conv"))

@@ -8,7 +8,7 @@ from runtime.errors import FormatError
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.specs import GRANULARITIES, ROUNDINGS, SCALE_RULES, GemmSpec, LayerSpec, QuantSpec, ScaleSpec
 
-formats = st.sampled_from([*FORMATS, "1-6-9", "1-4-3:bias=11,top=none", "int5"])
+formats = st.sampled_from([*FORMATS, "1-6-9", "1-4-3:bias=11,top=none", "int5", "int8:range=full", "pow2:bits=5,max=0"])
 blocks = st.tuples(st.integers(1, 256), st.integers(1, 256))
 scales = st.one_of(
     st.builds(ScaleSpec, st.just("block"), st.sampled_from(SCALE_RULES), blocks),

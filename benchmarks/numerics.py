@@ -1,0 +1,103 @@
+"""Casts against a copy, and GEMMs with fp32 results against torch.mm in fp32, on the CPU, in one run.
+
+    python -m benchmarks.numerics [--rounds 9] [--threads 2]
+
+Casts: 16.8 M fp32 elements, time over that of `out.copy_(x)`; the casts allocate their result, the copy does not.
+GEMMs: rate over that of torch.mm on the same values in fp32, packing included; FWD is NT, BWD NN, GRAD TN.
+Emulated: operands e4m3, rounded to the accumulator's format after every multiply-add, in chunks of 64.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks._timing import median_ms
+from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cpu import accumulate
+from runtime.kernels.cpu.accumulate import accumulate_library
+from runtime.kernels.cpu.gemm import gemm_library, multiply
+from runtime.numerics.scaling import compute_scale
+from runtime.numerics.specs import GemmSpec, QuantSpec
+
+CASTS = (
+    "e4m3", "1-6-9", "dlfloat16", "hfp8-143", "e5m2", "bf16", "int8 nearest_even tensor/amax",
+    "e4m3 nearest_even row/amax",
+    "e4m3 nearest_even block[1,128]/amax", "e4m3 stochastic",
+)  # fmt: skip
+GEMMS = ((512, 512, 512), (1024, 1024, 1024), (2048, 768, 3072))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each contender (default: 9)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    console.print(_casts(options.rounds))
+    console.print(_gemms(options.rounds))
+
+
+def _casts(rounds: int) -> Table:
+    x = torch.randn(4096, 4096)
+    out = torch.empty_like(x)
+    contenders: dict[str, Callable[[], object]] = {"out.copy_(x)": lambda: out.copy_(x)}
+    contenders["x.to(e4m3).float()"] = lambda: x.to(torch.float8_e4m3fn).float()
+    for text in CASTS:
+        contenders[text] = _cast(x, QuantSpec.parse(text))
+    times = median_ms(contenders, rounds)
+    table = Table("cast of 16.8 M fp32", "ms", "x copy", title="casts: lower is better; memory's limit is 1")
+    for name, each in times.items():
+        table.add_row(name, f"{each:.1f}", f"{each / times['out.copy_(x)']:.2f}")
+    return table
+
+
+def _cast(x: Tensor, spec: QuantSpec) -> Callable[[], Tensor]:
+    return lambda: fast_to_grid(x, spec, compute_scale(x, spec))
+
+
+def _gemms(rounds: int) -> Table:
+    table = Table(
+        "M x K x N", "contender", "GFLOP/s", "x fp32", title="GEMMs: higher is better; the units' limit is 2 and 4"
+    )
+    if gemm_library() is None:
+        table.caption = "the cpu backend is missing here: no C++ compiler, or no AVX512-BF16 and VNNI"
+        return table
+    for m, k, n in GEMMS:
+        a, b = (torch.randn(*shape).bfloat16().float() for shape in ((m, k), (k, n)))
+        a_t, b_t = a.t().contiguous().t(), b.t().contiguous().t()
+        half_a, half_b = a.bfloat16(), b.bfloat16()
+        int_a = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+        int_b = torch.randint(-127, 128, (n, k), dtype=torch.int8).t()
+        contenders: dict[str, Callable[[], object]] = {
+            "torch.mm fp32": lambda a=a, b=b: a @ b,
+            "FWD, NT": lambda a=a, b=b_t: multiply(a, b),
+            "BWD, NN": lambda a=a, b=b: multiply(a, b),
+            "GRAD, TN": lambda a=a_t, b=b: multiply(a, b),
+            "bf16 tensors, NN": lambda a=half_a, b=half_b: multiply(a, b),
+            "torch.mm bf16, rounded to bf16": lambda a=half_a, b=half_b: a @ b,
+            "int8, NT": lambda a=int_a, b=int_b: multiply(a, b),
+            "torch._int_mm": lambda a=int_a, b=int_b: torch._int_mm(a, b),
+        }
+        for name in ("1-6-9", "dlfloat16") if accumulate_library() else ():
+            spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e4m3"), name, 64)
+            contenders[f"emulated {name}/64"] = _emulated(fast_to_grid(a, spec.lhs, None), b, spec)
+        times = median_ms(contenders, rounds)
+        for name, each in times.items():
+            rate = 2e-6 * m * k * n / each
+            table.add_row(f"{m} x {k} x {n}", name, f"{rate:.0f}", f"{times['torch.mm fp32'] / each:.2f}")
+        table.add_section()
+    return table
+
+
+def _emulated(a: Tensor, b: Tensor, spec: GemmSpec) -> Callable[[], Tensor]:
+    grid = fast_to_grid(b, spec.rhs, None)
+    return lambda: accumulate.multiply(a, grid, spec)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The emulation kernel: GEMMs that round to the accumulator's format after every multiply-add, by accumulate.cpp.
+
+Bitwise equal to runtime/kernels/reference.py, which is exact by float64 and rounding to odd. Here the sum is fp32. With
+s the significant bits of a product (those of the operands, added) and m the fraction bits of the accumulator:
+
+    exact products   s <= 24, and the smallest product is no fp32 underflow
+    direct           nearest rounding and s <= min(22 - m, m + 1): then rounding the fp32 sum is rounding the exact sum
+    scaled           direct, for an accumulator with subnormals whose exponents fit below those of fp32
+    odd              m <= 21: the fp32 sum is rounded to odd first
+
+Why direct is right: a double rounding needs an inexact fp32 sum that lands on a midpoint of the accumulator's grid. The
+accumulated value is on the grid, so the product alone must reach from the midpoint's bit, m + 1, past bit 23:
+s >= 23 - m. Where the product is the larger of the two it is on the grid itself, s <= m + 1, and the smaller one, at
+most m + 1 bits long, cannot hold the midpoint's bit and one past bit 23 at once.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.cast import cast_plan
+from runtime.kernels.cpu.build import load_library
+from runtime.kernels.cpu.cast_library import CastPlan
+from runtime.numerics.formats import FloatFormat, IntFormat, get_format
+from runtime.numerics.specs import GemmSpec
+
+SOURCE = Path(__file__).with_name("accumulate.cpp")
+
+
+@lru_cache(maxsize=1)
+def accumulate_library() -> ctypes.CDLL | None:
+    """The library, built at the first call; None without a compiler or without AVX-512."""
+    library = load_library(SOURCE)
+    if library is None or not library.lp_accumulate_is_supported():
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    operand = (pointer, size, size)
+    plan = ctypes.POINTER(CastPlan)
+    library.lp_accumulate.argtypes = (
+        *(plan, ctypes.c_float, *operand, *operand),
+        *(pointer, size, size, size, size, ctypes.c_int),
+    )
+    library.lp_accumulate.restype = None
+    return library
+
+
+def declines(spec: GemmSpec) -> str | None:
+    """Why the kernel cannot run this GEMM; None if it can."""
+    row = get_format(spec.accumulate)
+    if not isinstance(row, FloatFormat):
+        return f"it sums in floats, not in {spec.accumulate}"
+    if row.mantissa > 21 or cast_plan(spec.accumulate, row.rounding) is None:
+        return f"{spec.accumulate} leaves no room in fp32 to round to odd"
+    if _product_bits(spec) > 24 or _smallest_product(spec) < 2.0**-149:
+        return f"products of {spec.lhs.format} and {spec.rhs.format} are not exact in fp32"
+    if any(operand.scale is not None and operand.scale.rule == "pow2" for operand in (spec.lhs, spec.rhs)):
+        return "a scale inside the sum may leave fp32"
+    if accumulate_library() is None:
+        return "no C++ compiler, or a CPU without AVX-512"
+    return None
+
+
+def is_direct(spec: GemmSpec) -> bool:
+    """Whether rounding the fp32 sum is rounding the exact sum; see the top of this file."""
+    row = get_format(spec.accumulate)
+    assert isinstance(row, FloatFormat)
+    nearest = row.rounding in ("nearest_even", "nearest_away")
+    return nearest and _product_bits(spec) <= min(22 - row.mantissa, row.mantissa + 1)
+
+
+def path_scale(spec: GemmSpec) -> float:
+    """How the kernel shall round: the power of two of `scaled` where that is possible, 0 for direct, -1 for odd."""
+    row = get_format(spec.accumulate)
+    assert isinstance(row, FloatFormat)
+    if not is_direct(spec):
+        return -1.0
+    scale = 2.0 ** (-126 - row.emin)
+    fits = row.subnormals and row.emin > -126 and _smallest_product(spec) * scale >= 2.0**-149
+    lhs = get_format(spec.lhs.format)
+    return scale if fits and (lhs.quantum if isinstance(lhs, FloatFormat) else 1.0) * scale >= 2.0**-126 else 0.0
+
+
+def multiply(a: Tensor, b: Tensor, spec: GemmSpec) -> Tensor:
+    """(..., M, K) x (..., K, N) -> (..., M, N) in fp32. Values must be on the grids that `spec` names."""
+    if a.dim() > 2 or b.dim() > 2:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        left, right = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
+        out = torch.stack([_multiply(x, y, spec) for x, y in zip(left, right)])
+        return out.view(*batch, *out.shape[-2:])
+    return _multiply(a, b, spec)
+
+
+def _multiply(a_MK: Tensor, b_KN: Tensor, spec: GemmSpec) -> Tensor:
+    library, row = accumulate_library(), get_format(spec.accumulate)
+    assert library is not None
+    a_MK, b_KN = a_MK.float(), b_KN.float()
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    out = torch.empty(m, n)
+    library.lp_accumulate(
+        *(cast_plan(spec.accumulate, row.rounding), path_scale(spec)),
+        *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
+        *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
+        *(out.data_ptr(), m, n, k, spec.chunk or max(k, 1)),
+        torch.get_num_threads() if m * n * k > _SERIAL else 1,
+    )
+    return out
+
+
+def _product_bits(spec: GemmSpec) -> int:
+    return sum(_significant_bits(operand.format) for operand in (spec.lhs, spec.rhs))
+
+
+def _significant_bits(name: str) -> int:
+    row = get_format(name)
+    if isinstance(row, IntFormat):
+        return int(max(row.max, -row.min)).bit_length()
+    return row.mantissa + 1 if isinstance(row, FloatFormat) else 24
+
+
+def _smallest_product(spec: GemmSpec) -> float:
+    rows = [get_format(operand.format) for operand in (spec.lhs, spec.rhs)]
+    quanta = [row.quantum if isinstance(row, FloatFormat) else 1.0 for row in rows]
+    return quanta[0] * quanta[1]
+
+
+_SERIAL = 16**3
+"""Multiply-adds below which waking the other threads costs more than they save."""

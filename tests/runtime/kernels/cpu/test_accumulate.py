@@ -1,0 +1,94 @@
+"""The emulation kernel is the reference, bit for bit: operands, accumulators, chunks, layouts, NaN and Inf."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.kernels import reference
+from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cpu.accumulate import accumulate_library, declines, multiply, path_scale
+from runtime.numerics.specs import GemmSpec, QuantSpec
+
+pytestmark = pytest.mark.skipif(accumulate_library() is None, reason="needs a C++ compiler and AVX-512")
+
+OPERANDS = [("e4m3", "e4m3"), ("e5m2", "hfp8-143"), ("dlfloat16", "dlfloat16"), ("int8", "e4m3"), ("fp16", "fp16")]
+ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "e4m3", "tf32"]
+
+
+def _spec(lhs: str, rhs: str, accumulate: str, chunk: int | None = None) -> GemmSpec:
+    return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, chunk)
+
+
+def _operands(spec: GemmSpec, m: int, k: int, n: int, size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = fast_to_grid(torch.randn(m, k, generator=generator) * size, spec.lhs, None)
+    return a, fast_to_grid(torch.randn(k, n, generator=generator) * size, spec.rhs, None)
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATORS)
+@pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
+def test_equals_the_reference(operands: tuple[str, str], accumulate: str) -> None:
+    for k, chunk in ((0, None), (1, None), (33, None), (130, 64), (64, 1), (70, 7)):
+        spec = _spec(*operands, accumulate, chunk)
+        assert declines(spec) is None
+        for size in (1.0, 2.0**-8, 30.0):
+            a, b = _operands(spec, 9, k, 37, size)
+            assert torch.equal(multiply(a, b, spec), reference.multiply(a, b, spec)), (k, chunk, size)
+
+
+def test_every_path_is_taken() -> None:
+    assert path_scale(_spec("e4m3", "e4m3", "1-6-9")) == 2.0**-96
+    assert path_scale(_spec("e4m3", "e4m3", "dlfloat16")) == 0.0
+    assert path_scale(_spec("dlfloat16", "dlfloat16", "1-6-9")) == -1.0
+
+
+def test_fused_multiply_add_rounds_once() -> None:
+    """design.md section 3: through an fp32 sum this would end at 1.001953125."""
+    a = torch.tensor([[1.0, 1 + 2.0**-9]])
+    b = torch.tensor([[1.0], [(1 + 510 / 512) * 2.0**-11]])
+    assert multiply(a, b, _spec("dlfloat16", "dlfloat16", "dlfloat16")).item() == 1.0
+
+
+@pytest.mark.parametrize("accumulate", ["1-6-9", "dlfloat16"])
+def test_layout_threads_and_batches_change_nothing(accumulate: str) -> None:
+    spec = _spec("e4m3", "e4m3", accumulate, 64)
+    a, b = _operands(spec, 50, 200, 70, 1.0)
+    expected = multiply(a, b, spec)
+    assert torch.equal(multiply(a.t().contiguous().t(), b.t().contiguous().t(), spec), expected)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(multiply(a, b, spec), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(multiply(a.expand(2, 3, 50, 200), b, spec)[1, 2], expected)
+
+
+@pytest.mark.parametrize("accumulate", ["1-6-9", "dlfloat16", "e5m2"])
+def test_nan_stays_and_inf_saturates_as_in_the_reference(accumulate: str) -> None:
+    spec = _spec("e4m3", "e4m3", accumulate, 16)
+    a, b = _operands(spec, 9, 40, 20, 1.0)
+    a[1, 3], a[2, 5], a[4, 0] = float("nan"), float("inf"), -float("inf")
+    result, expected = multiply(a, b, spec), reference.multiply(a, b, spec)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
+def test_swamping_and_its_cure() -> None:
+    ones = torch.ones(1, 4096)
+    assert multiply(ones, ones.t(), _spec("e4m3", "e4m3", "1-6-9")).item() == 1024
+    assert multiply(ones, ones.t(), _spec("e4m3", "e4m3", "1-6-9", 64)).item() == 4096
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (_spec("fp32", "e4m3", "1-6-9"), "not exact in fp32"),
+        (_spec("bf16", "bf16", "1-6-9"), "not exact in fp32"),
+        (_spec("e4m3", "e4m3", "fp32"), "no room in fp32"),
+        (_spec("int8", "int8", "int32"), "sums in floats"),
+        (_spec("e4m3 nearest_even block[1,32]/pow2", "e4m3", "1-6-9"), "scale inside the sum"),
+    ],
+)
+def test_what_it_cannot_do_exactly_it_declines(spec: GemmSpec, reason: str) -> None:
+    assert reason in (declines(spec) or "")
