@@ -315,7 +315,7 @@ class LookupFormat:
         finite = [value for value in self.values if not math.isnan(value)]
         rules = [
             (len(self.values) == 2**self.bits, "2^bits values"),
-            (all(unpack("f", pack("f", value))[0] == value for value in finite), "values of fp32"),
+            (all(abs(v) < 2.0**128 and unpack("f", pack("f", v))[0] == v for v in finite), "values of fp32"),
             (len(set(finite)) == len(finite) - self.has_negative_zero >= 2, "two different values or more"),
         ]
         for holds, rule in rules:

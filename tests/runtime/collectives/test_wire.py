@@ -9,7 +9,7 @@ from runtime.collectives.wire import WireSpec, pack, packed_bytes, unpack
 from runtime.errors import WireError
 
 FORMATS = ["e4m3", "e5m2", "fp8-152", "hfp8-143", "int8", "e4m3-fnuz"]
-HALF_ULP = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp8-152": 2.0**-3, "hfp8-143": 2.0**-4}
+HALF_ULP = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp8-152": 2.0**-3, "hfp8-143": 2.0**-4, "e4m3-fnuz": 2.0**-4}
 
 
 def through(x: torch.Tensor, spec: WireSpec) -> torch.Tensor:
@@ -31,7 +31,8 @@ def test_error_is_at_most_half_an_ulp_of_the_format(format: str, numel: int) -> 
     assert y.shape == x.shape
     padded = torch.nn.functional.pad(x, (0, -numel % 256)).view(-1, 256).double()
     amax = padded.abs().amax(1, keepdim=True).expand_as(padded).flatten()[:numel]
-    step_at_bottom = {"e4m3": 2.0**-9 / 448, "hfp8-143": 2.0**-13 / 30, "int8": 1 / 127}.get(format, 2.0**-16 / 57344)
+    steps = {"e4m3": 2.0**-9 / 448, "hfp8-143": 2.0**-13 / 30, "int8": 1 / 127, "e4m3-fnuz": 2.0**-10 / 240}
+    step_at_bottom = steps.get(format, 2.0**-16 / 57344)
     bound = torch.maximum(x.abs().double() * HALF_ULP.get(format, 0.0), amax * step_at_bottom / 2)
     assert ((y.double() - x.double()).abs() <= bound * (1 + 1e-6)).all()
 

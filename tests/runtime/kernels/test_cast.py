@@ -222,6 +222,22 @@ def test_nothing_is_built_by_importing() -> None:
     assert done.stdout.strip() == "0"
 
 
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("fp4-radix4", [159.0, -64.0], [161.0]),
+        ("nf4", [1.0, -1.1], [1.2]),
+        ("uint8", [0.0, 255.4], [-3.0]),
+        ("int8:range=full", [-128.0, 127.0], [128.0]),
+        ("e4m3-fnuz", [240.0, -247.0], [250.0]),
+    ],
+)
+def test_checked_knows_the_range_of_every_kind_of_format(name: str, inside: list[float], outside: list[float]) -> None:
+    spec = QuantSpec(name)
+    assert not fast_to_grid_checked(torch.tensor(inside), spec, None)[1]
+    assert fast_to_grid_checked(torch.tensor(outside), spec, None)[1]
+
+
 def test_every_rounding_of_every_row_has_a_plan_but_of_tables_and_unsigned() -> None:
     modes: tuple[Rounding, ...] = ROUNDINGS
     assert {name for name in FORMATS for mode in modes if cast_plan(name, mode) is None} == DECLINED - {

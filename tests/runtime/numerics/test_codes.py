@@ -35,7 +35,9 @@ def test_a_table_in_any_order() -> None:
     assert (row.min, row.max, row.tiny, row.codes, row.signed, row.has_nan) == (-2, 3, 0.5, 3, True, True)
 
 
-@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0), (1.0, 1.0), (0.1, 1.0), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    "values", [(1.0, 2.0, 3.0), (1.0, 1.0), (0.1, 1.0), (math.nan, 1.0), (math.inf, 1.0), (1e300, 1.0)]
+)
 def test_what_is_no_table(values: tuple[float, ...]) -> None:
     with pytest.raises(FormatError, match="is not a lookup format"):
         LookupFormat("bad", values)
