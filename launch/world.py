@@ -1,5 +1,6 @@
 """The world of a worker: who it is among the ranks, on which device, and the process group that joins them."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from launch.config import ConfigError, RunConfig
+from runtime.collectives.deepspeed import detach_all
 from runtime.collectives.process_group import init_process_group_safely, set_group_timeouts
 from runtime.errors import LpError
 
@@ -70,6 +72,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
             restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
     finally:
+        detach_all()
+        gc.collect()  # engines hold groups in cycles, and a group that outlives this point can abort the process
         dist.destroy_process_group()
 
 

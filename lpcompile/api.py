@@ -180,6 +180,8 @@ def _compile_phase(
             counted["lp.quantize"] = num_op(program, "lp.quantize")
 
     records = run_passes(program, parse_passes(PIPELINES["default"], PASSES), after_each=count_casts)
+    for name in program.specs.keys() - program.choices.keys() - program.refusals.keys():
+        program.refusals[name] = "no graph of the model holds this GEMM"
     return PhaseCode(from_step, policy, program, resolution, records, counted["lp.quantize"])
 
 

@@ -29,9 +29,9 @@ class Annotate(Pass):
             for node in graph.nodes:
                 site = node.meta.get(SITE)
                 spec = program.specs.get(site) if site else None
-                gemm = read_gemm(node) if spec else None
-                if spec is None or gemm is None:
+                if spec is None:
                     continue
+                gemm = read_gemm(node) or Unreadable(str(node.target), "the compiler does not read this op as a GEMM")
                 spec = _as_stored(gemm, spec)
                 reason = _refusal(gemm, spec, program.device)
                 if reason:

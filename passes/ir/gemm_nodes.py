@@ -94,7 +94,7 @@ _FUSED_ATTENTION = (
 _NO_LP_FORM = "this op has no lp form yet"
 
 _READERS: dict[Any, Callable[[fx.Node], GemmNode | Unreadable]] = {
-    F.linear: _read_linear,
+    torch._C._nn.linear: _read_linear,  # F.linear, by the name that ZeRO-3 does not replace in the whole process
     linear_kn: _read_linear_kn,
     F.conv1d: _read_conv(1),
     F.conv2d: _read_conv(2),

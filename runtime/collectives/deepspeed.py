@@ -98,6 +98,12 @@ def detach(engine: Any) -> None:
         _remove_globals()
 
 
+def detach_all() -> None:
+    """Detach every engine, so that nothing here keeps its process groups alive into the end of the interpreter."""
+    for attachment in list(_ATTACHED):
+        detach(attachment.engine)
+
+
 def assert_active(engine: Any) -> None:
     """WireError if no gradient of `engine` has been compressed, though it should: call it after the first step.
 

@@ -345,6 +345,23 @@ def test_attach_advances_after_each_step() -> None:
     assert run_state(model).step == 2
 
 
+def test_a_replaced_functional_linear_hides_no_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 replaces torch.nn.functional.linear for the whole process; leaves compiled afterwards are still reached."""
+    original = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args, **kwargs: original(*args, **kwargs))
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "fp8-rowwise", strict=True)
+    rows = report(model).gemms
+    assert len(rows) == 6
+    assert all(row.runs_as_policy_says for row in rows)
+
+
+def test_a_named_gemm_that_no_graph_holds_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passes.annotate.read_gemm", lambda node: None)
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(LoweringError, match="does not read this op as a GEMM"):
+        lpcompile(model, "fp8-rowwise", strict=True)
+
+
 def test_fused_recurrences_and_attention_are_named_as_unreached() -> None:
     model = nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.ConvTranspose2d(3, 3, 2))
     lpcompile(model, "hfp8")
