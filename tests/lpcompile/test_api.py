@@ -346,7 +346,7 @@ def test_attach_advances_after_each_step() -> None:
 
 
 def test_a_replaced_functional_linear_hides_no_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO-3 replaces torch.nn.functional.linear for the whole process; leaves compiled afterwards are still reached."""
+    """ZeRO-3 replaces torch.nn.functional.linear in the whole process; leaves compiled afterwards are reached."""
     original = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args, **kwargs: original(*args, **kwargs))
     model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "fp8-rowwise", strict=True)
