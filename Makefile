@@ -19,11 +19,12 @@ help: ## show this list
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	@# torch first and alone, so that the pinned CPU build satisfies everything after it
+	@# torch first and alone, so that the pinned CPU build, or the torch that is there, satisfies everything after it
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(INDEX) -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt setuptools ninja numpy
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,deepspeed]'
+	@sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt setuptools ninja numpy
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev,deepspeed]'
 	@touch $@
 
 train: $(STAMP) ## train the default GPT with hfp8 on 2 DeepSpeed workers, then in fp32, and compare
