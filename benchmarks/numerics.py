@@ -65,7 +65,7 @@ def _gemms(rounds: int) -> Table:
         "M x K x N", "contender", "GFLOP/s", "x fp32", title="GEMMs: higher is better; the units' limit is 2 and 4"
     )
     if gemm_library() is None:
-        table.caption = "the cpu backend is missing here: no C++ compiler, or no AVX512-BF16 and VNNI"
+        table.caption = "the cpu backend is missing here: no C++ compiler, or no AVX512-BF16"
         return table
     for m, k, n in GEMMS:
         a, b = (torch.randn(*shape).bfloat16().float() for shape in ((m, k), (k, n)))
@@ -80,8 +80,7 @@ def _gemms(rounds: int) -> Table:
             "GRAD, TN": lambda a=a_t, b=b: multiply(a, b),
             "bf16 tensors, NN": lambda a=half_a, b=half_b: multiply(a, b),
             "torch.mm bf16, rounded to bf16": lambda a=half_a, b=half_b: a @ b,
-            "int8, NT": lambda a=int_a, b=int_b: multiply(a, b),
-            "torch._int_mm": lambda a=int_a, b=int_b: torch._int_mm(a, b),
+            "int8 (torch._int_mm), to fp32": lambda a=int_a, b=int_b: torch._int_mm(a, b).float(),
         }
         for name in ("1-6-9", "dlfloat16") if accumulate_library() else ():
             spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e4m3"), name, 64)

@@ -70,22 +70,19 @@ def choose(request: GemmRequest) -> Choice:
 
 
 def _consider_cpu(request: GemmRequest) -> Choice | Declined:
-    """The C++ GEMMs: bf16 or int8 units, and unlike torch's a result in fp32."""
+    """The C++ GEMM: bf16 units, and unlike torch's a result in fp32."""
     name, spec = cpu_gemm.NAME, request.spec
     lhs, rhs = get_format(spec.lhs.format), get_format(spec.rhs.format)
     if request.device != "cpu" or request.kind not in ("linear", "linear_kn"):
         return Declined(name, f"it has no {request.kind} on {request.device}")
-    is_int = spec.lhs.format == spec.rhs.format == "int8" and spec.accumulate == "int32"
-    if not is_int and (spec.accumulate != "fp32" or spec.chunk is not None):
+    if spec.accumulate != "fp32" or spec.chunk is not None:
         return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
     if not (embeds(lhs, "bf16") and embeds(rhs, "bf16")):
         return Declined(name, f"{spec.lhs.format} x {spec.rhs.format} does not embed in bf16")
     if spec.out == "bf16":
         return Declined(name, "torch's own bf16 GEMM has this output")
     if cpu_gemm.gemm_library() is None:
-        return Declined(name, "no C++ compiler, or a CPU without AVX512-BF16 and VNNI")
-    if is_int:
-        return Choice(name, "cpu_int8", "bitwise", "int8 products add exactly in int32")
+        return Declined(name, "no C++ compiler, or a CPU without AVX512-BF16")
     how = f"{spec.lhs.format} and {spec.rhs.format} embed in bf16, fp32 sums; {_ORDER_BOUND}"
     if _can_underflow(spec):
         return Choice(name, "cpu_bf16", "bounded", f"{how}; operands, products and sums below 2^-126 count as 0")
@@ -168,7 +165,7 @@ def multiplier(method: str, spec: GemmSpec) -> Callable[[Tensor, Tensor], Tensor
     """The product of two matrices of grid values by `method` of a Choice."""
     if method == "cpu_accumulate":
         return lambda a, b: cpu_accumulate.multiply(a, b, spec)
-    if method.startswith("cpu"):
+    if method == "cpu_bf16":
         return cpu_gemm.multiply
     if method == "sequential":
         return lambda a, b: reference.multiply(a, b, spec)

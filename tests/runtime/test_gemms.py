@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.contractions import ConvGeometry, linear_kn
+from runtime.errors import NotSupported
 from runtime.gemms import GemmPlan, cast, parse_geometry, print_geometry, run_gemm
+from runtime.kernels import torch_native
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics import quantize
 from runtime.numerics.scaling import compute_scale, expand_scale
@@ -179,6 +181,12 @@ def test_int8_sums_are_exact() -> None:
     qx, qw = cast(x, layer.fwd.lhs, None, 0, 0), cast(w, layer.fwd.rhs, None, 0, 0)
     sums = (qx.grid.long().reshape(-1, 16) @ qw.grid.long().t()).float().view(3, 5, 7)
     assert torch.equal(results["y"], sums * qx.scale * qw.scale.reshape(1, -1) + b)
+
+
+def test_an_int8_sum_that_could_leave_int32_is_refused() -> None:
+    long = torch.ones(1, 140_000, dtype=torch.int8)
+    with pytest.raises(NotSupported, match="can overflow int32"):
+        torch_native.multiply(long, long.t())
 
 
 def test_gradient_beyond_the_format_saturates_and_is_told() -> None:

@@ -1,9 +1,6 @@
-// GEMM: C_MN = A_MK B_KN (+ bias_N) in fp32, for operands that embed exactly in bf16 or int8, on AVX-512.
-//
-//   bf16   vdpbf16ps: two products a step, summed in fp32. Operands are fp32 or bf16 tensors whose values are bf16 values:
-//          the upper half of an fp32 is its bf16, exactly. Subnormal bf16 operands count as zero.
-//   int8   vpdpbusd: four products a step, summed in int32, which is exact. A is shifted to unsigned, a + 128, and
-//          128 sum_k b_kn is taken off again.
+// GEMM: C_MN = A_MK B_KN (+ bias_N) in fp32, for operands that embed exactly in bf16, by vdpbf16ps: two products a step,
+// summed in fp32. Operands are fp32 or bf16 tensors whose values are bf16 values: the upper half of an fp32 is its bf16,
+// exactly. Subnormal bf16 operands count as zero.
 //
 // Both operands are packed once: panels of 12 rows of A and 32 columns of B, in which the k that one step consumes lie
 // together in 32 bits. A task computes a block of C, 96 x 512, over all of K in chunks that keep a panel of B in L1 and
@@ -18,7 +15,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 
 namespace {
 
@@ -29,35 +26,21 @@ constexpr int64_t kRowBlock = 8 * kRows, kColumnBlock = 16 * kColumns;
 // An operand seen from outside in: element (i, k) lies at data[i * outer + k * inner], in elements of its dtype.
 struct Operand {
   const void* data;
-  int dtype;  // 0 fp32, 1 bf16, 2 int8
+  int dtype;  // 0 fp32, 1 bf16
   int64_t outer, inner;
 };
 
-struct Bf16 {
-  static constexpr int kGroup = 2;
-  template <typename T>
-  static inline uint32_t bits(T v);
-  static inline __m512i step(__m512i sum, __m512i a, __m512i b) {
-    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
-  }
-};
-
-template <>
-inline uint32_t Bf16::bits(float v) {
+inline uint32_t bits(float v) {
   uint32_t b;
   std::memcpy(&b, &v, 4);
   return b >> 16;
 }
 
-template <>
-inline uint32_t Bf16::bits(uint16_t v) {
-  return v;
-}
+inline uint32_t bits(uint16_t v) { return v; }
 
-struct Int8 {
-  static constexpr int kGroup = 4;
-  static inline __m512i step(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
-};
+inline __m512i step(__m512i sum, __m512i a, __m512i b) {
+  return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
+}
 
 // 16 x 16 words, transposed in registers.
 inline void transpose16(__m512i r[16]) {
@@ -118,8 +101,8 @@ void pack_bf16(const T* data, int64_t outer, int64_t inner, int64_t valid, int64
       for (int64_t i = 0; i < width; ++i) {
         uint32_t word = 0;
         if (i < valid) {
-          word = Bf16::bits(data[i * outer + 2 * s]);
-          if (2 * s + 1 < num_k) word |= Bf16::bits(data[i * outer + 2 * s + 1]) << 16;
+          word = bits(data[i * outer + 2 * s]);
+          if (2 * s + 1 < num_k) word |= bits(data[i * outer + 2 * s + 1]) << 16;
         }
         out[s * width + i] = word;
       }
@@ -130,72 +113,41 @@ void pack_bf16(const T* data, int64_t outer, int64_t inner, int64_t valid, int64
     const T* high = 2 * s + 1 < num_k ? low + inner : nullptr;
     uint32_t* row = out + s * width;
     for (int64_t i = 0; i < valid; ++i)
-      row[i] = Bf16::bits(low[i * outer]) | (high ? Bf16::bits(high[i * outer]) << 16 : 0u);
+      row[i] = bits(low[i * outer]) | (high ? bits(high[i * outer]) << 16 : 0u);
     for (int64_t i = valid; i < width; ++i) row[i] = 0;
   }
 }
 
-// The same for int8: `flip` is 0x80 for the unsigned operand, and `sums`, if not null, gets sum_k of each outer index.
 template <int width>
-void pack_int8(const int8_t* data, int64_t outer, int64_t inner, int64_t valid, int64_t num_k, uint8_t flip,
-               int32_t* sums, uint32_t* out) {
-  const int64_t steps = (num_k + 3) / 4;
-  const uint32_t nothing = 0x01010101u * flip;
-  if (sums) std::fill(sums, sums + width, 0);
-  for (int64_t s = 0; s < steps; ++s)
-    for (int64_t i = 0; i < width; ++i) {
-      uint32_t word = nothing;
-      if (i < valid) {
-        word = 0;
-        const int64_t last = std::min<int64_t>(4, num_k - 4 * s);
-        for (int64_t e = 0; e < 4; ++e) {
-          const int8_t v = e < last ? data[i * outer + (4 * s + e) * inner] : int8_t(0);
-          word |= uint32_t(uint8_t(v) ^ flip) << (8 * e);
-          if (sums) sums[i] += v;
-        }
-      }
-      out[s * width + i] = word;
-    }
-}
-
-template <typename Kind, int width>
-void pack_panel(const Operand& x, int64_t first, int64_t count, int64_t num_k, uint8_t flip, int32_t* sums, uint32_t* out) {
+void pack_panel(const Operand& x, int64_t first, int64_t count, int64_t num_k, uint32_t* out) {
   const int64_t valid = std::min<int64_t>(width, count - first), at = first * x.outer;
-  if constexpr (Kind::kGroup == 4)
-    pack_int8<width>(static_cast<const int8_t*>(x.data) + at, x.outer, x.inner, valid, num_k, flip, sums, out);
-  else if (x.dtype == 0)
+  if (x.dtype == 0)
     pack_bf16<width>(static_cast<const float*>(x.data) + at, x.outer, x.inner, valid, num_k, out);
   else
     pack_bf16<width>(static_cast<const uint16_t*>(x.data) + at, x.outer, x.inner, valid, num_k, out);
 }
 
 // tile += panel of A times panel of B over `steps` groups of k.
-template <typename Kind>
 inline void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t steps, __m512i tile[kRows][2]) {
   for (int64_t s = 0; s < steps; ++s, a += kRows, b += kColumns) {
     const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 16);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const __m512i broadcast = _mm512_set1_epi32(int(a[r]));
-      tile[r][0] = Kind::step(tile[r][0], broadcast, left);
-      tile[r][1] = Kind::step(tile[r][1], broadcast, right);
+      tile[r][0] = step(tile[r][0], broadcast, left);
+      tile[r][1] = step(tile[r][1], broadcast, right);
     }
   }
 }
 
-template <typename Kind>
 void gemm(const Operand& a, const Operand& b, const float* bias, float* c, int64_t num_m, int64_t num_n, int64_t num_k,
           int threads) {
-  constexpr bool is_int = Kind::kGroup == 4;
-  const int64_t steps = (num_k + Kind::kGroup - 1) / Kind::kGroup;
+  const int64_t steps = (num_k + 1) / 2;
   const int64_t row_panels = (num_m + kRows - 1) / kRows, column_panels = (num_n + kColumns - 1) / kColumns;
   static thread_local std::vector<uint32_t> scratch;
-  static thread_local std::vector<int32_t> column_sums;
   scratch.resize(size_t(steps * (row_panels * kRows + column_panels * kColumns)) + 16);
-  column_sums.resize(size_t(column_panels * kColumns));
   uint32_t* const packed_b = scratch.data();
   uint32_t* const packed_a = packed_b + steps * column_panels * kColumns;
-  int32_t* const sums = column_sums.data();
   const int64_t row_blocks = (num_m + kRowBlock - 1) / kRowBlock;
   const int64_t column_blocks = (num_n + kColumnBlock - 1) / kColumnBlock;
 
@@ -203,11 +155,10 @@ void gemm(const Operand& a, const Operand& b, const float* bias, float* c, int64
   {
 #pragma omp for schedule(static) nowait
     for (int64_t p = 0; p < column_panels; ++p)
-      pack_panel<Kind, kColumns>(b, p * kColumns, num_n, num_k, 0, is_int ? sums + p * kColumns : nullptr,
-                                 packed_b + p * steps * kColumns);
+      pack_panel<kColumns>(b, p * kColumns, num_n, num_k, packed_b + p * steps * kColumns);
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < row_panels; ++p)
-      pack_panel<Kind, kRows>(a, p * kRows, num_m, num_k, is_int ? 0x80 : 0, nullptr, packed_a + p * steps * kRows);
+      pack_panel<kRows>(a, p * kRows, num_m, num_k, packed_a + p * steps * kRows);
 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < row_blocks * column_blocks; ++task) {
@@ -217,7 +168,6 @@ void gemm(const Operand& a, const Operand& b, const float* bias, float* c, int64
       const int64_t last_column = std::min(first_column + kColumnBlock / kColumns, column_panels);
       for (int64_t start = 0; start == 0 || start < steps; start += kSteps) {
         const int64_t count = std::min(kSteps, steps - start);
-        const bool is_last = start + kSteps >= steps;
         for (int64_t j = first_column; j < last_column; ++j) {
           const int64_t columns = std::min<int64_t>(kColumns, num_n - j * kColumns);
           const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
@@ -228,11 +178,7 @@ void gemm(const Operand& a, const Operand& b, const float* bias, float* c, int64
             float* const corner = c + i * kRows * num_n + j * kColumns;
             __m512i tile[kRows][2];
             __m512i head[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            if (start == 0 && is_int) {
-              const __m512i shift = _mm512_set1_epi32(-128);
-              head[0] = _mm512_mullo_epi32(shift, _mm512_loadu_si512(sums + j * kColumns));
-              head[1] = _mm512_mullo_epi32(shift, _mm512_loadu_si512(sums + j * kColumns + 16));
-            } else if (start == 0 && bias) {
+            if (start == 0 && bias) {
               head[0] = _mm512_maskz_loadu_epi32(left, bias + j * kColumns);
               head[1] = _mm512_maskz_loadu_epi32(right, bias + j * kColumns + 16);
             }
@@ -242,17 +188,12 @@ void gemm(const Operand& a, const Operand& b, const float* bias, float* c, int64
               tile[r][0] = is_read ? _mm512_maskz_loadu_epi32(left, corner + r * num_n) : head[0];
               tile[r][1] = is_read ? _mm512_maskz_loadu_epi32(right, corner + r * num_n + 16) : head[1];
             }
-            multiply_panels<Kind>(packed_a + (i * steps + start) * kRows, panel_b, count, tile);
+            multiply_panels(packed_a + (i * steps + start) * kRows, panel_b, count, tile);
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {
               if (r >= rows) continue;
-              __m512i one = tile[r][0], two = tile[r][1];
-              if (is_int && is_last) {
-                one = _mm512_castps_si512(_mm512_cvtepi32_ps(one));
-                two = _mm512_castps_si512(_mm512_cvtepi32_ps(two));
-              }
-              _mm512_mask_storeu_epi32(corner + r * num_n, left, one);
-              _mm512_mask_storeu_epi32(corner + r * num_n + 16, right, two);
+              _mm512_mask_storeu_epi32(corner + r * num_n, left, tile[r][0]);
+              _mm512_mask_storeu_epi32(corner + r * num_n + 16, right, tile[r][1]);
             }
           }
         }
@@ -268,14 +209,11 @@ extern "C" {
 int lp_gemm_is_supported() { return 1; }
 
 // c: [m, n], row-major. a: element (m, k) at outer m + inner k; b: element (k, n) at outer n + inner k. bias: null or n fp32.
-// dtype: 0 fp32, 1 bf16, 2 int8 (both operands, no bias).
+// dtype: 0 fp32, 1 bf16.
 void lp_gemm(const void* a, int a_dtype, int64_t a_outer, int64_t a_inner, const void* b, int b_dtype, int64_t b_outer,
              int64_t b_inner, const float* bias, float* c, int64_t m, int64_t n, int64_t k, int threads) {
   const Operand left{a, a_dtype, a_outer, a_inner}, right{b, b_dtype, b_outer, b_inner};
-  if (a_dtype == 2)
-    gemm<Int8>(left, right, bias, c, m, n, k, threads);
-  else
-    gemm<Bf16>(left, right, bias, c, m, n, k, threads);
+  gemm(left, right, bias, c, m, n, k, threads);
 }
 
 }  // extern "C"

@@ -1,6 +1,6 @@
-"""The cpu backend: GEMMs on bf16 and int8 units with fp32 results, by gemm.cpp.
+"""The cpu backend: GEMMs on the bf16 units with fp32 results, by gemm.cpp.
 
-Only a CPU with AVX512-BF16 and VNNI has them, and only a compiler brings them; elsewhere `gemm_library()` is None.
+Only a CPU with AVX512-BF16 has them, and only a compiler brings them; elsewhere `gemm_library()` is None.
 """
 
 import ctypes
@@ -12,17 +12,16 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.build import load_library
-from runtime.kernels.torch_native import check_int8_sum
 
 NAME = "cpu"
 SOURCE = Path(__file__).with_name("gemm.cpp")
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16)
 """The index is the number the kernel knows the dtype by."""
 
 
 @lru_cache(maxsize=1)
 def gemm_library() -> ctypes.CDLL | None:
-    """The library, built at the first call; None without a compiler or without AVX512-BF16 and VNNI."""
+    """The library, built at the first call; None without a compiler or without AVX512-BF16."""
     library = load_library(SOURCE)
     if library is None or not library.lp_gemm_is_supported():
         return None
@@ -34,7 +33,7 @@ def gemm_library() -> ctypes.CDLL | None:
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """a b + bias in fp32, sums in fp32 (bf16 values in fp32 or bf16 tensors) or int32 (int8 tensors, no bias).
+    """a b + bias, sums and result in fp32, of bf16 values in fp32 or bf16 tensors.
 
     Values that are not bf16 values are cut to bf16: the caller answers for exact embedding. K = 0 gives the bias, or 0.
     """
@@ -46,8 +45,6 @@ def _gemm(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    if a_MK.dtype == torch.int8:
-        check_int8_sum(k)
     out = torch.empty(m, n, dtype=torch.float32)
     bias = None if bias_N is None else bias_N.contiguous()
     library.lp_gemm(

@@ -46,7 +46,7 @@ def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidel
         (_request("hfp8-143", "e5m2"), "cpu", "cpu_bf16", "format-exact"),
         (_request("bf16", "bf16"), "cpu", "cpu_bf16", "bounded"),
         (_request("e4m3 nearest_even block[1,32]/pow2", "e4m3"), "cpu", "cpu_bf16", "bounded"),
-        (_request("int8", "int8", "int32"), "cpu", "cpu_int8", "bitwise"),
+        (_request("int8", "int8", "int32"), "torch_native", "int8", "bitwise"),
         (_request("int8", "e4m3"), "cpu", "cpu_bf16", "format-exact"),
         (_request("fp16", "fp16"), "torch_native", "fp32", "format-exact"),
         (_request("bf16", "bf16", out="bf16"), "torch_native", "bf16", "bounded"),
