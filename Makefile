@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TRAIN_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format bench schema clean
+.PHONY: help train test test-all lint format bench clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
