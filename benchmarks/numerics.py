@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks._peers import cast_peers
 from benchmarks._timing import median_ms
-from benchmarks.peers import cast_peers
 from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
