@@ -1,6 +1,6 @@
 """Build: compile a C++ file of this folder at first use, keep the shared object for the user, load it.
 
-    source text + flags + compiler version + CPU features  --sha256-->  CACHE/lpcompile/<stem>-<hash>.so
+    source and header text + flags + compiler version + CPU features  --sha256-->  CACHE/lpcompile/<stem>-<hash>.so
 
 CACHE is $XDG_CACHE_HOME or ~/.cache. A file lock lets one process compile while others wait, and the object appears by
 an atomic rename, so a reader never sees half of it. Nothing is compiled when this module is imported.
@@ -49,7 +49,8 @@ def _built(source: Path) -> Path:
     if compiler is None:
         raise OSError(f"no C++ compiler: looked for {', '.join(COMPILERS)}")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    facts = "\n".join((source.read_text(), *FLAGS, compiler, version, _cpu_features()))
+    headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
+    facts = "\n".join((source.read_text(), *headers, *FLAGS, compiler, version, _cpu_features()))
     target = _cache_folder() / f"{source.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.so"
     if target.exists():
         return target

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16_operand.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 
 namespace {
@@ -22,13 +24,6 @@ namespace {
 constexpr int kRows = 12, kColumns = 32;      // of the register tile: 24 accumulators of 16 fp32
 constexpr int64_t kSteps = 128;               // of one chunk of K
 constexpr int64_t kRowBlock = 8 * kRows, kColumnBlock = 16 * kColumns;
-
-// An operand seen from outside in: element (i, k) lies at data[i * outer + k * inner], in elements of its dtype.
-struct Operand {
-  const void* data;
-  int dtype;  // 0 fp32, 1 bf16
-  int64_t outer, inner;
-};
 
 inline uint32_t bits(float v) {
   uint32_t b;
@@ -41,43 +36,6 @@ inline uint32_t bits(uint16_t v) { return v; }
 inline __m512i step(__m512i sum, __m512i a, __m512i b) {
   return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
 }
-
-// 16 x 16 words, transposed in registers.
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// 32 fp32 at p, as 16 words of two bf16.
-inline __m512i pairs(const float* p) {
-  const __m512i even_odd_low = _mm512_loadu_si512(p), even_odd_high = _mm512_loadu_si512(p + 16);
-  const __m512i low = _mm512_srli_epi32(even_odd_low, 16), high = _mm512_srli_epi32(even_odd_high, 16);
-  const __m256i a = _mm512_cvtepi32_epi16(low), b = _mm512_cvtepi32_epi16(high);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-}
-
-inline __m512i pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
 
 // One panel of `width` outer indices (those from `valid` on are zero) and all k: out[step * width + i] holds the group
 // of k at `step`. T is the element as stored; k_stride or outer is 1.

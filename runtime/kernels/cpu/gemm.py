@@ -1,6 +1,6 @@
-"""The cpu backend: GEMMs on the bf16 units with fp32 results, by gemm.cpp.
+"""The cpu backend: GEMMs on the bf16 units with fp32 results, by gemm_amx.cpp where there are AMX tiles, else gemm.cpp.
 
-Only a CPU with AVX512-BF16 has them, and only a compiler brings them; elsewhere `gemm_library()` is None.
+Only a CPU with AVX512-BF16 has such units, and only a compiler brings them; elsewhere `gemm_library()` is None.
 """
 
 import ctypes
@@ -14,7 +14,8 @@ from torch.library import Library, register_fake
 from runtime.kernels.cpu.build import load_library
 
 NAME = "cpu"
-SOURCE = Path(__file__).with_name("gemm.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("gemm_amx.cpp", "gemm.cpp"))
+"""The fastest first."""
 DTYPES = (torch.float32, torch.bfloat16)
 """The index is the number the kernel knows the dtype by."""
 
@@ -22,7 +23,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 @lru_cache(maxsize=1)
 def gemm_library() -> ctypes.CDLL | None:
     """The library, built at the first call; None without a compiler or without AVX512-BF16."""
-    library = load_library(SOURCE)
+    return next(filter(None, map(load_gemm, SOURCES)), None)
+
+
+def load_gemm(source: Path) -> ctypes.CDLL | None:
+    """The library of one source; None where it cannot be built or the CPU lacks its unit."""
+    library = load_library(source)
     if library is None or not library.lp_gemm_is_supported():
         return None
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.kernels.cpu.gemm import gemm_library, multiply
+from runtime.kernels.cpu import gemm
+from runtime.kernels.cpu.gemm import SOURCES, gemm_library, load_gemm, multiply
 
 pytestmark = pytest.mark.skipif(gemm_library() is None, reason="needs a C++ compiler, AVX512-BF16")
 
@@ -20,6 +21,15 @@ def _embedded(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = torch.randint(-20, 20, shape, generator=generator)
     return torch.ldexp(torch.randn(*shape, generator=generator), size).bfloat16().float()
+
+
+KERNELS = [source for source in SOURCES if load_gemm(source)]
+
+
+@pytest.fixture(params=KERNELS, ids=lambda source: source.stem, autouse=True)
+def _every_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs on every kernel that this CPU can run, and not only on the fastest."""
+    monkeypatch.setattr(gemm, "gemm_library", lambda: load_gemm(request.param))
 
 
 LAYOUTS = {
