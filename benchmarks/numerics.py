@@ -20,7 +20,7 @@ from benchmarks._timing import median_ms
 from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
-from runtime.kernels.cpu.gemm import gemm_library, multiply
+from runtime.kernels.cpu.gemm import gemm_library, int8_library, multiply, multiply_int8
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import GemmSpec, QuantSpec
 
@@ -85,6 +85,10 @@ def _gemms(rounds: int) -> Table:
             "torch.mm bf16, rounded to bf16": lambda a=half_a, b=half_b: a @ b,
             "int8 (torch._int_mm), to fp32": lambda a=int_a, b=int_b: torch._int_mm(a, b).float(),
         }
+        if int8_library():
+            contenders["int8, FWD, NT"] = lambda a=int_a, b=int_b: multiply_int8(a, b)
+            contenders["int8, BWD, NN"] = lambda a=int_a, b=int_b.contiguous(): multiply_int8(a, b)
+            contenders["int8, GRAD, TN"] = lambda a=int_a.t().contiguous().t(), b=int_b.contiguous(): multiply_int8(a, b)
         for name in ("1-6-9", "dlfloat16") if accumulate_library() else ():
             spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e4m3"), name, 64)
             contenders[f"emulated {name}/64"] = _emulated(fast_to_grid(a, spec.lhs, None), b, spec)

@@ -19,6 +19,7 @@ from runtime.errors import NotSupported
 from runtime.kernels import reference, torch_native
 from runtime.kernels.cpu import accumulate as cpu_accumulate
 from runtime.kernels.cpu import gemm as cpu_gemm
+from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, embeds, get_format
 from runtime.numerics.specs import GemmSpec, Role
 
@@ -72,9 +73,11 @@ def choose(request: GemmRequest) -> Choice:
 def _consider_cpu(request: GemmRequest) -> Choice | Declined:
     """The C++ GEMM: bf16 units, and unlike torch's a result in fp32."""
     name, spec = cpu_gemm.NAME, request.spec
-    lhs, rhs = get_format(spec.lhs.format), get_format(spec.rhs.format)
+    lhs, rhs = grid_format(spec.lhs.format), grid_format(spec.rhs.format)
     if request.device != "cpu" or request.kind not in ("linear", "linear_kn"):
         return Declined(name, f"it has no {request.kind} on {request.device}")
+    if spec.accumulate == "int32" and spec.lhs.format == spec.rhs.format == "int8" and cpu_gemm.int8_library():
+        return Choice(name, "cpu_int8", "bitwise", "int8 products add exactly in int32, on AMX tiles")
     if spec.accumulate != "fp32" or spec.chunk is not None:
         return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
     if not (embeds(lhs, "bf16") and embeds(rhs, "bf16")):
@@ -103,7 +106,7 @@ def _consider_cpu_emulation(request: GemmRequest) -> Choice | Declined:
 def _can_underflow(spec: GemmSpec) -> bool:
     """Whether a product of two operands can leave fp32's normal range, which the bf16 unit flushes to zero."""
     for operand in (spec.lhs, spec.rhs):
-        row = get_format(operand.format)
+        row = grid_format(operand.format)
         is_folded = operand.scale is not None and operand.scale.rule == "pow2"
         if is_folded or (isinstance(row, FloatFormat) and row.tiny < 2.0**-63):
             return True
@@ -116,7 +119,7 @@ def _sum_of(spec: GemmSpec) -> str:
 
 def _consider_torch(request: GemmRequest) -> Choice | Declined:
     name, spec = torch_native.NAME, request.spec
-    lhs, rhs = get_format(spec.lhs.format), get_format(spec.rhs.format)
+    lhs, rhs = grid_format(spec.lhs.format), grid_format(spec.rhs.format)
     if spec.is_identity:
         return Choice(name, "as_is", "format-exact", f"no operand is cast; {_ORDER_BOUND}")
     if spec.accumulate == "int32":
@@ -167,6 +170,8 @@ def multiplier(method: str, spec: GemmSpec) -> Callable[[Tensor, Tensor], Tensor
         return lambda a, b: cpu_accumulate.multiply(a, b, spec)
     if method == "cpu_bf16":
         return cpu_gemm.multiply
+    if method == "cpu_int8":
+        return cpu_gemm.multiply_int8
     if method == "sequential":
         return lambda a, b: reference.multiply(a, b, spec)
     return torch_native.multiply

@@ -16,7 +16,8 @@ from runtime.errors import NotSupported
 
 NAME = "torch_native"
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "cpu_int8": torch.int8}
+"""The dtype that a method multiplies, where it is one."""
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -24,12 +25,15 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     sums as fp32.
     """
     if a.dtype == torch.int8:
-        if a.shape[-1] > LONGEST_INT8_SUM:
-            raise NotSupported(
-                f"an int8 GEMM of K = {a.shape[-1]} can overflow int32", expected=f"K <= {LONGEST_INT8_SUM}"
-            )
+        check_int8_sum(a.shape[-1])
         return torch._int_mm(a.contiguous(), b.contiguous() if b.stride(-1) != 1 and b.stride(0) != 1 else b).float()
     return torch.matmul(a, b)
 
 
-LONGEST_INT8_SUM = (2**31 - 1) // (127 * 127)
+def check_int8_sum(k: int) -> None:
+    """NotSupported where a sum of k products of int8 values can leave int32."""
+    if k > LONGEST_INT8_SUM:
+        raise NotSupported(f"an int8 GEMM of K = {k} can overflow int32", expected=f"K <= {LONGEST_INT8_SUM}")
+
+
+LONGEST_INT8_SUM = (2**31 - 1) // (128 * 128)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.build import load_library
+from runtime.kernels.torch_native import check_int8_sum
 
 NAME = "cpu"
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("gemm_amx.cpp", "gemm.cpp"))
@@ -38,12 +39,45 @@ def load_gemm(source: Path) -> ctypes.CDLL | None:
     return library
 
 
+@lru_cache(maxsize=1)
+def int8_library() -> ctypes.CDLL | None:
+    """The library if this CPU multiplies int8 on AMX tiles. Elsewhere torch's own int8 GEMM is the faster one."""
+    library = load_gemm(SOURCES[0])
+    if library is not None:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        operand = (pointer, size, size)
+        library.lp_gemm_int8.argtypes = (*operand, *operand, pointer, size, size, size, ctypes.c_int)
+        library.lp_gemm_int8.restype = None
+    return library
+
+
 def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """a b + bias, sums and result in fp32, of bf16 values in fp32 or bf16 tensors.
 
     Values that are not bf16 values are cut to bf16: the caller answers for exact embedding. K = 0 gives the bias, or 0.
     """
     return torch.ops.lp.gemm_fp32(a_MK, b_KN, bias_N)
+
+
+def multiply_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a b of int8 matrices, summed exactly in int32, rounded once to fp32; NotSupported if a sum could leave int32."""
+    check_int8_sum(a_MK.shape[1])
+    return torch.ops.lp.gemm_int8(a_MK, b_KN)
+
+
+def _gemm_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    library = int8_library()
+    assert library is not None
+    a_MK, b_KN = _readable(a_MK), _readable(b_KN)
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    out = torch.empty(m, n, dtype=torch.float32)
+    library.lp_gemm_int8(
+        *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
+        *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
+        *(out.data_ptr(), m, n, k),
+        torch.get_num_threads() if m * n * k > _SERIAL else 1,
+    )
+    return out
 
 
 def _gemm(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -68,7 +102,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def _gemm_shape(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
+def _gemm_shape(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=torch.float32)
 
 
@@ -78,3 +112,6 @@ _OPS = Library("lp", "FRAGMENT")
 _OPS.define("gemm_fp32(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 _OPS.impl("gemm_fp32", _gemm, "CPU")
 register_fake("lp::gemm_fp32", _gemm_shape, lib=_OPS)
+_OPS.define("gemm_int8(Tensor a, Tensor b) -> Tensor")
+_OPS.impl("gemm_int8", _gemm_int8, "CPU")
+register_fake("lp::gemm_int8", _gemm_shape, lib=_OPS)

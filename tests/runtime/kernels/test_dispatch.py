@@ -18,6 +18,7 @@ def _request(
 @pytest.fixture
 def _no_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_gemm, "gemm_library", lambda: None)
+    monkeypatch.setattr(cpu_gemm, "int8_library", lambda: None)
     monkeypatch.setattr(cpu_accumulate, "accumulate_library", lambda: None)
 
 
@@ -46,7 +47,7 @@ def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidel
         (_request("hfp8-143", "e5m2"), "cpu", "cpu_bf16", "format-exact"),
         (_request("bf16", "bf16"), "cpu", "cpu_bf16", "bounded"),
         (_request("e4m3 nearest_even block[1,32]/pow2", "e4m3"), "cpu", "cpu_bf16", "bounded"),
-        (_request("int8", "int8", "int32"), "torch_native", "int8", "bitwise"),
+        (_request("int8", "int8", "int32"), "cpu", "cpu_int8", "bitwise"),
         (_request("int8", "e4m3"), "cpu", "cpu_bf16", "format-exact"),
         (_request("fp16", "fp16"), "torch_native", "fp32", "format-exact"),
         (_request("bf16", "bf16", out="bf16"), "torch_native", "bf16", "bounded"),
@@ -63,6 +64,7 @@ def test_choice_with_the_cpu_kernel(
     monkeypatch: pytest.MonkeyPatch, request_: GemmRequest, backend: str, method: str, fidelity: str
 ) -> None:
     monkeypatch.setattr(cpu_gemm, "gemm_library", object)
+    monkeypatch.setattr(cpu_gemm, "int8_library", object)
     monkeypatch.setattr(cpu_accumulate, "accumulate_library", object)
     choice = choose(request_)
     assert (choice.backend, choice.method, choice.fidelity) == (backend, method, fidelity)

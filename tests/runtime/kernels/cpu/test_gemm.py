@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.errors import NotSupported
 from runtime.kernels.cpu import gemm
 from runtime.kernels.cpu.gemm import SOURCES, gemm_library, load_gemm, multiply
 
@@ -82,3 +83,20 @@ def test_nan_and_inf_reach_their_row_only() -> None:
 def test_fake_tensors_get_the_shape() -> None:
     a, b = torch.empty(3, 4, device="meta"), torch.empty(4, 5, device="meta")
     assert multiply(a, b).shape == (3, 5)
+
+
+@pytest.mark.skipif(gemm.int8_library() is None, reason="needs a CPU with AMX tiles")
+@pytest.mark.parametrize("layout", ["NN", "TN", "NT", "TT", "strided"])
+@pytest.mark.parametrize(("m", "k", "n"), [*SIZES, (64, 1100, 96), (33, 2049, 31)])
+def test_int8_sums_are_exact(m: int, k: int, n: int, layout: str) -> None:
+    generator = torch.Generator().manual_seed(m + k + n)
+    a = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+    b = torch.randint(-128, 128, (k, n), dtype=torch.int8, generator=generator)
+    left, right = LAYOUTS[layout]
+    result = gemm.multiply_int8(left(a), right(b))
+    assert torch.equal(result, (a.long() @ b.long()).float())
+
+
+def test_a_sum_that_could_leave_int32_is_refused() -> None:
+    with pytest.raises(NotSupported, match="can overflow int32"):
+        gemm.multiply_int8(torch.zeros(1, 200_000, dtype=torch.int8), torch.zeros(200_000, 1, dtype=torch.int8))
