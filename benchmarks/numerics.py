@@ -4,7 +4,7 @@
 
 Casts: 16.8 M fp32 elements, time over that of `out.copy_(x)`; the casts allocate their result, the copy does not.
 GEMMs: rate over that of torch.mm on the same values in fp32, packing included; FWD is NT, BWD NN, GRAD TN.
-Emulated: operands e4m3, rounded to the accumulator's format after every multiply-add, in chunks of 64.
+Emulated: operands e4m3, accumulated in chunks of 64 as the AccumulateSpec says.
 """
 
 import argparse
@@ -21,13 +21,20 @@ from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
 from runtime.kernels.cpu.gemm import gemm_library, int8_library, multiply, multiply_int8
+from runtime.numerics import quantize
 from runtime.numerics.scaling import compute_scale
-from runtime.numerics.specs import GemmSpec, QuantSpec
+from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec
 
 CASTS = (
     "e4m3", "1-6-9", "dlfloat16", "hfp8-143", "e5m2", "bf16", "int8 nearest_even tensor/amax",
     "e4m3 nearest_even row/amax",
-    "e4m3 nearest_even block[1,128]/amax", "e4m3 stochastic",
+    "e4m3 nearest_even block[1,128]/amax", "e4m3 stochastic", "uint8", "nf4",
+    "mxfp8", "mxfp8 nearest_even column", "mxfp6", "mxfp4", "mxint8", "nvfp4", "mxfp8 stochastic",
+)  # fmt: skip
+"""A bare block format goes through `quantize`, all else is the cast of a GEMM's operand."""
+ACCUMULATORS = (
+    "1-6-9/64", "dlfloat16/64", "1-6-9/64 stochastic", "1-6-9/64 toward_zero", "1-6-9/64 rounded", "1-6-9/64 per_chunk",
+    "1-6-9/64 stochastic per_chunk",
 )  # fmt: skip
 GEMMS = ((512, 512, 512), (1024, 1024, 1024), (2048, 768, 3072))
 
@@ -49,6 +56,9 @@ def _casts(rounds: int) -> Table:
     contenders: dict[str, Callable[[], object]] = {"out.copy_(x)": lambda: out.copy_(x)}
     for text in CASTS:
         contenders[text] = _cast(x, QuantSpec.parse(text))
+    e4m3 = QuantSpec("e4m3")
+    contenders["e4m3, written as bf16"] = lambda: fast_to_grid(x, e4m3, None, dtype=torch.bfloat16)
+    contenders["e4m3, then .bfloat16()"] = lambda: fast_to_grid(x, e4m3, None).bfloat16()
     peers, missing = cast_peers(x)
     contenders |= peers
     times = median_ms(contenders, rounds)
@@ -60,6 +70,8 @@ def _casts(rounds: int) -> Table:
 
 
 def _cast(x: Tensor, spec: QuantSpec) -> Callable[[], Tensor]:
+    if spec.is_block and spec.along is None:
+        return lambda: quantize(x, spec.format, spec.rounding)
     return lambda: fast_to_grid(x, spec, compute_scale(x, spec))
 
 
@@ -90,9 +102,9 @@ def _gemms(rounds: int) -> Table:
             contenders["int8, FWD, NT"] = lambda a=int_a, b=int_b: multiply_int8(a, b)
             contenders["int8, BWD, NN"] = lambda a=int_a, b=int_b_n: multiply_int8(a, b)
             contenders["int8, GRAD, TN"] = lambda a=int_a_t, b=int_b_n: multiply_int8(a, b)
-        for name in ("1-6-9", "dlfloat16") if accumulate_library() else ():
-            spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e4m3"), name, 64)
-            contenders[f"emulated {name}/64"] = _emulated(fast_to_grid(a, spec.lhs, None), b, spec)
+        for name in ACCUMULATORS if accumulate_library() else ():
+            spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e4m3"), AccumulateSpec.parse(name))
+            contenders[f"emulated {name}"] = _emulated(fast_to_grid(a, spec.lhs, None), b, spec)
         times = median_ms(contenders, rounds)
         for name, each in times.items():
             rate = 2e-6 * m * k * n / each

@@ -7,22 +7,24 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.install import Variant, install, uninstall
-from lpcompile.capture.leaf_code import install_leaf
-from lpcompile.capture.leaves import Leaf, find_leaves, is_leaf, leaf_graph
+from lpcompile.capture.leaf_code import install_composite, install_leaf
+from lpcompile.capture.leaves import Leaf, composite_forward, find_leaves, is_leaf, part_graph
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import Recording
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.policy import Policy, Site
 from lpcompile.policy_file import load_policy
-from passes.ir.gemm_nodes import read_gemm
+from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
 from passes.ir.program import SITE, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
@@ -63,15 +65,23 @@ def lpcompile(
     recordings: Recordings = {}
     opaque: dict[str, str] = {}
     captured = example_inputs is not None or example_kwargs is not None
-    if captured:
-        recordings, opaque = _record(model, tuple(example_inputs or ()), dict(example_kwargs or {}), mode)
-    state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
-    sites = _sites(leaves, recordings)
-    phases = [_compile_phase(model, from_step, each, leaves, recordings, sites) for from_step, each in loaded.phases]
-    compiled = Compiled(loaded, state, sites, phases, unreached, opaque, captured)
-    if strict:
-        _refuse_if_not_lowered(compiled)
-    _install(model, compiled, leaves, recordings)
+    close_fast_paths(model)
+    named: list[str] = []
+    try:
+        if captured:
+            recordings, opaque = _record(model, tuple(example_inputs or ()), dict(example_kwargs or {}), mode)
+        state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
+        sites = _sites(leaves, recordings)
+        phases = [
+            _compile_phase(model, from_step, each, leaves, recordings, sites) for from_step, each in loaded.phases
+        ]
+        compiled = Compiled(loaded, state, sites, phases, unreached, opaque, captured)
+        if strict:
+            _refuse_if_not_lowered(compiled)
+        _install(model, compiled, leaves, recordings)
+        named = [leaf.path for leaf in leaves if any(leaf.name in phase.program.choices for phase in phases)]
+    finally:
+        reopen_fast_paths(model, compiled=named)
     set_compiled(model, compiled)
     return model
 
@@ -83,6 +93,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         uninstall(module)
         module.__dict__.pop(STATE, None)
+    reopen_fast_paths(model)
     hooks = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches)]:
         del hooks[key]
@@ -142,28 +153,30 @@ def _record(
 
 
 def _sites(leaves: Sequence[Leaf], recordings: Recordings) -> list[Site]:
-    count = len(leaves)
-    sites = [Site(leaf.path, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
+    count = sum(leaf.index is not None for leaf in leaves)
+    sites = [Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
     seen = set()
     for path, variants in recordings.items():
         for recording in variants:
-            for name, op, _ in _functional_gemms(path, recording):
-                if name not in seen:
-                    seen.add(name)
-                    sites.append(Site(name, op, None, count, None, None))
+            for base, gemm, _ in _functional_gemms(path, recording):
+                for name in site_names(gemm, base):
+                    if name not in seen:
+                        seen.add(name)
+                        sites.append(Site(name, gemm.op, None, count, None, None))
     return sites
 
 
-def _functional_gemms(path: str, recording: Recording) -> list[tuple[str, str, Any]]:
-    """(site name, op, node) of the GEMMs that a module writes as operations, counted per op in program order."""
+def _functional_gemms(path: str, recording: Recording) -> list[tuple[str, Reading, Any]]:
+    """(name, reading, node) of the GEMMs that a module writes as operations, counted per stem in program order."""
     numbers: Counter[str] = Counter()
     found = []
     for node in recording.graph.nodes:
         gemm = read_gemm(node)
         if gemm is not None:
-            name = f"{gemm.op}_{numbers[gemm.op]}"
-            numbers[gemm.op] += 1
-            found.append((f"{path}.{name}" if path else name, gemm.op, node))
+            stem = stem_of(gemm)
+            name = f"{stem}_{numbers[stem]}"
+            numbers[stem] += 1
+            found.append((f"{path}.{name}" if path else name, gemm, node))
     return found
 
 
@@ -189,11 +202,11 @@ def _build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordi
     units: dict[str, Unit] = {}
     modules = dict(model.named_modules())
     for leaf in leaves:
-        graph = leaf_graph(modules[leaf.path])
+        graph = part_graph(modules[leaf.path], leaf)
         for node in graph.nodes:
             if read_gemm(node) is not None:
-                node.meta[SITE] = leaf.path
-        units[leaf.path] = Unit(leaf.path, graph, "leaf")
+                node.meta[SITE] = leaf.name
+        units[leaf.name] = Unit(leaf.name, graph, "leaf")
     for path, variants in recordings.items():
         for number, recording in enumerate(variants):
             for name, _, node in _functional_gemms(path, recording):
@@ -210,12 +223,8 @@ def _unit_name(path: str, number: int) -> str:
 def _install(model: nn.Module, compiled: Compiled, leaves: Sequence[Leaf], recordings: Recordings) -> None:
     """Give every leaf that a phase names, and every module whose graph a phase changed, its compiled forward."""
     modules = dict(model.named_modules())
-    for leaf in leaves:
-        units = [
-            phase.program.units[leaf.path] if leaf.path in phase.program.choices else None for phase in compiled.phases
-        ]
-        if any(units):
-            install_leaf(modules[leaf.path], units, compiled.state)
+    for path, parts in groupby(leaves, key=lambda leaf: leaf.path):
+        _install_leaf(modules[path], list(parts), compiled)
     for path, variants in recordings.items():
         for index, phase in enumerate(compiled.phases):
             units_of_path = [phase.program.units[_unit_name(path, number)] for number in range(len(variants))]
@@ -226,6 +235,22 @@ def _install(model: nn.Module, compiled: Compiled, leaves: Sequence[Leaf], recor
 
     if _rounds_stochastically(compiled):
         model.register_forward_pre_hook(CountMicroBatches(compiled.state))
+
+
+def _install_leaf(module: nn.Module, parts: list[Leaf], compiled: Compiled) -> None:
+    units: list[dict[str, Unit] | None] = [
+        {leaf.part: phase.program.units[leaf.name] for leaf in parts}
+        if any(leaf.name in phase.program.choices for leaf in parts)
+        else None
+        for phase in compiled.phases
+    ]
+    forward = composite_forward(module)
+    if not any(units):
+        return
+    if forward is not None:
+        install_composite(module, forward, units, compiled.state)
+    else:
+        install_leaf(module, [None if each is None else each[""] for each in units], compiled.state)
 
 
 @dataclass(frozen=True)

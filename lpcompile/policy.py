@@ -40,15 +40,29 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from lpcompile.errors import FormatError, LpError, NotSupported, PolicyError, did_you_mean, nearest_names
+from runtime.numerics.block_formats import (
+    BLOCK_FORMATS,
+    default_rounding,
+    get_block_format,
+    grid_format,
+    is_block_format,
+)
 from runtime.numerics.formats import FORMATS, IntFormat, get_format
 from runtime.numerics.specs import (
+    ACCUMULATE_MODELS,
+    ACCUMULATE_OVERFLOWS,
     GRANULARITIES,
+    PRODUCTS,
     ROLES,
     ROUNDINGS,
     SCALE_RULES,
+    AccumulateModel,
+    AccumulateOverflow,
+    AccumulateSpec,
     GemmSpec,
     Granularity,
     LayerSpec,
+    Product,
     QuantSpec,
     Role,
     Rounding,
@@ -168,10 +182,25 @@ def _words_schema(known: tuple[str, ...] = ()) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [word, {"type": "array", "items": word, "minItems": 1}]})
 
 
+def _check_operand_format(name: str) -> str:
+    if not is_block_format(name):
+        return _check_format(name)
+    try:
+        get_block_format(name)
+    except FormatError as error:
+        raise _refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+    return name
+
+
 FormatName = Annotated[
     str,
     AfterValidator(_check_format),
     WithJsonSchema({"type": "string", "examples": list(FORMATS)}),
+]
+OperandFormatName = Annotated[
+    str,
+    AfterValidator(_check_operand_format),
+    WithJsonSchema({"type": "string", "examples": [*FORMATS, *BLOCK_FORMATS]}),
 ]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -244,12 +273,13 @@ class Scale(Section):
 class Operand(Section):
     """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
 
-    format: FormatName
-    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`."""
+    format: OperandFormatName
+    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`. The blocks of a block
+    format lie along the sum of each GEMM."""
     rounding: Annotated[Rounding, _one_of("rounding", ROUNDINGS)] | None = Field(default=None, validate_default=True)
     """How a value between two of the format is rounded. Default: what the format's row says."""
     scale: Scale | None = None
-    """How the scale is chosen. Default: no scaling."""
+    """How the scale is chosen. Default: no scaling. A block format makes its own scales and takes none."""
     quantizer: Any = None
     """Learned or fitted clipping. Not built in this version: refused."""
     transform: Any = None
@@ -263,7 +293,15 @@ class Operand(Section):
     @field_validator("rounding")
     @classmethod
     def _fill_rounding(cls, value: Rounding | None, info: ValidationInfo) -> Rounding | None:
-        return get_format(info.data["format"]).rounding if value is None and "format" in info.data else value
+        return default_rounding(info.data["format"]) if value is None and "format" in info.data else value
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, value: Scale | None, info: ValidationInfo) -> Scale | None:
+        name = info.data.get("format", "")
+        if value is not None and is_block_format(name):
+            raise _refusal(f"{name} makes its own scales, one per block", hint="no scale, or a scalar format")
+        return value
 
     @field_validator("quantizer", "transform")
     @classmethod
@@ -275,7 +313,7 @@ class Operand(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _or_text(handler(core_schema), handler, {"type": "string", "examples": list(FORMATS)})
+        return _or_text(handler(core_schema), handler, {"type": "string", "examples": [*FORMATS, *BLOCK_FORMATS]})
 
     def spec(self) -> QuantSpec:
         assert self.rounding is not None  # filled by _fill_rounding
@@ -284,7 +322,7 @@ class Operand(Section):
     def plain(self) -> str | dict[str, Any]:
         """As a policy file writes it, the shorthand where it says everything."""
         values: dict[str, Any] = {"format": self.format}
-        if self.rounding != get_format(self.format).rounding:
+        if self.rounding != default_rounding(self.format):
             values["rounding"] = self.rounding
         if self.scale:
             unused = None if self.scale.granularity == "block" else {"block"}
@@ -296,12 +334,20 @@ _FP32 = Operand(format="fp32")
 
 
 class Accumulate(Section):
-    """What the sums of a GEMM are kept in. A bare format name means that format after every add."""
+    """How a GEMM adds. A bare format name means that format after every add."""
 
     format: FormatName = "fp32"
-    """fp32, another float format that every add is rounded to, or int32 for two integer operands."""
+    """fp32, another float format, or intB for two integer operands."""
     chunk: Count | None = None
     """Number of products summed apart before their sum is added to the total; both sums are in `format`."""
+    rounding: Annotated[Rounding, _one_of("rounding", ROUNDINGS)] | None = None
+    """Rounding of every add; omitted: the format's own. Integers add exactly and have none."""
+    product: Annotated[Product, _one_of("product", PRODUCTS)] = "fma"
+    """fma: a product is added unrounded. rounded: it is rounded to `format` first."""
+    model: Annotated[AccumulateModel, _one_of("model", ACCUMULATE_MODELS)] = "per_mac"
+    """per_mac: a rounding after every add. per_chunk: a chunk is summed in fp32 and rounded once."""
+    overflow: Annotated[AccumulateOverflow, _one_of("rule of overflow", ACCUMULATE_OVERFLOWS)] = "saturate"
+    """Of integers: saturate, or wrap as two's complement. Floats saturate."""
 
     @model_validator(mode="before")
     @classmethod
@@ -309,20 +355,31 @@ class Accumulate(Section):
         return {"format": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check_built(self) -> "Accumulate":
-        if isinstance(get_format(self.format), IntFormat):
-            if self.format != "int32":
-                raise _not_built(f"accumulating in {self.format} is not in this version", "int32, or a float format")
-            if self.chunk is not None:
-                raise _refusal("integers add exactly, so that chunks change nothing", hint="no chunk", key="chunk")
+    def _check_spec(self) -> "Accumulate":
+        spec = self.spec()
+        if self.chunk is not None and spec == AccumulateSpec("int32", self.chunk):
+            raise _refusal("integers add exactly, so that chunks change nothing", hint="no chunk", key="chunk")
         return self
+
+    def spec(self) -> AccumulateSpec:
+        """Raises a refusal where the keys contradict each other."""
+        try:
+            return AccumulateSpec(self.format, self.chunk, self.rounding, self.product, self.model, self.overflow)
+        except FormatError as error:
+            raise _refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
 
     def plain(self) -> str | dict[str, Any]:
         """As a policy file writes it."""
-        return self.format if self.chunk is None else {"format": self.format, "chunk": self.chunk}
+        keys = {
+            key: getattr(self, key)
+            for key, info in type(self).model_fields.items()
+            if getattr(self, key) != info.default and key != "format"
+        }
+        return {"format": self.format, **keys} if keys else self.format
 
     def __str__(self) -> str:
-        return self.format + (f" in chunks of {self.chunk}" if self.chunk else "")
+        words = str(self.spec()).split(" ")[1:]
+        return " ".join([self.format + (f" in chunks of {self.chunk}" if self.chunk else ""), *words])
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -344,9 +401,10 @@ class _Gemm(Section):
     @model_validator(mode="after")
     def _check_accumulator(self) -> "_Gemm":
         operands = [getattr(self, key).format for key in (self.LHS, self.RHS)]
-        if self.accumulate.format == "int32" and not all(isinstance(get_format(name), IntFormat) for name in operands):
-            got = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}"
-            raise _refusal("int32 sums need two integer operands", got=got, hint="accumulate: fp32", key="accumulate")
+        is_integer = isinstance(get_format(self.accumulate.format), IntFormat)
+        if is_integer and not all(isinstance(grid_format(name), IntFormat) for name in operands):
+            got, what = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}", self.accumulate.format
+            raise _refusal(f"{what} sums need two integer operands", got=got, hint="accumulate: fp32", key="accumulate")
         return self
 
     @classmethod
@@ -358,7 +416,7 @@ class _Gemm(Section):
 
     def spec(self) -> GemmSpec:
         lhs, rhs = getattr(self, self.LHS), getattr(self, self.RHS)
-        return GemmSpec(lhs.spec(), rhs.spec(), self.accumulate.format, self.accumulate.chunk, self.out)
+        return GemmSpec(lhs.spec(), rhs.spec(), self.accumulate.spec(), self.out)
 
     def plain(self, twins: bool = False) -> dict[str, Any]:
         """As a policy file writes it, the accumulator and the output always; `twins`: with a and b for x and w."""

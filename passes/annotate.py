@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.ir.gemm_nodes import GemmNode, Unreadable, read_gemm
-from passes.ir.program import SITE, SPEC, Program
+from passes.ir.gemm_nodes import Composite, GemmNode, Unreadable, read_gemm
+from passes.ir.program import REPEATED, SITE, SPEC, Program
 from passes.manager import Pass
-from runtime.contractions import Conv
+from runtime.contractions import Side
 from runtime.errors import NotSupported
-from runtime.gemms import KINDS, parse_geometry, varies_along_sum
+from runtime.gemms import contraction_of, parse_geometry, varies_along_sum
 from runtime.kernels.dispatch import GemmRequest, choose
-from runtime.numerics.specs import ROLES, Granularity, LayerSpec, QuantSpec
+from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,16 @@ class Annotate(Pass):
         for _, graph in program.graphs():
             for node in graph.nodes:
                 site = node.meta.get(SITE)
-                spec = program.specs.get(site) if site else None
+                spec = None if site is None else program.specs.get(site)
                 if spec is None:
                     continue
                 gemm = read_gemm(node) or Unreadable(str(node.target), "the compiler does not read this op as a GEMM")
+                if isinstance(gemm, Composite):
+                    gemm = Unreadable(gemm.op, f"it is not taken apart; run {gemm.taken_apart_by} first")
                 spec = _as_stored(gemm, spec)
                 reason = _refusal(gemm, spec, program.device)
+                if not reason and node.meta.get(REPEATED) and "stochastic" in str(spec):
+                    reason = "stochastic rounding of a product per time step would draw the same bits at every step"
                 if reason:
                     program.refusals[site] = reason
                 else:
@@ -43,11 +47,28 @@ class Annotate(Pass):
 
 
 def _as_stored(gemm: GemmNode | Unreadable, spec: LayerSpec) -> LayerSpec:
-    """The spec for the weight as it lies in memory: a policy speaks of w_NK, and transformers' Conv1D holds w_KN."""
-    if not isinstance(gemm, GemmNode) or gemm.kind != "linear_kn":
+    """The spec for the operands as they lie in memory: a policy speaks of w_NK, and transformers' Conv1D holds w_KN;
+    of blocks it only says that there are, and they lie along the sum.
+    """
+    if not isinstance(gemm, GemmNode):
         return spec
-    fwd, bwd = (replace(numbers, rhs=_transposed(numbers.rhs)) for numbers in (spec.fwd, spec.bwd))
-    return LayerSpec(fwd, bwd, spec.grad)
+    if gemm.kind == "linear_kn":
+        fwd, bwd = (replace(numbers, rhs=_transposed(numbers.rhs)) for numbers in (spec.fwd, spec.bwd))
+        spec = LayerSpec(fwd, bwd, spec.grad)
+    return LayerSpec(*(_with_blocks_along_sum(gemm, role, spec.role(role)) for role in ROLES))
+
+
+def _with_blocks_along_sum(gemm: GemmNode, role: Role, numbers: GemmSpec) -> GemmSpec:
+    """A scale per row leaves the sum exactly where the sum runs along the row; likewise a column."""
+    free = contraction_of(gemm.kind, parse_geometry(gemm.geometry)).free_axis
+    down: Along = "batched-column" if gemm.kind == "matmul" else "column"
+
+    def laid(side: Side, operand: QuantSpec) -> QuantSpec:
+        if not operand.is_block:
+            return operand
+        return replace(operand, along=down if free[role, side] == "column" else "row")
+
+    return replace(numbers, lhs=laid("lhs", numbers.lhs), rhs=laid("rhs", numbers.rhs))
 
 
 def _transposed(spec: QuantSpec) -> QuantSpec:
@@ -64,10 +85,15 @@ def _refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str |
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):
         return "an operand is not a tensor of the graph"
     geometry = parse_geometry(gemm.geometry)
-    contraction = Conv(geometry) if geometry else KINDS[gemm.kind]
+    contraction = contraction_of(gemm.kind, geometry)
     for role in ROLES:
         numbers = spec.role(role)
         for side, operand in (("lhs", numbers.lhs), ("rhs", numbers.rhs)):
+            if operand.is_block and contraction.free_axis[role, side] == "none":  # type: ignore[index]
+                return (
+                    f"{role} {side}: blocks of {operand.format} lie along one axis, and the sum of a {gemm.op} has "
+                    f"several; use a scalar format such as e4m3, with a scale of granularity tensor"
+                )
             if varies_along_sum(contraction, role, side, operand) and operand.scale and operand.scale.rule != "pow2":  # type: ignore[arg-type]
                 free = contraction.free_axis[role, side]  # type: ignore[index]
                 return (

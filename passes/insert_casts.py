@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, read_gemm
-from passes.ir.program import SITE, SPEC, Program, state_node
+from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, state_node
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
 from runtime.ops import OPS
@@ -33,7 +33,9 @@ class InsertCasts(Pass):
         for _, graph in program.graphs():
             for node in list(graph.nodes):
                 if SPEC in node.meta and node.target is not OPS["lp.gemm"].run:
-                    _rewrite(graph, node, numbers[node.meta[SITE]])
+                    # groups of one site draw other stochastic bits
+                    number = numbers[node.meta[SITE]] + node.meta.get(GROUP, 0) * len(numbers)
+                    _rewrite(graph, node, number)
                     changed = True
         return changed
 
@@ -42,7 +44,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
     gemm = read_gemm(node)
     assert isinstance(gemm, GemmNode)
     spec, state = node.meta[SPEC], state_node(graph)
-    has_weight = gemm.rhs.op == "get_attr"
+    has_weight = gemm.rhs.op == "get_attr" or gemm.rhs.meta.get(WEIGHT, False)
     with graph.inserting_before(node):
         fwd_lhs = _cast(graph, gemm.lhs, spec.fwd.lhs, state, number, slot=0)
         fwd_rhs = _cast(graph, gemm.rhs, spec.fwd.rhs, state, number, slot=1)
@@ -68,7 +70,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
 def _cast(
     graph: fx.Graph, x: fx.Node, spec: QuantSpec, state: fx.Node, number: int, slot: int
 ) -> tuple[fx.Node, fx.Node | None]:
-    scale = graph.call_function(OPS["lp.scale"].run, (x,), {"spec": str(spec)}) if spec.scale else None
+    scale = graph.call_function(OPS["lp.scale"].run, (x,), {"spec": str(spec)}) if spec.has_scale else None
     needs_state = state if spec.rounding == "stochastic" else None
     attributes: dict[str, Any] = {"spec": str(spec), "site": number, "slot": slot}
     return graph.call_function(OPS["lp.quantize"].run, (x, scale, needs_state), attributes), scale

@@ -1,14 +1,19 @@
 """Pipelines: the passes by name, and the orders in which they are run."""
 
 from passes.annotate import Annotate
+from passes.decompose_attention import DecomposeAttention
+from passes.decompose_products import DecomposeProducts
 from passes.insert_casts import InsertCasts
 from passes.manager import Pass
 from passes.select_kernels import SelectKernels
 from passes.share_casts import ShareCasts
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (Annotate, InsertCasts, ShareCasts, SelectKernels)}
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, SelectKernels)
+}
 
 PIPELINES: dict[str, str] = {
-    "default": "annotate,insert-casts,share-casts,select-kernels",
+    "default": "decompose-attention,decompose-products,annotate,insert-casts,share-casts,select-kernels",
 }
 """Text that `passes.manager.parse_passes` reads."""

@@ -4,7 +4,7 @@
     linear      y_MN = x_MK w_NK  dx_MK = dy_MN w    dw_NK = dy_MN x    torch.nn.Linear's weight
     linear_kn   y_MN = x_MK w_KN  dx_MK = dy_MN w    dw_KN = x_MK dy    the Conv1D of transformers
     matmul      y = a_MK b_KN     da = dy_MN b       db = a_MK dy       an activation, batched
-    conv        y = x * w         dx                 dw                 a convolution's weight, 1-D to 3-D
+    conv        y = x * w         dx                 dw                 a weight, 1-D to 3-D, transposed too
 
 M is the product of the leading dims. Each kind also says along which axis of an operand's matrix view a scale may vary
 and still come out of the sum (its free axis): y = sum_k (s_m q_mk)(t_n r_nk) = s_m t_n sum_k q_mk r_nk.
@@ -26,12 +26,19 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """stride, padding and dilation per spatial dim, and groups; `same` padding is resolved by the caller."""
+    """stride, padding and dilation per spatial dim, and groups; `same` padding is resolved by the caller. A transposed
+    convolution has an output padding per dim, if only of zeros.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def is_transposed(self) -> bool:
+        return bool(self.output_padding)
 
 
 class AbstractContraction(Protocol):
@@ -90,7 +97,7 @@ class Linear:
         return multiply(_matrix(dy).t(), _matrix(lhs))
 
     def bias_grad(self, dy: Tensor) -> Tensor:
-        return _matrix(dy).sum(0)
+        return dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,10 @@ class Matmul:
 
     def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return multiply(dy, rhs.transpose(-1, -2)).sum_to_size(lhs_shape)
+
+    def bwd_folded(self, dy: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        """da of one matrix for the whole batch as one GEMM, as torch.matmul folds it; for operands without scale."""
+        return multiply(_matrix(rhs.transpose(-1, -2)).t(), _matrix(dy.transpose(-1, -2))).t()
 
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         if len(rhs_shape) == 2:  # one matrix for the whole batch: a single GEMM over all rows, as torch.matmul folds it
@@ -203,6 +214,55 @@ class Conv:
         zeros = [0] * len(g.stride)
         return torch.ops.aten.convolution_backward(
             dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, False, zeros, g.groups, mask
+        )
+
+
+@dataclass(frozen=True)
+class ConvTranspose:
+    """y = the BWD of a convolution applied to x; its BWD is that convolution's FWD. Weight (C_in, C_out / groups, ...).
+
+    As Conv, it is computed by torch's direct kernels, in the operands' dtype.
+    """
+
+    geometry: ConvGeometry
+
+    @property
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
+        return _CONV_AXES
+
+    @property
+    def grad_rows(self) -> Side:
+        return "rhs"
+
+    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        return torch.convolution(lhs, rhs, bias, g.stride, g.padding, g.dilation, True, g.output_padding, g.groups)
+
+    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return self.native(lhs, rhs, None)
+
+    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        lhs = dy.new_empty((1,)).expand(lhs_shape)
+        return self._backward(dy, lhs, rhs, (True, False, False))[0]
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        rhs = dy.new_empty((1,)).expand(rhs_shape)
+        return self._backward(dy, lhs, rhs, (False, True, False))[1]
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return dy.sum((0, *range(2, dy.dim())))
+
+    def grad_and_bias_grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """GRAD and the bias gradient in one call, as torch sums them."""
+        rhs = dy.new_empty((1,)).expand(rhs_shape)
+        return self._backward(dy, lhs, rhs, (False, True, True))[1:]
+
+    def _backward(
+        self, dy: Tensor, lhs: Tensor, rhs: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        g = self.geometry
+        return torch.ops.aten.convolution_backward(
+            dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, True, g.output_padding, g.groups, mask
         )
 
 

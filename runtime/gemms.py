@@ -19,24 +19,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from runtime.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul, Multiply, Side
+from runtime.contractions import (
+    AbstractContraction,
+    Conv,
+    ConvGeometry,
+    ConvTranspose,
+    Linear,
+    LinearKN,
+    Matmul,
+    Multiply,
+    Side,
+)
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cpu import gemm as cpu_gemm
-from runtime.kernels.dispatch import multiplier
+from runtime.kernels.dispatch import EMULATED, multiplier
+from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.kernels.torch_native import DTYPES
+from runtime.numerics.block_formats import grid_format
+from runtime.numerics.formats import embeds
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, Role
 from runtime.state import RunState
+from runtime.unfolded import unfolded
 
 KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
-STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-"""The dtype that holds the grid values of a format; fp32 where there is no smaller exact one that torch multiplies."""
+_STORAGE = {"fp16": torch.float16, "int8": torch.int8}
 
 _DY_BWD, _DY_GRAD, _WEIGHT_BWD = (
     4,
     5,
     6,
 )  # operand slots of the random streams; 0 to 3 are the casts of the forward graph
+_ACCUMULATE: dict[Role, int] = {"fwd": 7, "bwd": 8, "grad": 9}
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,13 @@ class GemmPlan:
 
     @property
     def contraction(self) -> AbstractContraction:
-        return KINDS[self.kind] if self.geometry is None else Conv(self.geometry)
+        return contraction_of(self.kind, self.geometry)
+
+    def contraction_of(self, role: Role) -> AbstractContraction:
+        """What lays out the GEMM of one role: a convolution that rounds as it adds is unfolded."""
+        if self.geometry is not None and self.method(role) in EMULATED:
+            return unfolded(self.geometry)
+        return self.contraction
 
     def method(self, role: Role) -> str:
         return self.methods[("fwd", "bwd", "grad").index(role)]
@@ -66,13 +86,21 @@ class GemmPlan:
         return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry))
 
 
+def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:
+    """The contraction of a kind of KINDS, or the convolution of this geometry."""
+    if geometry is None:
+        return KINDS[kind]
+    return ConvTranspose(geometry) if geometry.is_transposed else Conv(geometry)
+
+
 def parse_geometry(text: str) -> ConvGeometry | None:
     if not text:
         return None
     fields = {
         key: tuple(int(n) for n in value.split(",")) for key, _, value in (part.partition("=") for part in text.split())
     }
-    return ConvGeometry(fields["stride"], fields["padding"], fields["dilation"], fields["groups"][0])
+    groups, more = fields["groups"][0], fields.get("output_padding", ())
+    return ConvGeometry(fields["stride"], fields["padding"], fields["dilation"], groups, more)
 
 
 def print_geometry(geometry: ConvGeometry) -> str:
@@ -82,6 +110,8 @@ def print_geometry(geometry: ConvGeometry) -> str:
         "dilation": geometry.dilation,
         "groups": (geometry.groups,),
     }
+    if geometry.is_transposed:
+        rows["output_padding"] = geometry.output_padding
     return " ".join(f"{key}={','.join(map(str, value))}" for key, value in rows.items())
 
 
@@ -105,11 +135,17 @@ def to_grid(x: Tensor, scale: Tensor | None, spec: QuantSpec, state: RunState | 
     x = x.detach()
     if spec.is_identity:
         return x
-    return _store(fast_to_grid(x, spec, scale, **_randomness(spec, state, site, slot)), spec)
+    return fast_to_grid(x, spec, scale, dtype=storage_dtype(spec.format), **_randomness(spec, state, site, slot))
 
 
-def _store(grid: Tensor, spec: QuantSpec) -> Tensor:
-    return grid.to(STORAGE.get(spec.format, grid.dtype))
+@lru_cache(maxsize=4096)
+def storage_dtype(format: str) -> torch.dtype:
+    """The dtype that holds the grid values of a format: bf16 where they embed there, which halves what a GEMM reads
+    and what backward keeps; fp32 where there is no smaller exact one that is multiplied.
+    """
+    if format in _STORAGE:
+        return _STORAGE[format]
+    return torch.bfloat16 if embeds(grid_format(format), "bf16") else torch.float32
 
 
 def _randomness(spec: QuantSpec, state: RunState | None, site: int, slot: int) -> dict[str, int]:
@@ -123,9 +159,10 @@ def _cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: in
     if state is None or not state.watch_overflow or spec.is_identity:
         return cast(dy, spec, state, site, slot)
     scale = compute_scale(dy, spec)
-    grid, beyond = fast_to_grid_checked(dy, spec, scale, **_randomness(spec, state, site, slot))
+    dtype = storage_dtype(spec.format)
+    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **_randomness(spec, state, site, slot))
     state.overflow = state.overflow or beyond
-    return Operand(_store(grid, spec), scale, spec)
+    return Operand(grid, scale, spec)
 
 
 def run_gemm(
@@ -166,6 +203,7 @@ class _Gemm(torch.autograd.Function):
         needs_lhs, needs_rhs = ctx.needs_input_grad[:2]
         ctx.state, ctx.plan = state, plan
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
+        ctx.is_flat = lhs.is_contiguous()
         ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(
             rhs if needs_lhs and bwd_rhs is None else None,
@@ -175,8 +213,11 @@ class _Gemm(torch.autograd.Function):
             grad_lhs_scale if needs_rhs else None,
         )
         spec = plan.spec.fwd
+        if plan.method("fwd") == "as_is":  # torch.matmul folds a batch into rows where the batch carries a gradient
+            fwd_lhs = fwd_lhs.detach().requires_grad_(needs_lhs)
+            fwd_rhs = fwd_rhs.detach().requires_grad_(needs_rhs)
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
-        return _fwd(plan, a, b, bias).to(lhs.dtype)
+        return _fwd(plan, a, b, bias, state).to(lhs.dtype)
 
     @staticmethod
     @once_differentiable
@@ -193,22 +234,23 @@ class _Gemm(torch.autograd.Function):
                 if bwd_rhs is not None
                 else cast(rhs, bwd.rhs, state, plan.site, _WEIGHT_BWD)
             )
-            dx = _bwd(plan, dy_cast, w, ctx.lhs_shape).to(ctx.dtypes[0])
+            dx = _bwd(plan, dy_cast, w, ctx.lhs_shape, state).to(ctx.dtypes[0])
         if needs_rhs:
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
                 dy_cast = _cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
             x = Operand(grad_lhs, grad_lhs_scale, grad.rhs)
-            if needs_bias and grad.is_identity and isinstance(plan.contraction, Conv):
+            if needs_bias and grad.is_identity and isinstance(plan.contraction, Conv | ConvTranspose):
                 dw, db = plan.contraction.grad_and_bias_grad(dy, x.grid, ctx.rhs_shape)
             else:
-                dw = _grad(plan, dy_cast, x, ctx.rhs_shape).to(ctx.dtypes[1])
+                dw = _grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
         if needs_bias and db is None:
-            db = plan.contraction.bias_grad(dy).to(ctx.dtypes[2])
+            # torch flattens a contiguous input before it adds the bias, and then sums dy flattened too
+            db = plan.contraction.bias_grad(dy.contiguous() if ctx.is_flat else dy).to(ctx.dtypes[2])
         return dx, dw, db, *(None,) * 10
 
 
-def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None) -> Tensor:
-    spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction
+def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: RunState) -> Tensor:
+    spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction_of("fwd")
     x, w = _foldable(plan, "fwd", x, w)
     unscaled = x.scale is None and w.scale is None
     if method in ("as_is", "fp32") and unscaled and spec.out == "fp32":
@@ -219,40 +261,48 @@ def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None) -> Tensor:
         add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
         return kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias)
     if plan.geometry is not None:
-        y = _scaled(kind.native(_load(x.grid, method), _load(w.grid, method), None), x.scale, w.scale)
+        multiply = _product(plan, "fwd", x, w, state)
+        y = _scaled(kind.fwd(_load(x.grid, method), _load(w.grid, method), multiply), x.scale, w.scale)
     else:
-        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w))
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state))
     y = _round_out(y, spec, method)
     if bias is not None:
         y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
     return y
 
 
-def _bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size) -> Tensor:
+def _bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, state: RunState) -> Tensor:
     spec, method = plan.spec.bwd, plan.method("bwd")
     dy, w = _foldable(plan, "bwd", dy, w)
-    dx = plan.contraction.bwd(_load(dy.grid, method), _load(w.grid, method), lhs_shape, _product(plan, "bwd", dy, w))
+    lhs, rhs, multiply = _load(dy.grid, method), _load(w.grid, method), _product(plan, "bwd", dy, w, state)
+    if isinstance(plan.contraction, Matmul) and len(lhs_shape) == 2 < lhs.dim() and dy.scale is w.scale is None:
+        dx = plan.contraction.bwd_folded(lhs, rhs, multiply)
+    else:
+        dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, multiply)
     return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
 
 
-def _grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size) -> Tensor:
+def _grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size, state: RunState) -> Tensor:
     spec, method = plan.spec.grad, plan.method("grad")
     dy, x = _foldable(plan, "grad", dy, x)
-    dw = plan.contraction.grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, _product(plan, "grad", dy, x))
+    multiply = _product(plan, "grad", dy, x, state)
+    dw = plan.contraction_of("grad").grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, multiply)
     return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, method)
 
 
 def _load(grid: Tensor, method: str) -> Tensor:
     """Grid values in a dtype that the method multiplies; exact either way."""
-    if method == "as_is" or (method == "cpu_bf16" and grid.dtype == torch.bfloat16):
+    if method == "as_is":
         return grid
+    if method == "cpu_bf16":  # it reads fp32 too: block values below bf16's range
+        return grid if grid.dtype in cpu_gemm.DTYPES else grid.bfloat16()
     return grid.to(DTYPES.get(method, torch.float32))
 
 
 def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:
     if spec.out == "fp32" or method == spec.out:
         return y
-    return _store(fast_to_grid(y.float(), QuantSpec.parse(spec.out), None), QuantSpec.parse(spec.out))
+    return fast_to_grid(y.float(), QuantSpec.parse(spec.out), None, dtype=storage_dtype(spec.out))
 
 
 def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
@@ -261,11 +311,14 @@ def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
     return y
 
 
-def _product(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand) -> Multiply:
+def _product(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand, state: RunState) -> Multiply:
     """The backend's product, times the scales of its rows and columns."""
-    multiply = multiplier(plan.method(role), plan.spec.role(role))
+    spec, key = plan.spec.role(role), NO_KEY
+    if spec.accumulator.mode == "stochastic":
+        key = RandomKey(state.seed, state.step, state.stream(plan.site, _ACCUMULATE[role]))
+    multiply = multiplier(plan.method(role), spec, key)
     rows, columns = (rhs, lhs) if role == "grad" and plan.contraction.grad_rows == "rhs" else (lhs, rhs)
-    if rows.scale is None and columns.scale is None:
+    if plan.geometry is not None or (rows.scale is None and columns.scale is None):  # the result of a conv is scaled
         return multiply
     batched = plan.kind == "matmul"
     return lambda a, b: _scaled(multiply(a, b), _along(rows, "row", batched), _along(columns, "column", batched))

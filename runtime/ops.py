@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.contractions import Conv, Side
-from runtime.gemms import KINDS, GemmPlan, Operand, parse_geometry, run_gemm, to_grid, varies_along_sum
+from runtime.contractions import Side
+from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.state import RunState
@@ -109,7 +109,7 @@ def _parses(attribute: str, parse: Callable[[str], Any]) -> Callable[[dict[str, 
 def _scales_leave_the_sum(attributes: dict[str, Any]) -> bool:
     spec = LayerSpec.parse(attributes["spec"])
     geometry = parse_geometry(attributes.get("geometry", ""))
-    kind = Conv(geometry) if geometry else KINDS[attributes["kind"]]
+    kind = contraction_of(attributes["kind"], geometry)
     for role in ROLES:
         operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", spec.role(role).lhs), ("rhs", spec.role(role).rhs))
         for side, operand in operands:

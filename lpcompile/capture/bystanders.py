@@ -64,7 +64,7 @@ class Bystanders:
     def __init__(self, model: nn.Module, arguments: Sequence[object]) -> None:
         self._python = PythonState(list(model.modules()))
         tensors = [*model.buffers(), *(leaf for leaf in arguments if isinstance(leaf, Tensor))]
-        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
         self._grads = [(parameter, parameter.grad) for parameter in model.parameters()]
         self._by_storage: dict[int | None, Tensor] = {
             key: tensor for tensor in model.parameters() if (key := _storage(tensor)) is not None

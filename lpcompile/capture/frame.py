@@ -12,25 +12,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from lpcompile.capture.bystanders import PythonState, held_objects
 from lpcompile.capture.graph_code import compile_graph
 from lpcompile.capture.guards import (
+    Fact,
     Guard,
+    SizeFact,
     TensorFact,
     ValueFact,
+    argument_facts,
     autocast_state,
     flatten_arguments,
     is_plain,
     plain_copy,
-    tensor_facts,
     with_article,
 )
 from lpcompile.capture.recording import Opaque, Recording
+from lpcompile.capture.shapes import Shapes, concrete
 
 
 class Refusal(Exception):
@@ -61,8 +66,13 @@ class Frame:
         forward: Callable[..., Any],
         args: Sequence[object],
         kwargs: Mapping[str, object],
+        *,
+        caller: "Frame | None" = None,
+        is_symbolic: bool = True,
     ) -> None:
+        """Arguments that are sizes become sizes of this call: run the forward on `arguments`."""
         self.module, self.path = module, path
+        self._shapes = Shapes() if is_symbolic else None
         self.opaque: Opaque | None = None
         self.reads_data = False
         self.reads_strides = False
@@ -72,6 +82,7 @@ class Frame:
         """Where an attribute was last set: (id of the module, attribute) -> file:line."""
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
+        self._sizes: dict[sympy.Basic, fx.Node | int] = {}
         self._kept: list[Tensor] = []  # alive, so that no id is used twice
         self._unsized: set[int] = set()
         self._child_paths: dict[int, str] | None = None
@@ -84,15 +95,29 @@ class Frame:
         self._attributes: dict[str, ValueFact] = {}
         self._held = {id(held): name for name, held in held_objects(module).items()}
         self._subtree = list(module.modules())
-        self._arguments = (args, kwargs)
-        self._leaves, self._in_spec = flatten_arguments(args, kwargs)
+        leaves, self._in_spec = flatten_arguments(args, kwargs)
+        self._leaves = self._take_sizes(leaves, caller)
+        self.arguments: tuple[Any, Any] = (args, kwargs)
+        if any(now is not before for now, before in zip(self._leaves, leaves)):
+            self.arguments = pytree.tree_unflatten(self._leaves, self._in_spec)
         self._names = _leaf_names(forward, args, kwargs)
-        self._facts = tensor_facts(self._leaves)
+        self._facts = argument_facts(self._leaves)
         self._python = PythonState(self._subtree)
         self._note_unwatched()
         self._add_placeholders()
 
     # -- what the forward does ---------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> Shapes | None:
+        """None where sizes are plain numbers: once the frame has failed, or by choice."""
+        return self._shapes if self.opaque is None else None
+
+    def tell_caller(self, caller: "Frame | None", result: Any) -> Any:
+        """The result with sizes as the caller has them, who learns the sizes of its tensors."""
+        if self.shapes is None or caller is None or caller.shapes is None:
+            return concrete(result)
+        return self.shapes.tell(caller.shapes, result)
 
     def fail(self, reason: str, *, where: str | None = None) -> None:
         """End the graph. The first reason counts."""
@@ -197,14 +222,14 @@ class Frame:
         self.pause()
         if torch.is_grad_enabled() is not self._grad_enabled:
             self.fail("leaves another grad mode behind", where=self.definition)
-        leaves, spec = flatten_arguments(*self._arguments)
+        leaves, spec = flatten_arguments(*self.arguments)
         if spec != self._in_spec or any(now is not before for now, before in zip(leaves, self._leaves)):
             self.fail("writes to a container among its arguments", where=self.definition)
         recording = self._seal(result) if self.opaque is None else None
         self._nodes.clear()
         self._kept.clear()
         self._leaves = []
-        self._arguments = ((), {})
+        self.arguments = ((), {})
         if recording is None:
             assert self.opaque is not None
             return self.opaque
@@ -232,9 +257,10 @@ class Frame:
         return Recording(self.path, self._graph, self._guard(), out_spec, self.switches_grad_mode)
 
     def _guard(self) -> Guard:
-        facts = self._facts
-        if not self.reads_strides:
-            facts = tuple(replace(fact, stride=None) if isinstance(fact, TensorFact) else fact for fact in facts)
+        if self.reads_strides and self._shapes is not None:
+            self._shapes.fix_arguments()
+        sizes, conditions = ({}, ()) if self._shapes is None else self._shapes.facts()
+        facts = tuple(self._fact(fact, sizes.get(index)) for index, fact in enumerate(self._facts))
         return Guard(
             in_spec=self._in_spec,
             leaves=facts,
@@ -243,15 +269,44 @@ class Frame:
             grad_enabled=self._grad_enabled if self.reads_grad_mode or self.switches_grad_mode else None,
             autocast=self._autocast,
             attributes=tuple(self._attributes.items()),
+            conditions=conditions,
         )
+
+    def _fact(self, fact: Fact, sizes: tuple[int | str, ...] | None) -> Fact:
+        if isinstance(fact, TensorFact):
+            return replace(fact, shape=sizes or fact.shape, stride=fact.stride if self.reads_strides else None)
+        return SizeFact(sizes[0]) if isinstance(fact, SizeFact) and sizes else fact
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
+    def _take_sizes(self, leaves: Sequence[Any], caller: "Frame | None") -> list[Any]:
+        """The leaves, where sizes are those of this call."""
+        shapes, known = self._shapes, caller.shapes if caller else None
+        if shapes is None:
+            return [concrete(leaf) for leaf in leaves]
+        taken: list[Any] = []
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                is_known = known is not None and caller is not None and not caller.is_tainted([leaf])
+                shapes.add_tensor(index, leaf, known.sizes(leaf) if known and is_known else None)
+                taken.append(leaf)
+            elif isinstance(leaf, torch.SymInt):
+                taken.append(shapes.add_size(index, leaf, known=known is not None))
+            else:
+                if known is not None:
+                    known.fix(list(leaf) if isinstance(leaf, torch.Size) else leaf)
+                taken.append(concrete(leaf))
+        return taken
+
     def _add_placeholders(self) -> None:
-        for name, leaf in zip(self._names, self._leaves):
+        self._placeholders: dict[int, fx.Node] = {}
+        for index, (name, leaf) in enumerate(zip(self._names, self._leaves)):
             if isinstance(leaf, Tensor):
                 if id(leaf) not in self._nodes:
-                    self._stand_for(self._graph.placeholder(_identifier(name)), leaf)
+                    self._placeholders[index] = self._graph.placeholder(_identifier(name))
+                    self._stand_for(self._placeholders[index], leaf)
+            elif isinstance(leaf, torch.SymInt):
+                self._placeholders[index] = self._graph.placeholder(_identifier(name))
             elif not is_plain(leaf):
                 self.fail(
                     f"takes {with_article(leaf)} as {name}, and only tensors, plain values and their tuples, lists"
@@ -268,8 +323,12 @@ class Frame:
     def _operand(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._nodes.get(id(value)) or self._own_tensor(value)
+        if isinstance(value, torch.SymInt):
+            return self._size(value.node.expr)
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return float(value) if isinstance(value, torch.SymFloat) else bool(value)
         if isinstance(value, torch.Size):
-            return tuple(value)
+            return tuple(self._operand(size) for size in value)
         if type(value) is slice:
             return slice(self._operand(value.start), self._operand(value.stop), self._operand(value.step))
         if type(value) in (tuple, list):
@@ -279,6 +338,35 @@ class Frame:
         if is_plain(value):
             return value
         raise Refusal(with_article(value))
+
+    def _size(self, expression: sympy.Basic) -> fx.Node | int:
+        """The nodes that compute a size from those of the arguments; a number where there is no node for it."""
+        assert self._shapes is not None
+        if expression.is_Integer:
+            return int(expression)
+        if expression not in self._sizes:
+            self._sizes[expression] = self._new_size(self._shapes, expression)
+        return self._sizes[expression]
+
+    def _new_size(self, shapes: Shapes, expression: sympy.Basic) -> fx.Node | int:
+        origin = shapes.origin(expression)
+        if origin is not None:
+            leaf, dim = origin
+            if dim is None:
+                return self._placeholders[leaf]
+            # at the top, before an operation in place can change the argument's shape
+            with self._graph.inserting_after(list(self._placeholders.values())[-1]):
+                return self._graph.call_function(Tensor.size, (self._placeholders[leaf], dim))
+        function = _SIZE_FUNCTIONS.get(type(expression))
+        if function is None:
+            return shapes.fix_expression(expression)
+        number, *others = (self._size(argument) for argument in expression.args)
+        for other in others:
+            if isinstance(number, int) and isinstance(other, int):
+                number = function(number, other)
+            else:
+                number = self._graph.call_function(function, (number, other))
+        return number
 
     def _own_tensor(self, tensor: Tensor) -> fx.Node:
         if self._own_tensors is None:
@@ -299,12 +387,15 @@ class Frame:
     def _bind(self, node: fx.Node, value: Any, writes: bool) -> Any:
         if isinstance(value, Tensor):
             if id(value) in self._nodes and not writes:
-                with torch.enable_grad():
-                    value = value.view_as(value)
+                with torch.enable_grad(), torch._C.DisableTorchFunction():
+                    alias = value.view_as(value)
+                if self.shapes is not None:
+                    self.shapes.add_alias(alias, value)
+                value = alias
             self._stand_for(node, value)
             return value
-        if value is None:
-            return None
+        if value is None or isinstance(value, torch.SymInt):
+            return value  # a size is computed from those of the arguments
         if isinstance(value, dict):
             for key, item in list(value.items()):
                 bound = self._bind_item(node, key, item, writes)
@@ -319,8 +410,8 @@ class Frame:
         raise Refusal(with_article(value))
 
     def _bind_item(self, node: fx.Node, key: Any, item: Any, writes: bool) -> Any:
-        if item is None:
-            return None
+        if item is None or isinstance(item, torch.SymInt):
+            return item
         return self._bind(self._graph.call_function(operator.getitem, (node, key)), item, writes)
 
     # -- lines -------------------------------------------------------------------------------------------------------
@@ -405,3 +496,13 @@ CHECKPOINT_FLAG = "gradient_checkpointing"
 _FRAMEWORK = frozenset(vars(nn.Module()))
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+_SIZE_FUNCTIONS: dict[type, Callable[[Any, Any], Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+    sympy.Pow: operator.pow,
+}
+"""How sympy's expressions of sizes are written as nodes."""

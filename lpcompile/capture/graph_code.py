@@ -25,7 +25,7 @@ class GraphCode:
         self.switches_grad_mode = switches_grad_mode
         self._function: Callable[..., Any] | None = None
 
-    def __call__(self, module: torch.nn.Module, operands: Sequence[Tensor]) -> Sequence[Any]:
+    def __call__(self, module: torch.nn.Module, operands: Sequence[Tensor | int]) -> Sequence[Any]:
         function = self._function or self.compiled()
         if not self.switches_grad_mode:
             return function(module, *operands)

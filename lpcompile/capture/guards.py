@@ -1,12 +1,14 @@
 """Guards: under which calls does a recorded graph stand for the forward?
 
-What recording burnt into the graph is checked before each use: the structure and plain values of the arguments, shape,
-dtype, device and identity of the tensors, training or not, autocast, and what else the forward read: grad mode,
-strides, plain attributes of the module, its children and its configuration. A guard that fails says why.
+What recording burnt into the graph is checked before each use: the structure and plain values of the arguments, dtype,
+device and identity of the tensors, the conditions on their sizes, training or not, autocast, and what else the forward
+read: grad mode, strides, plain attributes of the module, its children and its configuration. A guard that fails says
+why.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch.utils import _pytree as pytree
 class TensorFact:
     """What a graph assumes of a tensor argument."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
+    """A name stands for any size of at least 2, the same wherever it stands in the guard."""
     dtype: torch.dtype
     device: torch.device
     alias: int | None = None
@@ -37,12 +40,22 @@ class ValueFact:
 
 
 @dataclass(frozen=True)
+class SizeFact:
+    """What a graph assumes of an argument that is a size computed by the caller: a number, or a name as in a shape."""
+
+    size: int | str
+
+
+Fact = TensorFact | ValueFact | SizeFact
+
+
+@dataclass(frozen=True)
 class Guard:
     """When a graph holds: `check` returns None, or what differs."""
 
     in_spec: pytree.TreeSpec
     """Structure of (args, kwargs)."""
-    leaves: tuple[TensorFact | ValueFact, ...]
+    leaves: tuple[Fact, ...]
     names: tuple[str, ...]
     """How a sentence calls each leaf."""
     training: bool
@@ -53,9 +66,12 @@ class Guard:
     attributes: tuple[tuple[str, ValueFact], ...] = ()
     """Plain attributes that the forward read, as dotted paths from the module (`scaling`, `attn_dropout.p`,
     `config.use_cache`): a schedule or a user may change them between steps."""
+    conditions: tuple[str, ...] = ()
+    """On the named sizes, as Python source: `s1 > 8`, `s0*s1 == s2`."""
     _plan: Any = field(init=False, repr=False, compare=False)
     _rows: Any = field(init=False, repr=False, compare=False)
     _attribute_rows: Any = field(init=False, repr=False, compare=False)
+    _broken_size: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # tuples for the hot path, made here and not on demand: torch.compile traces through a check, not through a lock
@@ -65,13 +81,21 @@ class Guard:
         object.__setattr__(
             self, "_attribute_rows", tuple((tuple(steps), name, f.value, f.kind) for (*steps, name), f in paths)
         )
+        object.__setattr__(self, "_broken_size", _compile_sizes(self.leaves, self.conditions))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the compiled rows are no state: made again on loading
+        values = (getattr(self, f.name) for f in fields(self) if f.init)
+        return Guard, tuple(values)
 
     def check(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
         """None when the graph holds for this call, else one short sentence."""
         matched = self.match(module, args, kwargs)
         return matched if isinstance(matched, str) else None
 
-    def match(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor] | str:
+    def match(
+        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> list[Tensor | int] | str:
         """The graph's operands, or what differs. About 5 us for eight leaves."""
         if module.training is not self.training:
             return f"training is {module.training}, recorded {self.training}"
@@ -92,29 +116,49 @@ class Guard:
             return "the structure of the arguments differs"
         return self._operands(leaves)
 
-    def _operands(self, leaves: list[Any]) -> list[Tensor] | str:
-        operands: list[Tensor] = []
-        for index, (is_tensor, first, dtype, device, alias, stride) in enumerate(self._rows):
+    def _operands(self, leaves: list[Any]) -> list[Tensor | int] | str:
+        operands: list[Any] = []
+        sizes: list[Any] = []
+        for index, (kind, first, dtype, device, alias, stride) in enumerate(self._rows):
             leaf = leaves[index]
-            if not is_tensor:
+            if kind is ValueFact:
                 if leaf is not first and (type(leaf) is not dtype or leaf != first):
                     return f"{self.names[index]} is {_describe(leaf)}, recorded {first!r}"
                 continue
+            if kind is SizeFact:
+                if not isinstance(leaf, (int, torch.SymInt)) or type(leaf) is bool:
+                    return f"{self.names[index]} is {_describe(leaf)}, recorded a size"
+                sizes.append(leaf)
+                operands.append(leaf)
+                continue
             if not isinstance(leaf, Tensor):
                 return f"{self.names[index]} is {_describe(leaf)}, recorded a tensor"
-            if leaf.shape != first:
-                return f"{self.names[index]} has shape {tuple(leaf.shape)}, recorded {tuple(first)}"
-            if leaf.dtype is not dtype:
+            shape = leaf.shape
+            if dtype is not leaf.dtype:
                 return f"{self.names[index]} is {leaf.dtype}, recorded {dtype}"
             if leaf.device != device:
                 return f"{self.names[index]} is on {leaf.device}, recorded {device}"
+            if len(shape) != len(first):
+                return f"{self.names[index]} has shape {tuple(shape)}, recorded {_print_shape(first)}"
+            sizes.extend(shape)
             if stride is not None and leaf.stride() != stride:
                 return f"{self.names[index]} has strides {leaf.stride()}, recorded {stride}"
             if alias is None:
                 operands.append(leaf)
             elif leaf is not leaves[alias]:
                 return f"{self.names[index]} is no longer the same tensor as {self.names[alias]}"
-        if len(operands) > 1 and len({id(operand) for operand in operands}) != len(operands):
+        broken = self._broken_size(*sizes)
+        if broken is not None:
+            index, condition = broken
+            if index is None:
+                return f"the sizes {tuple(sizes)} do not fit {condition}"
+            fact, leaf = self.leaves[index], leaves[index]
+            if isinstance(fact, SizeFact):
+                return f"{self.names[index]} is {leaf}, recorded {fact.size}"
+            return f"{self.names[index]} has shape {tuple(leaf.shape)}, recorded {_print_shape(fact.shape)}"
+        if len(operands) > 1 and len({id(operand) for operand in operands if isinstance(operand, Tensor)}) != sum(
+            isinstance(operand, Tensor) for operand in operands
+        ):
             return "two arguments are the same tensor, recorded as two"
         return operands
 
@@ -155,10 +199,10 @@ def flatten_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> t
     return pytree.tree_flatten((tuple(args), dict(kwargs)), is_leaf=lambda value: not is_container(value))
 
 
-def tensor_facts(leaves: Sequence[object]) -> tuple[TensorFact | ValueFact, ...]:
-    """The facts of argument leaves that are tensors or plain values, strides included."""
+def argument_facts(leaves: Sequence[object]) -> tuple[Fact, ...]:
+    """The facts of argument leaves that are tensors, sizes or plain values, as in the example, strides included."""
     seen: dict[int, int] = {}
-    facts: list[TensorFact | ValueFact] = []
+    facts: list[Fact] = []
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             alias = seen.setdefault(id(leaf), index)
@@ -166,6 +210,8 @@ def tensor_facts(leaves: Sequence[object]) -> tuple[TensorFact | ValueFact, ...]
             facts.append(
                 TensorFact(tuple(leaf.shape), leaf.dtype, leaf.device, None if alias == index else alias, stride)
             )
+        elif isinstance(leaf, torch.SymInt):
+            facts.append(SizeFact(int(leaf.node.hint)))
         else:
             facts.append(ValueFact(type(leaf), leaf))
     return tuple(facts)
@@ -185,10 +231,41 @@ def _device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def _row(fact: TensorFact | ValueFact) -> tuple[Any, ...]:
+def _row(fact: Fact) -> tuple[Any, ...]:
     if isinstance(fact, TensorFact):
-        return True, torch.Size(fact.shape), fact.dtype, fact.device, fact.alias, fact.stride
-    return False, fact.value, fact.kind, None, None, None
+        return TensorFact, fact.shape, fact.dtype, fact.device, fact.alias, fact.stride
+    if isinstance(fact, SizeFact):
+        return SizeFact, None, None, None, None, None
+    return ValueFact, fact.value, fact.kind, None, None, None
+
+
+def _compile_sizes(facts: Sequence[Fact], conditions: Sequence[str]) -> Callable[..., tuple[int | None, str] | None]:
+    """One function of every size in the arguments, in order: None, or (leaf, condition) of the first that is broken."""
+    wanted = [
+        (index, size)
+        for index, fact in enumerate(facts)
+        if not isinstance(fact, ValueFact)
+        for size in (fact.shape if isinstance(fact, TensorFact) else (fact.size,))
+    ]
+    seen: set[str] = set()
+    lines = []
+    for number, (index, size) in enumerate(wanted):
+        if isinstance(size, int) or size in seen:
+            lines.append(f"    if d{number} != {size}: return {index}, ''")
+            continue
+        seen.add(size)
+        lines.append(f"    {size} = d{number}")
+        lines.append(f"    if {size} < 2: return {index}, ''")
+    lines += [f"    if not ({condition}): return None, {condition!r}" for condition in conditions]
+    arguments = ", ".join(f"d{number}" for number in range(len(wanted)))
+    namespace: dict[str, Any] = {"math": math}
+    exec("\n".join([f"def broken({arguments}):", *lines, "    return None"]), namespace)
+    return namespace["broken"]
+
+
+def _print_shape(shape: Sequence[int | str]) -> str:
+    """(s0, 16), as a tuple prints, without quotes."""
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
 def _plan(spec: pytree.TreeSpec) -> tuple[Any, ...] | None:

@@ -44,7 +44,7 @@ class Variant:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Variant":
         return self
 
-    def run(self, module: nn.Module, operands: Sequence[torch.Tensor]) -> Any:
+    def run(self, module: nn.Module, operands: Sequence[torch.Tensor | int]) -> Any:
         outputs = self.code(module, operands)
         if self.out_spec.is_leaf():
             return outputs[0]

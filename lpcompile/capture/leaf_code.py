@@ -1,15 +1,17 @@
 """Leaf code: a leaf module runs its compiled graph, one per phase of the schedule, and takes casts from a caller that
-offers them.
+offers them. A leaf of several products runs its forward by parts, each part a graph.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lpcompile.capture.graph_code import GraphCode
 from lpcompile.capture.install import RECORD, captured_class
+from lpcompile.capture.leaves import CompositeForward
 from passes.ir.program import CASTS, STATE, Unit
 from runtime.state import RunState
 
@@ -59,3 +61,46 @@ class LeafForward:
     @property
     def is_picklable(self) -> bool:
         return all(phase is None or phase.floor.is_picklable for phase in self.phases)
+
+
+def install_composite(
+    module: nn.Module, forward: CompositeForward, phases: list[dict[str, Unit] | None], state: RunState
+) -> None:
+    """Let `forward` run a leaf of several products with the graphs of its parts, by phase; None where the policy leaves
+    the leaf alone.
+    """
+    module.__class__ = captured_class(type(module))
+    module.__dict__[STATE] = state
+    codes = [
+        None
+        if units is None
+        else {part: GraphCode(unit.graph, switches_grad_mode=False) for part, unit in units.items()}
+        for units in phases
+    ]
+    module.__dict__[RECORD] = CompositeLeafForward(forward, codes, state)
+
+
+@dataclass
+class CompositeLeafForward:
+    """What is installed under a leaf of several products: its forward by parts, and the parts' graphs by phase."""
+
+    forward: CompositeForward
+    phases: list[dict[str, GraphCode] | None]
+    state: RunState
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        codes = self.phases[self.state.phase]
+        if codes is None:
+            return original(module, *args, **kwargs)
+        products = {part: partial(_first_output, code, module) for part, code in codes.items()}
+        return self.forward(module, products, *args, **kwargs)
+
+    @property
+    def is_picklable(self) -> bool:
+        return all(codes is None or all(code.is_picklable for code in codes.values()) for codes in self.phases)
+
+
+def _first_output(code: GraphCode, module: nn.Module, *operands: Any) -> Any:
+    return code(module, operands)[0]

@@ -4,9 +4,10 @@
                                   "h.0":     x -> call_module ln_1 -> call_module attn -> add -> output
                                   "h.0.attn": x -> call_module c_attn -> split -> view -> matmul -> softmax -> output
 
-The forward runs on real tensors, in the mode the model is in, and leaves no trace. Children stay calls of the child, so
-weights, hooks and wrappers stay where they are. A module whose forward a graph cannot stand for is named with the
-reason and the line.
+The forward runs on the tensors it is given, in the mode the model is in, and leaves no trace; the sizes it reads are
+symbols (shapes.py). On the meta device nothing is computed, and a truth value that it asks of a tensor is False.
+Children stay calls of the child, so weights, hooks and wrappers stay where they are. A module whose forward a graph
+cannot stand for is named with the reason and the line.
 """
 
 import threading
@@ -26,6 +27,7 @@ from lpcompile.capture.frame import CHECKPOINT_FLAG, Frame, FunctionCall, is_che
 from lpcompile.capture.guards import flatten_arguments, with_article
 from lpcompile.capture.install import original_forward
 from lpcompile.capture.recording import Opaque, Recording, RecordResult
+from lpcompile.capture.shapes import Shapes, concrete
 
 
 def record(
@@ -40,11 +42,19 @@ def record(
     Leaves are kept as one call and not entered: what `is_leaf` names, and torch's own layers.
     """
     leaves, _ = flatten_arguments(args, kwargs)
-    with restored(model, leaves) as bystanders:
-        recorder = _Recorder(model, is_leaf, bystanders)
-        with recorder.listening():
-            model(*args, **kwargs)
-    return recorder.result()
+
+    def run(is_symbolic: bool) -> RecordResult:
+        with restored(model, leaves) as bystanders:
+            recorder = _Recorder(model, is_leaf, bystanders, is_symbolic)
+            with recorder.listening():
+                model(*args, **kwargs)
+        return recorder.result()
+
+    try:
+        return run(is_symbolic=True)
+    except Exception:
+        # a forward that cannot bear a torch.SymInt for a size; if it is not that, the same error comes again
+        return run(is_symbolic=False)
 
 
 def is_builtin_leaf(module: nn.Module) -> bool:
@@ -58,11 +68,14 @@ def is_builtin_leaf(module: nn.Module) -> bool:
 class _Recorder:
     """The stack of frames of the running forward, and what the finished ones gave."""
 
-    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], bystanders: Bystanders) -> None:
+    def __init__(
+        self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], bystanders: Bystanders, is_symbolic: bool
+    ) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
         self._is_leaf = is_leaf
         self._bystanders = bystanders
+        self._is_symbolic = is_symbolic
         self._stack: list[Frame] = []
         self._suspended = False
         self._thread = threading.get_ident()
@@ -178,6 +191,11 @@ class _Recorder:
         """The frame that is recording now."""
         return self._stack[-1] if self._stack and self._is_listening() else None
 
+    @property
+    def _shapes(self) -> Shapes | None:
+        """The sizes in the running call, its hooks and leaves included."""
+        return self._stack[-1].shapes if self._stack and threading.get_ident() == self._thread else None
+
     # -- modules -----------------------------------------------------------------------------------------------------
 
     def _on_call(
@@ -194,14 +212,20 @@ class _Recorder:
         if path is None:
             caller.fail(f"calls a {type(module).__name__} that is not one of its children")
         before = flatten_arguments(args, kwargs)
-        node = caller.prepare("call_module", path or "", args, kwargs)
+        with torch._C.DisableTorchFunction():
+            node = caller.prepare("call_module", path or "", args, kwargs)
         result, has_raised_sizes = self._call(original_call, module, args, kwargs)
         after = flatten_arguments(args, kwargs)
         if before[1] != after[1] or any(now is not then for now, then in zip(after[0], before[0])):
             caller.fail(f"hands {path} a container that {path} writes to")
-        with self._suspend():
+        with self._suspend(), torch._C.DisableTorchFunction():
             result = caller.bind(node, path, result)
         caller.resume()
+        if caller.shapes is not None and not has_raised_sizes:
+            # a leaf that torch's functions do not show (TorchScript): nothing says what it makes of sizes
+            with torch._C.DisableTorchFunction():
+                if any(caller.shapes.shadow(leaf) is None for leaf in pytree.tree_leaves(result) if _is_tensor(leaf)):
+                    caller.shapes.fix((args, kwargs))
         if has_raised_sizes or caller.is_tainted((args, kwargs)):
             caller.taint(result)
         return result
@@ -221,13 +245,21 @@ class _Recorder:
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal unsized
             _put_back(state, override)
-            frame = Frame(module, self._paths[id(module)], forward, args, kwargs)
+            caller = self._stack[-1] if self._stack else None
+            path = self._paths[id(module)]
+            with torch._C.DisableTorchFunction():
+                frame = Frame(module, path, forward, args, kwargs, caller=caller, is_symbolic=self._is_symbolic)
             if override is not None:
                 frame.fail("is replaced on the instance, where the class's forward does not run")
-            result = self._run(frame, forward, args, kwargs)
-            unsized = frame.returns_tainted(result)
-            self._keep(frame, frame.finish(result))
-            return result
+            result = self._run(frame, forward, *frame.arguments)
+            with torch._C.DisableTorchFunction():
+                unsized = frame.returns_tainted(result)
+                told = frame.tell_caller(caller, result)
+                outcome = frame.finish(result)
+                # what an opaque module makes of its sizes, no guard says
+                unsized |= isinstance(outcome, Opaque)
+                self._keep(frame, outcome)
+            return told
 
         state["forward"] = recorded_forward
         try:
@@ -269,9 +301,25 @@ class _Recorder:
         writes = _writes(name, kwargs)
         if writes:
             self._bystanders.before_write([*pytree.tree_leaves(list(args)), kwargs.get("out")])
-        frame = self._frame
-        if frame is None:
+        if name.startswith("sym_"):
             return func(*args, **kwargs)
+        shapes = self._shapes
+        if shapes is not None and name in _SIZE_READS - _STRIDE_READS and isinstance(args[0], Tensor):
+            if self._frame is not None and self._frame.is_tainted((args, kwargs)):
+                self._fail_on_data(self._frame, f"reads {name} of a tensor whose size depends on data")
+            elif name in _SYMBOLIC_READS and (shadow := shapes.shadow(args[0])) is not None:
+                size = func(shadow, *args[1:], **kwargs)
+                return int(size) if name == "__len__" else size
+            elif name == "nbytes":
+                shapes.fix(args)
+        frame = self._frame
+        given, options = concrete(args), concrete(dict(kwargs))
+        if frame is None:
+            result = func(*given, **options)
+            if shapes is not None:
+                with self._suspend():
+                    shapes.follow(func, args, kwargs, result)
+            return result
         if func is torch._C._set_grad_enabled:
             frame.switches_grad_mode = True
         tainted = frame.is_tainted((args, kwargs))
@@ -279,10 +327,14 @@ class _Recorder:
         node = None if reads else frame.prepare("call_function", target, operands, kwargs)
         with self._suspend():
             try:
-                result = func(*args, **kwargs)
+                result = func(*given, **options)
             except Exception:
                 frame.withdraw(node)
-                raise
+                if name != "__bool__" or not args[0].is_meta:
+                    raise
+                # any answer will do: the frame has no graph now, and what its children record is guarded
+                self._fail_on_data(frame, "depends on data, which meta tensors lack: __bool__ was taken for False")
+                return False
             if reads:
                 frame.reads_strides |= name in _STRIDE_READS
                 if tainted and name in _SIZE_READS:
@@ -294,6 +346,8 @@ class _Recorder:
                 frame.fail(f"assigns to {func.__self__.__name__} of a tensor")
             if not _is_made_of_tensors(result):
                 self._fail_on_data(frame, f"depends on data: {name} gives {with_article(result)}")
+            if shapes is not None and not _has_sizes_from_data(name, args, kwargs):
+                shapes.follow(func, args, kwargs, result)
             result = frame.bind(node, target, result, writes=writes)
         if tainted or _has_sizes_from_data(name, args, kwargs):
             frame.taint(result)
@@ -315,9 +369,15 @@ class _Recorder:
             frame.fail("checkpoints a part of itself, which a graph would not recompute")
             return run(*args, **kwargs)
         target = FunctionCall(function)
-        node = frame.prepare("call_function", target, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            node = frame.prepare("call_function", target, args, kwargs)
         with self._suspend():
-            result = run(*args, **kwargs)
+            result = run(*concrete(args), **concrete(kwargs))
+        with self._suspend(), torch._C.DisableTorchFunction():
+            if frame.shapes is not None and any(
+                frame.shapes.shadow(leaf) is None for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)
+            ):
+                frame.shapes.fix((args, kwargs))
             result = frame.bind(node, target, result, writes=True)
         if frame.is_tainted((args, kwargs)):
             frame.taint(result)
@@ -366,6 +426,10 @@ def _normalise(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
     return name, func, args
 
 
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _writes(name: str, options: Mapping[str, Any]) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _WRITERS or bool(options.get("inplace")) or options.get("out") is not None
@@ -395,6 +459,9 @@ _STRIDE_READS = frozenset({"stride", "is_contiguous", "storage_offset"})
 
 _SIZE_READS = frozenset({"shape", "size", "numel", "nelement", "__len__", "nbytes", *_STRIDE_READS})
 """Reads that give Python values which follow from the shapes the guard holds."""
+
+_SYMBOLIC_READS = frozenset({"shape", "size", "numel", "nelement", "__len__"})
+"""Those that a shadow answers."""
 
 _STATIC_READS = frozenset(
     {

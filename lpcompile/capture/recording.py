@@ -12,7 +12,8 @@ from lpcompile.capture.guards import Guard
 class Recording:
     """One call of one module's forward, as a graph that holds while `guard` holds.
 
-    Placeholders are the distinct tensors among the leaves of (args, kwargs), in order; the output is the flat tuple of
+    Placeholders are the distinct tensors and the symbolic sizes among the leaves of (args, kwargs), in order. A size
+    that the forward read is a node, computed from those of the placeholders. The output is the flat tuple of
     the leaves of the result. Children are `call_module`, with their path relative to the module.
     A node without users may still matter: in-place operations and grad-mode switches are in program order.
     """

@@ -2,40 +2,152 @@
 
     c = 0; for each chunk of `chunk` products: s = 0; for k in the chunk: s = Q(s + a_k b_k); c = Q(c + s)
 
-Additions go in increasing k; Q rounds once to the accumulator's format (a fused multiply-add: the product is not
-rounded first). With no chunk the whole of K is one chunk and the outer add is skipped.
+Additions go in increasing k; Q rounds once to the accumulator's format and saturates. With no chunk, and with one
+chunk, the outer add is skipped. Of the three choices of an AccumulateSpec
+
+    product="fma"       s = Q(s + a_k b_k)       the product is not rounded first
+    product="rounded"   s = Q(s + Q(a_k b_k))    each product is rounded to the accumulator, as separate units do
+    model="per_chunk"   s = fp32(s + a_k b_k) within the chunk (nearest-even, saturating; with rounded products
+                        fp32(s + Q(a_k b_k))), then s = Q(s) once, then c = Q(c + s): the cheap model
+
+An integer accumulator is exact but for its ends: Q saturates there, or wraps to two's complement. Under per_chunk the
+chunk is summed in int64 and Q comes once at its end.
+
+Stochastic: every Q of an output element has a number. The adds of products come first, k of K (per_chunk: the
+roundings of chunks, c of C), then the outer adds, c of C, then the roundings of products, k of K. Draw j of element i
+of the E of the output (flat in C order, batch included) is 16 bits: with g = j div 8, half j mod 2 (0 the low one) of
+word (j mod 8) div 2 of the four of Philox counter n = g E + i (runtime/numerics/random.py). Its b highest bits, as
+u 2^b, decide: up when rest >= 1 - u, so with probability floor(rest 2^b) / 2^b. b = 23 - M for an accumulator of 7 <= M
+<= 15 fraction bits, so that an fp32 sum rounded toward zero holds all that is compared, else 16. Nothing depends on
+threads or tiles.
 
 Exactness: operands of at most 26 significant bits have products exact in float64. The sum s + p is rounded to odd in
 float64 (the inexact bit is kept in the last place), and rounding that to any format of at most 51 significant bits
 equals rounding the exact sum (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from runtime.numerics.block_formats import grid_format
 from runtime.numerics.casts import quantize
-from runtime.numerics.formats import get_format
-from runtime.numerics.specs import GemmSpec
+from runtime.numerics.formats import FloatFormat, IntFormat, get_format
+from runtime.numerics.grid import binade
+from runtime.numerics.random import random_bits
+from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
 NAME = "reference"
+DRAWS = 8
+"""Draws of 16 bits in the four words of one Philox counter."""
+Round = Callable[[Tensor, int], Tensor]
 
 
-def multiply(a: Tensor, b: Tensor, spec: GemmSpec) -> Tensor:
-    """(..., M, K) x (..., K, N) -> (..., M, N) in fp32, accumulated as `spec` says. Overflow saturates; NaN
-    propagates.
+@dataclass(frozen=True)
+class RandomKey:
+    """Where stochastic sums take their bits: seed, optimizer step, 48-bit stream."""
+
+    seed: int = 0
+    step: int = 0
+    stream: int = 0
+
+
+NO_KEY = RandomKey()
+
+
+def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
+    """(..., M, K) x (..., K, N) -> (..., M, N) in fp32, accumulated as `spec` says. NaN propagates; of an integer
+    accumulator beyond 2^24 the fp32 nearest is returned.
     """
-    a64, b64 = a.double(), b.double()
-    num_k = a.shape[-1]
-    chunk = spec.chunk or max(num_k, 1)
-    rounding = get_format(spec.accumulate).rounding
-    total = a64.new_zeros((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
-    for start in range(0, num_k, chunk):
+    how, num_k = spec.accumulator, a.shape[-1]
+    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    working = torch.int64 if how.is_integer else torch.float64
+    left, right = a.to(working), b.to(working)
+    total = torch.zeros(shape, dtype=working, device=a.device)
+    round_sum, add = _rounding(how, key, total), (torch.add if how.is_integer else add_to_odd)
+    chunk = how.chunk or max(num_k, 1)
+    num_chunks = -(-num_k // chunk)
+    first_outer = num_chunks if how.model == "per_chunk" else num_k
+    for index, start in enumerate(range(0, num_k, chunk)):
         part = torch.zeros_like(total)
         for k in range(start, min(start + chunk, num_k)):
-            product = a64[..., :, k : k + 1] * b64[..., k : k + 1, :]
-            part = quantize(add_to_odd(part, product), spec.accumulate, rounding)
-        total = part if num_k <= chunk else quantize(add_to_odd(total, part), spec.accumulate, rounding)
+            product = left[..., :, k : k + 1] * right[..., k : k + 1, :]
+            if how.product == "rounded":
+                product = round_sum(product.expand(shape), first_outer + num_chunks + k)
+            part = add(part, product)
+            if how.model == "per_mac":
+                part = round_sum(part, k)
+            elif not how.is_integer:
+                part = quantize(part, "fp32", "nearest_even")
+        if how.model == "per_chunk":
+            part = round_sum(part, index)
+        total = part if num_chunks == 1 else round_sum(add(total, part), first_outer + index)
     return total.float()
+
+
+def declines(spec: GemmSpec) -> str | None:
+    """Why the reference does not define this GEMM; None if it does."""
+    if not spec.accumulator.is_integer:
+        return None
+    for operand in (spec.lhs, spec.rhs):
+        if operand.is_block or not isinstance(grid_format(operand.format), IntFormat):
+            return f"sums in {spec.accumulate} need integer operands, not {operand.format}"
+        if operand.scale is not None and operand.scale.rule == "pow2":
+            return "a scale inside the sum leaves the integers"
+    return None
+
+
+def random_digits(how: AccumulateSpec) -> int:
+    """b: how many of a draw's 16 bits stochastic rounding to this accumulator compares."""
+    row = get_format(how.format)
+    return 23 - row.mantissa if isinstance(row, FloatFormat) and 7 <= row.mantissa <= 15 else 16
+
+
+def _rounding(how: AccumulateSpec, key: RandomKey, like: Tensor) -> Round:
+    """Q(x, number of the draw)."""
+    row = get_format(how.format)
+    if isinstance(row, IntFormat):
+        if how.overflow == "saturate":
+            low, high = int(row.min), int(row.max)
+            return lambda x, _: x.clamp(low, high)
+        base = -(2 ** (row.bits - 1)) if row.signed else 0
+        return lambda x, _: (x - base) % 2**row.bits + base
+    assert isinstance(row, FloatFormat)
+    if how.mode != "stochastic":
+        return lambda x, _: quantize(x, row, how.mode)
+    digits, groups = random_digits(how), dict[int, Tensor]()
+
+    def round_stochastically(x: Tensor, number: int) -> Tensor:
+        group, place = divmod(number, DRAWS)
+        if group not in groups:
+            if len(groups) == 3:  # one each for adds, outer adds and products
+                groups.pop(next(iter(groups)))
+            count = 4 * like.numel()
+            words = random_bits(
+                count, seed=key.seed, step=key.step, stream=key.stream, offset=group * count, device=like.device
+            )
+            groups[group] = words.view(*like.shape, 4)
+        draw = (groups[group][..., place // 2] >> 16 * (place % 2) & 0xFFFF) >> (16 - digits)
+        return _round_by_draw(x, row, draw, digits)
+
+    return round_stochastically
+
+
+def _round_by_draw(x: Tensor, row: FloatFormat, draw: Tensor, digits: int) -> Tensor:
+    """x (float64, rounded to odd) up in magnitude when rest / ulp >= 1 - draw 2^-digits; exact: nothing is divided but
+    by powers of two, or where the whole part is 0.
+    """
+    size = x.abs()
+    ulp = torch.exp2((binade(size, row.emin) - row.mantissa).double())
+    if not row.subnormals:
+        ulp = torch.where(size < row.tiny, row.tiny, ulp)
+    below = torch.floor(size / ulp) * ulp
+    up = (size - below) * 2.0**digits >= ulp * (2.0**digits - draw)
+    rounded = torch.copysign((below + torch.where(up, ulp, 0.0)).clamp(max=row.max), x)
+    rounded = rounded if row.has_negative_zero else rounded + 0.0
+    return torch.where(x.isnan(), x, torch.where(x.isinf(), torch.copysign(torch.full_like(x, row.max), x), rounded))
 
 
 def add_to_odd(x: Tensor, y: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from runtime.errors import NotSupported
 
 NAME = "torch_native"
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "cpu_int8": torch.int8}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "cpu_int8": torch.int8,
+    "cuda_bf16": torch.bfloat16,
+    "cuda_fp8": torch.bfloat16,  # narrowed by the method; exact in both
+}
 """The dtype that a method multiplies, where it is one."""
 
 

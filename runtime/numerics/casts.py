@@ -1,6 +1,6 @@
 """Casts: quantize, encode, decode - the public functions, on any format.
 
-Rounding and saturation are in grid.py, codes in codes.py, block formats in block_formats.py. These functions are not
+Rounding and saturation are in grid.py, codes in codes.py, block formats in block_casts.py. These functions are not
 differentiable: gradients are the callers' business.
 """
 
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError, nearest_names
-from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format, quantize_blocks
+from runtime.kernels.cpu.block_cast import fast_blocks
+from runtime.numerics.block_casts import grid_of_blocks, quantize_blocks
+from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
+from runtime.numerics.cast_plans import block_plan
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
 from runtime.numerics.formats import Format, get_format
 from runtime.numerics.grid import GridOverflow, round_to_grid
-from runtime.numerics.scaling import expand_scale
+from runtime.numerics.random import check_counter
+from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
 from runtime.numerics.specs import QuantSpec, Rounding
 
 Overflow = Literal["saturate", "ieee"]
@@ -52,7 +56,16 @@ def quantize(
             raise FormatError(f"{block.name} makes its own scales", hint="no scale argument, or a scalar format")
         if overflow != "saturate":
             raise FormatError(f"the elements of {block.name} saturate", hint='overflow="saturate"')
-        return quantize_blocks(x, block, rounding, seed=seed, step=step, stream=stream, offset=offset)
+        mode = rounding or get_format(block.element).rounding
+        plan, is_stochastic = block_plan(block, mode), mode == "stochastic"
+        if is_stochastic:
+            check_counter(step, stream, offset)
+        fast = fast_blocks(
+            x, plan, is_divided=True, is_stochastic=is_stochastic, seed=seed, step=step, stream=stream, offset=offset
+        )
+        if fast is not None:
+            return fast.values.to(x.dtype)
+        return quantize_blocks(x, block, mode, seed=seed, step=step, stream=stream, offset=offset)
     row = get_format(format) if isinstance(format, str) else format
     divisor = None if scale is None else _checked_scale(scale, x)
     q = round_to_grid(x, row, rounding or row.rounding, divisor, seed, step, stream, offset, overflow)
@@ -76,9 +89,15 @@ def to_grid(
     float32 for fp32, fp16 and bf16 x, float64 for float64 x. `scale` is as `compute_scale` shapes it and is trusted to
     be positive and finite. The identity spec returns x itself. overflow="unbounded" rounds as if the exponent had no
     upper end, for those who must know what saturated.
+    A block spec gives element * block scale, of nvfp4 times S, `scale` and `overflow` not looked at; element i of the
+    stochastic stream is element i of the tensor whose last dim the blocks lie along (`block_lanes`).
     """
     if spec.is_identity:
         return x
+    if spec.is_block:
+        block, lanes = get_block_format(spec.format), block_lanes(x, spec.along)
+        grid = grid_of_blocks(lanes, block, spec.rounding, seed=seed, step=step, stream=stream, offset=offset)
+        return from_lanes(grid, x.shape, spec.along)
     divisor = None if scale is None else expand_scale(scale, x.shape, spec)
     return round_to_grid(x, get_format(spec.format), spec.rounding, divisor, seed, step, stream, offset, overflow)
 
@@ -96,7 +115,7 @@ def encode(
     overflow: Overflow = "saturate",
 ) -> Tensor:
     """The codes of quantize's grid values: sign, exponent, fraction from the top bit down; integers two's complement;
-    lookup formats the index in their table. For a block format: `block_formats.encode_blocks`.
+    lookup formats the index in their table. For a block format: `block_casts.encode_blocks`.
 
     uint8 for formats of up to 8 bits, else int32 up to 31 bits, else int64; unused high bits are zero, so
     0 <= code < 2^bits. decode(encode(v)) == v for every v on the grid, -0 included. NaN takes the one NaN code whose
@@ -121,7 +140,7 @@ def decode(codes: Tensor, format: str | Format) -> Tensor:
 
 def _scalar(format: str | Format, instead: str) -> Format:
     if isinstance(format, str) and is_block_format(format):
-        raise FormatError(f'"{format}" has codes and scales', hint=f"runtime.numerics.block_formats.{instead}")
+        raise FormatError(f'"{format}" has codes and scales', hint=f"runtime.numerics.block_casts.{instead}")
     return get_format(format) if isinstance(format, str) else format
 
 

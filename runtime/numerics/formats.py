@@ -42,7 +42,7 @@ def get_format(name: str) -> "Format":
     base, colon, text = name.partition(":")
     if base in BLOCK_NAMES:
         raise NotSupported(
-            f'format "{name}" is a block format: quantize() casts to it, a GEMM does not take it yet',
+            f'format "{name}" is a block format: it is for the operands of a GEMM and for quantize()',
             hint=f"one of {', '.join(FORMATS)}",
         )
     options = text.split(",") if colon else []

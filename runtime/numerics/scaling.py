@@ -15,25 +15,30 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.errors import FormatError
+from runtime.kernels.cpu.block_cast import divisor_of_amax, fast_divisor
 from runtime.kernels.cpu.scale import fast_scale
+from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import QuantSpec, ScaleSpec
+from runtime.numerics.specs import Along, QuantSpec, ScaleSpec
 
 MIN_SCALE, MAX_SCALE = 2.0**-126, torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
 def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
-    """The fp32 scale of x under `spec`, in the shape above; None if the spec has no scale.
+    """The fp32 scale of x under `spec`, in the shape above; None if the spec has no scale. nvfp4: 1 / S, fp32, ().
 
     Invariants: 2^-126 <= scale < Inf, and amax / scale <= max (1 + 2^-23) unless that clamp or a non-finite amax acted.
     One pass over x where the C++ kernel serves it, else one for the maximum and one for the minimum; no copy of x
     unless a block tile is ragged.
     """
-    if spec.scale is None:
+    if not spec.has_scale:
         return None
     if not x.is_floating_point():
         raise FormatError("a scale is computed from real numbers", expected="a floating-point tensor", got=str(x.dtype))
+    if spec.is_block:
+        return 1.0 / two_level_divisor(block_lanes(x, spec.along), get_block_format(spec.format).block)
+    assert spec.scale is not None
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
     fast = fast_scale(x, tile_shape(x.shape, spec.scale), largest, is_pow2)
     if fast is not None:
@@ -56,6 +61,30 @@ def expand_scale(scale: Tensor, x_shape: torch.Size, spec: QuantSpec) -> Tensor:
     m, k = matrix_shape(x_shape)
     wide = scale.repeat_interleave(rows, dim=0)[:m].repeat_interleave(columns, dim=1)[:, :k]
     return wide.reshape(x_shape)
+
+
+def block_lanes(x: Tensor, along: Along | None) -> Tensor:
+    """x with the blocks of a block format along its last dim, a view where strides allow; undone by `from_lanes`."""
+    if along in (None, "row"):
+        return x
+    return x.transpose(-1, -2) if along == "batched-column" else x.reshape(matrix_shape(x.shape)).t()
+
+
+def from_lanes(lanes: Tensor, x_shape: torch.Size, along: Along | None) -> Tensor:
+    """What was computed on `block_lanes(x, along)`, in x's shape."""
+    if along in (None, "row"):
+        return lanes
+    return lanes.transpose(-1, -2) if along == "batched-column" else lanes.t().view(x_shape)
+
+
+def two_level_divisor(x: Tensor, block: int) -> Tensor:
+    """S of nvfp4, fp32, (): by what every value is divided; blocks along the last dim with NaN or Inf left out."""
+    fast = fast_divisor(x)
+    if fast is not None:
+        return fast
+    amax = group_amax(x.float(), ScaleSpec("block", block=(1, block)))
+    finite = torch.where(amax.isfinite(), amax, 0.0)
+    return divisor_of_amax(finite.amax() if finite.numel() else finite.new_zeros(()))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

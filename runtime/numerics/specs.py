@@ -1,6 +1,8 @@
 """Specs: what a cast and a GEMM compute, as frozen values that print and parse.
 
     QuantSpec   `e4m3 nearest_even row/amax`      one operand: format, rounding, scale
+                `mxfp8 nearest_even column`       or block format, rounding, which way the blocks lie
+    AccumulateSpec `1-6-9/64 stochastic`          format, chunk, rounding and kind of the additions
     GemmSpec    `A * B -> fp32 -> fp32`           one GEMM: two operands, accumulator, output
     LayerSpec   `fwd: ...; bwd: ...; grad: ...`   the three GEMMs of a layer
 
@@ -16,17 +18,26 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
-from runtime.numerics.formats import get_format
+from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
+from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 Granularity = Literal["tensor", "row", "column", "block"]
+Along = Literal["row", "column", "batched-column"]
 ScaleRule = Literal["amax", "pow2"]
 Role = Literal["fwd", "bwd", "grad"]
+Product = Literal["fma", "rounded"]
+AccumulateModel = Literal["per_mac", "per_chunk"]
+AccumulateOverflow = Literal["saturate", "wrap"]
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+ALONG: tuple[Along, ...] = get_args(Along)
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 ROLES: tuple[Role, ...] = get_args(Role)
+PRODUCTS: tuple[Product, ...] = get_args(Product)
+ACCUMULATE_MODELS: tuple[AccumulateModel, ...] = get_args(AccumulateModel)
+ACCUMULATE_OVERFLOWS: tuple[AccumulateOverflow, ...] = get_args(AccumulateOverflow)
 
 
 def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
@@ -69,32 +80,58 @@ class ScaleSpec:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """One cast: a number format, its rounding, and how its scale is chosen (None: scale 1)."""
+    """One cast: a number format, its rounding, and how its scale is chosen (None: scale 1).
+
+    A block format makes its own scales, so `scale` is None; its blocks lie `along` the rows of the matrix view, down
+    its columns, or down the columns of each matrix of a batch (the last two dims). None, as a policy has it: along the
+    sum of the GEMM once there is one, and till then along the rows. A scalar format has no blocks.
+    """
 
     format: str = "fp32"
     rounding: Rounding = "nearest_even"
     scale: ScaleSpec | None = None
+    along: Along | None = None
 
     def __post_init__(self) -> None:
-        get_format(self.format)
         _check("rounding", self.rounding, ROUNDINGS)
+        if self.along is not None:
+            _check("way for blocks to lie", self.along, ALONG)
+        if not is_block_format(self.format):
+            get_format(self.format)
+            if self.along is not None:
+                raise FormatError(f"{self.format} has no blocks", got=f"along {self.along}", hint="a block format")
+        elif get_block_format(self.format) and self.scale is not None:
+            raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
 
     @property
     def is_identity(self) -> bool:
         """True for fp32 with no scale: the operand is used as it is, in whatever dtype the model holds it."""
         return self.format == "fp32" and self.scale is None
 
+    @property
+    def is_block(self) -> bool:
+        """Whether the format is a block format: the grid values then hold the scales of the blocks."""
+        return is_block_format(self.format)
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether grid values are to be multiplied by a scale: a chosen one, or the 1 / S of a two-level format."""
+        return self.scale is not None or (self.is_block and get_block_format(self.format).rule == "two_level")
+
     def __str__(self) -> str:
-        return f"{self.format} {self.rounding}" + (f" {self.scale}" if self.scale else "")
+        last = self.along if self.is_block else self.scale
+        return f"{self.format} {self.rounding}" + (f" {last}" if last else "")
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "QuantSpec":
         parts = text.split()
         if not 1 <= len(parts) <= 3:
-            raise FormatError(f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE]`")
-        rounding = parts[1] if len(parts) > 1 else get_format(parts[0]).rounding
+            raise FormatError(f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG]`")
+        rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
         _check("rounding", rounding, ROUNDINGS)
+        if is_block_format(parts[0]):
+            return QuantSpec(parts[0], rounding, along=parts[2] if len(parts) == 3 else None)  # type: ignore[arg-type]
         scale = ScaleSpec.parse(parts[2]) if len(parts) == 3 else None
         return QuantSpec(parts[0], rounding, scale)  # type: ignore[arg-type]
 
@@ -103,24 +140,107 @@ IDENTITY = QuantSpec()
 
 
 @dataclass(frozen=True)
-class GemmSpec:
-    """One GEMM: operand casts, the format it accumulates in (rounded every `chunk` adds' boundary), the format it
-    returns.
+class AccumulateSpec:
+    """How a GEMM adds: `1-6-9/64 stochastic rounded per_chunk`, what is default not printed.
+
+    runtime/kernels/reference.py defines the order of additions and every rounding. `rounding` None is the row's own
+    (`mode`); naming the row's own is the same spec. An integer accumulator adds exactly and has no rounding: it
+    saturates at the row's ends, or wraps as two's complement of its bits.
     """
+
+    format: str = "fp32"
+    chunk: int | None = None
+    rounding: Rounding | None = None
+    product: Product = "fma"
+    model: AccumulateModel = "per_mac"
+    overflow: AccumulateOverflow = "saturate"
+
+    def __post_init__(self) -> None:
+        row = get_format(self.format)
+        _check("product", self.product, PRODUCTS)
+        _check("model of accumulation", self.model, ACCUMULATE_MODELS)
+        _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
+        if self.chunk is not None and self.chunk < 1:
+            raise FormatError("a chunk has no products", expected="chunk >= 1", got=str(self.chunk))
+        if isinstance(row, LookupFormat):
+            raise FormatError(f"{self.format} cannot hold a sum", hint="a float or an integer format")
+        if isinstance(row, IntFormat):
+            if self.rounding is not None:
+                raise FormatError("integers add exactly", got=f"rounding {self.rounding}", hint="no rounding")
+            if row.bits > 32:
+                raise FormatError(f"{self.format} is no accumulator here", expected="at most 32 bits")
+            return
+        if self.overflow != "saturate":
+            raise FormatError(f"{self.format} saturates", got=f"overflow {self.overflow}", hint="an integer format")
+        if self.rounding is not None:
+            _check("rounding", self.rounding, ROUNDINGS)
+        if self.rounding == row.rounding:
+            object.__setattr__(self, "rounding", None)
+
+    @property
+    def mode(self) -> Rounding:
+        """The rounding of every add."""
+        row = get_format(self.format)
+        return self.rounding or (row.rounding if isinstance(row, FloatFormat) else "nearest_even")
+
+    @property
+    def is_integer(self) -> bool:
+        return isinstance(get_format(self.format), IntFormat)
+
+    def __str__(self) -> str:
+        chunk = f"/{self.chunk}" if self.chunk else ""
+        words = [self.rounding, *(word for word in (self.product, self.model, self.overflow) if word not in _DEFAULTS)]
+        return " ".join([self.format + chunk, *(word for word in words if word)])
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> "AccumulateSpec":
+        first, *words = text.split()
+        name, _, chunk = first.partition("/")
+        fields: dict[str, str] = {}
+        for word in words:
+            owners = [key for key, known in _ACCUMULATE_WORDS.items() if word in known]
+            if not owners or owners[0] in fields:
+                known = tuple(word for words in _ACCUMULATE_WORDS.values() for word in words)
+                raise FormatError(f'"{word}" does not describe an accumulator', hint=nearest_names(word, known))
+            fields[owners[0]] = word
+        return AccumulateSpec(name, int(chunk) if chunk else None, **fields)  # type: ignore[arg-type]
+
+
+_ACCUMULATE_WORDS: dict[str, tuple[str, ...]] = {
+    "rounding": ROUNDINGS,
+    "product": PRODUCTS,
+    "model": ACCUMULATE_MODELS,
+    "overflow": ACCUMULATE_OVERFLOWS,
+}
+_DEFAULTS = ("fma", "per_mac", "saturate")
+FP32_SUMS = AccumulateSpec()
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """One GEMM: operand casts, how it accumulates, the format it returns."""
 
     lhs: QuantSpec = IDENTITY
     rhs: QuantSpec = IDENTITY
-    accumulate: str = "fp32"
-    chunk: int | None = None
+    accumulator: AccumulateSpec = FP32_SUMS
     out: str = "fp32"
+
+    @property
+    def accumulate(self) -> str:
+        """The accumulator's format."""
+        return self.accumulator.format
+
+    @property
+    def chunk(self) -> int | None:
+        return self.accumulator.chunk
 
     @property
     def is_identity(self) -> bool:
         return self == _IDENTITY_GEMM
 
     def __str__(self) -> str:
-        chunk = f"/{self.chunk}" if self.chunk else ""
-        return f"{self.lhs} * {self.rhs} -> {self.accumulate}{chunk} -> {self.out}"
+        return f"{self.lhs} * {self.rhs} -> {self.accumulator} -> {self.out}"
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -130,8 +250,7 @@ class GemmSpec:
             lhs, rhs = operands.split(" * ")
         except ValueError as error:
             raise FormatError(f'"{text}" is not a GEMM', expected="`LHS * RHS -> ACCUMULATE[/CHUNK] -> OUT`") from error
-        accumulate, _, chunk = accumulate.partition("/")
-        return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, int(chunk) if chunk else None, out)
+        return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), AccumulateSpec.parse(accumulate), out)
 
 
 _IDENTITY_GEMM = GemmSpec()

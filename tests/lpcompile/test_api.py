@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
 import runtime.ops
@@ -86,7 +87,7 @@ def test_perturbing_one_node_changes_the_loss() -> None:
     layer = model.model.layers[1].mlp.down_proj
     code = vars(layer)["_lp_captured"].phases[0].floor
     node = next(node for node in code.graph.nodes if node.target is runtime.ops.quantize)
-    node.kwargs = {**node.kwargs, "spec": "1-8-7 nearest_even"}
+    node.kwargs = {**node.kwargs, "spec": "1-8-8 nearest_even"}
     code.__dict__["_function"] = None  # generate the source again
     after, grads_after = _loss_and_grads(model, call)
     assert not torch.equal(before, after)
@@ -170,16 +171,28 @@ def test_another_shape_misses_the_guard_and_is_still_right() -> None:
     assert any("shape" in reason for reason in report(model).guard_misses.values())
 
 
-def test_fused_attention_is_refused_by_name() -> None:
+def test_fused_attention_is_reached_by_the_names_of_its_products() -> None:
     torch.manual_seed(0)
     model, call = tiny_llama("sdpa"), token_batch()
-    lpcompile(model, "fp32-emulated", example_kwargs=call)
-    refused = {row.name: row.reason for row in report(model).gemms if not row.runs_as_policy_says}
-    assert set(refused) == {f"model.layers.{i}.self_attn.sdpa_0" for i in range(2)}
-    assert all('attn_implementation="eager"' in reason for reason in refused.values())
-    untouched = tiny_llama("sdpa")
-    with pytest.raises(LoweringError, match=r"self_attn.sdpa_0: fused attention"):
-        lpcompile(untouched, "fp32-emulated", example_kwargs=call, strict=True)
+    original = copy.deepcopy(model)
+    lpcompile(model, "fp32-emulated", example_kwargs=call, strict=True)
+    names = {row.name for row in report(model).gemms}
+    assert {f"model.layers.{i}.self_attn.sdpa_0.{part}" for i in range(2) for part in ("qk", "pv")} < names
+    with sdpa_kernel(SDPBackend.MATH):
+        expected_loss, expected_grads = _loss_and_grads(original, call)
+    loss, grads = _loss_and_grads(model, call)
+    assert torch.equal(loss, expected_loss)
+    assert _same(grads, expected_grads)
+    assert run_state(model).gemm_calls == 19
+
+
+def test_strict_refusal_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    scale = "{format: e4m3, scale: {granularity: column}}"
+    file.write_text(f"version: 1\nrules:\n  - match: {{op: linear}}\n    fwd: {{x: {scale}, w: e4m3}}\n")
+    untouched = tiny_llama()
+    with pytest.raises(LoweringError, match=r"lm_head: .* varies along the sum"):
+        lpcompile(untouched, file, strict=True)
     assert type(untouched.lm_head) is nn.Linear, "nothing was changed"
 
 
@@ -362,11 +375,11 @@ def test_a_named_gemm_that_no_graph_holds_is_refused_with_a_reason(monkeypatch: 
         lpcompile(model, "fp8-rowwise", strict=True)
 
 
-def test_fused_recurrences_and_attention_are_named_as_unreached() -> None:
-    model = nn.Sequential(nn.LSTM(8, 8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.ConvTranspose2d(3, 3, 2))
+def test_what_is_not_reached_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Bilinear(8, 8, 8))
     lpcompile(model, "hfp8")
-    assert set(report(model).unreached) == {"0", "2", "3"}
-    assert {row.name for row in report(model).gemms} == {"1"}
+    assert report(model).unreached == {"1": "Bilinear computes its products in a way of its own"}
+    assert {row.name for row in report(model).gemms} == {"0"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 bit for bit.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ from runtime.gemms import GemmPlan, cast, parse_geometry, print_geometry, run_ge
 from runtime.kernels import torch_native
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics import quantize
+from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale, expand_scale
-from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, QuantSpec
+from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec, QuantSpec
 from runtime.state import RunState
 
 _GEOMETRY = ConvGeometry((2, 1), (1, 0), (1, 2), 2)
@@ -34,6 +37,14 @@ OPERATIONS = {
         _GEOMETRY,
     ),
     "conv1d": (lambda x, w, b: F.conv1d(x, w, b, 1, 2), (2, 4, 9), (6, 4, 3), (6,), _ONE_D),
+    "matmul_folded_left": (lambda x, w, b: torch.matmul(x, w), (5, 16), (4, 16, 7), None, None),
+    "conv_transpose2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 1), (1, 0), (1, 0), 2, (1, 2)),
+        (2, 4, 5, 6),
+        (4, 3, 3, 3),
+        (6,),
+        replace(_GEOMETRY, output_padding=(1, 0)),
+    ),
 }
 
 _ROW = {
@@ -43,7 +54,7 @@ _ROW = {
 
 
 def _spec(lhs: str, rhs: str, accumulate: str = "fp32", out: str = "fp32") -> GemmSpec:
-    return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, None, out)
+    return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), AccumulateSpec(accumulate), out)
 
 
 def _layer(kind: str, how: str) -> LayerSpec:
@@ -228,6 +239,23 @@ def test_frozen_operands_get_no_gradient_and_save_nothing() -> None:
     assert x.grad is None
     assert w.grad is not None
     assert len(saved) == 1, "only GRAD's operand"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    *((name, torch.bfloat16) for name in ("e4m3", "e5m2", "hfp8-143", "e3m2", "e2m3", "e2m1", "fp4-radix4", "e8m0")),
+    *((name, torch.bfloat16) for name in ("bf16", "int4", "int8:range=full", "uint8", "pow2", "ternary", "1-5-7")),
+    *((name, torch.bfloat16) for name in ("mxfp8", "mxfp6-e3m2", "mxint8", "nvfp4", "mxfp4:scale=even")),
+    *((name, torch.float32) for name in ("fp32", "dlfloat16", "1-6-9", "tf32", "nf4", "int16", "uint9")),
+    ("fp16", torch.float16),
+    ("int8", torch.int8),
+])  # fmt: skip
+def test_grid_values_are_held_in_the_smallest_dtype_that_has_them(name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * 4
+    spec = QuantSpec.parse(name)
+    held = cast(x, spec, None, 0, 0).grid
+    assert held.dtype == (dtype if not spec.is_identity else x.dtype)
+    assert torch.equal(held.float(), to_grid(x, spec, None))
+    assert torch.equal(cast(x.double(), spec, None, 0, 0).grid.float(), held.float())
 
 
 def test_geometry_prints_and_parses() -> None:

@@ -12,11 +12,17 @@
 //   odd      the sum is first rounded to odd: fl(x + y) and its exact error; an inexact even result moves one ulp towards
 //            the error. Q of that is Q of the exact sum for every Q of at most 22 significant bits (Boldo, Melquiond 2008).
 //
+// The other choices of an AccumulateSpec have their own loop, `multiply_general`: every sum and every product is rounded to
+// odd (nearest), or toward zero (toward zero and stochastic), and then by Q. Cutting twice is cutting once, and what
+// stochastic rounding compares with its b random bits, floor(rest 2^b), is in an fp32 sum that was cut, since b <= 23 - M.
+// The draws are those of reference.py.
+//
 // 16 columns to a vector, 8 x 32 results in registers, each with its own chain of roundings.
 
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -38,6 +44,19 @@ inline __m512 with_sign(__m512 size, __m512 sign) {  // bitwise: sign ? sign : s
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(size), _mm512_castps_si512(sign),
                                                        _mm512_set1_epi32(int(0x80000000u)), 0xd8));
 }
+
+// Mirrors RandomPlan of cast.cpp.
+struct RandomPlan {
+  uint32_t key[2], high, step, stream;
+  int64_t offset;
+};
+
+// What `multiply_general` is to do; mirrors General of accumulate.py. digits: b, 0 if not stochastic.
+struct General {
+  int32_t is_cut, is_rounded_product, is_per_chunk, digits;
+  int64_t first_element, num_elements;
+  RandomPlan random;
+};
 
 // Lanes of |s| below the constant precision, or NaN: apart, because they are rare.
 __attribute__((noinline, cold)) __m512 round_rare(__m512 s, __m512 rounded, __mmask16 rare, const CastPlan& p) {
@@ -73,6 +92,100 @@ inline __m512 round_scaled(__m512 s, const CastPlan& p) {
   const __m512 kept = _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(p.keep_mask))));
   return _mm512_range_ps(kept, _mm512_set1_ps(p.max), 2);
 }
+
+// Lanes of |s| below the constant precision, or NaN, stochastically; apart, because they are rare. Exact in double.
+__attribute__((noinline, cold)) __m512 round_rare_by_draw(__m512 s, __m512 rounded, __mmask16 rare, __m512i draw, const CastPlan& p,
+                                                          int digits) {
+  alignas(64) float from[16], to[16];
+  alignas(64) uint32_t bits[16];
+  _mm512_store_ps(from, s);
+  _mm512_store_ps(to, rounded);
+  _mm512_store_si512(bits, draw);
+  const double spacing = p.spacing, full = double(1 << digits);
+  for (int i = 0; i < 16; ++i) {
+    const double a = std::fabs(double(from[i])), below = std::floor(a / spacing) * spacing;
+    const double t = (a - below) * full >= spacing * (full - bits[i]) ? below + spacing : below;
+    if ((rare >> i) & 1) to[i] = std::isnan(from[i]) ? from[i] : std::copysign(float(t), from[i]);
+  }
+  return _mm512_load_ps(to);
+}
+
+// Q(s) of a sum that was cut: `digits` random bits are added right below the last bit that is kept.
+inline __m512 round_by_draw(__m512 s, __m512i draw, const CastPlan& p, int digits) {
+  const __m512i noise = _mm512_sll_epi32(draw, _mm_cvtsi32_si128(int(p.shift) - digits));
+  const __m512i kept = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(s), noise), _mm512_set1_epi32(int(p.keep_mask)));
+  const __m512 rounded = _mm512_range_ps(_mm512_castsi512_ps(kept), _mm512_set1_ps(p.max), 2);
+  const __mmask16 rare = _mm512_cmp_ps_mask(magnitude(s), _mm512_set1_ps(p.low), _CMP_NGE_UQ);
+  if (__builtin_expect(rare != 0, 0)) return round_rare_by_draw(s, rounded, rare, draw, p, digits);
+  return rounded;
+}
+
+struct Words {
+  __m512i word[4];
+};
+
+// Philox4x32-10 (runtime/numerics/random.py) of the counters first ... first + 15. The words of 8 counters lie in the low
+// halves of 64-bit lanes, where the multiplier reads them; what is in the high halves does not matter until the end.
+inline Words philox(const RandomPlan& plan, int64_t first) {
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+  const __m512i even = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
+  __m512i c[2][4];
+  for (int h = 0; h < 2; ++h) {
+    c[h][0] = _mm512_add_epi64(even, _mm512_set1_epi64(h));
+    c[h][1] = _mm512_add_epi64(_mm512_srli_epi64(c[h][0], 32), _mm512_set1_epi64(plan.high));
+    c[h][2] = _mm512_set1_epi64(plan.step);
+    c[h][3] = _mm512_set1_epi64(plan.stream);
+  }
+  uint32_t k0 = plan.key[0], k1 = plan.key[1];
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512i p0 = _mm512_mul_epu32(c[h][0], m0), p1 = _mm512_mul_epu32(c[h][2], m1);
+      c[h][0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c[h][1], key0, 0x96);
+      c[h][1] = p1;
+      c[h][2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c[h][3], key1, 0x96);
+      c[h][3] = p0;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  Words words;
+  for (int w = 0; w < 4; ++w)
+    words.word[w] = _mm512_mask_blend_epi32(0xaaaa, c[0][w], _mm512_slli_epi64(c[1][w], 32));
+  return words;
+}
+
+// The draws of one kind of rounding (adds, outer adds, products), in increasing number, for the 8 x 32 results of a tile.
+class Draws {
+ public:
+  Draws(const General& how, int64_t element, int64_t row_stride) : how_(how), element_(element), row_stride_(row_stride) {}
+
+  // Makes draw `number` the current one.
+  void move_to(int64_t number, int rows) {
+    if (number / 8 != group_) {
+      group_ = number / 8;
+      for (int r = 0; r < rows; ++r)
+        for (int h = 0; h < 2; ++h)
+          words_[r][h] = philox(how_.random, group_ * how_.num_elements + element_ + r * row_stride_ + 16 * h);
+    }
+    word_ = int(number % 8) / 2;
+    left_ = number % 2 ? 0 : 16;
+  }
+
+  __m512i of(int r, int h) const {
+    const __m512i top = _mm512_sll_epi32(words_[r][h].word[word_], _mm_cvtsi32_si128(left_));
+    return _mm512_srl_epi32(top, _mm_cvtsi32_si128(32 - how_.digits));
+  }
+
+ private:
+  const General& how_;
+  const int64_t element_, row_stride_;
+  int64_t group_ = -1;
+  int word_ = 0, left_ = 0;
+  Words words_[kRows][2];
+};
 
 // x + y rounded to odd.
 inline __m512 add_to_odd(__m512 x, __m512 y) {
@@ -126,6 +239,74 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
   }
 }
 
+constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+
+// Where Q is taken of an exact sum or product: IsCut those toward zero, else those to odd; Stochastic by a draw.
+template <bool IsCut, bool Stochastic>
+struct Rounder {
+  const CastPlan& p;
+  int digits;
+  __m512 finish(__m512 s, const Draws& draws, int r, int h) const {
+    return Stochastic ? round_by_draw(s, draws.of(r, h), p, digits) : round(s, p);
+  }
+  __m512 sum(__m512 x, __m512 y) const { return IsCut ? _mm512_add_round_ps(x, y, kCut) : add_to_odd(x, y); }
+  __m512 multiply_add(__m512 x, __m512 a, __m512 b) const {
+    return IsCut ? _mm512_fmadd_round_ps(a, b, x, kCut) : add_to_odd(x, _mm512_mul_ps(a, b));
+  }
+  __m512 product(__m512 a, __m512 b) const { return IsCut ? _mm512_mul_round_ps(a, b, kCut) : _mm512_mul_ps(a, b); }
+};
+
+// An fp32 sum, saturated: NaN stays.
+inline __m512 saturated(__m512 s) {
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+  return _mm512_mask_mov_ps(s, _mm512_cmp_ps_mask(magnitude(s), infinity, _CMP_EQ_OQ), with_sign(_mm512_set1_ps(3.40282347e38f), s));
+}
+
+template <bool IsCut, bool Stochastic, bool RoundedProduct, bool PerChunk>
+void multiply_general(const float* a, const float* b, int64_t num_k, int64_t chunk, const CastPlan& p, const General& how,
+                      int64_t element, int64_t row_stride, int rows, __m512 total[kRows][2]) {
+  const Rounder<IsCut, Stochastic> q{p, how.digits};
+  const int64_t num_chunks = (num_k + chunk - 1) / chunk, first_outer = PerChunk ? num_chunks : num_k;
+  Draws inner(how, element, row_stride), outer(how, element, row_stride), products(how, element, row_stride);
+  for (int64_t start = 0, index = 0; start < num_k; start += chunk, ++index) {
+    __m512 part[kRows][2];
+    for (int r = 0; r < kRows; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
+    for (int64_t k = start; k < std::min(start + chunk, num_k); ++k) {
+      const __m512 column[2] = {_mm512_loadu_ps(b + k * kColumns), _mm512_loadu_ps(b + k * kColumns + 16)};
+      if (Stochastic && !PerChunk) inner.move_to(k, rows);
+      if (Stochastic && RoundedProduct) products.move_to(first_outer + num_chunks + k, rows);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 x = _mm512_set1_ps(a[k * kRows + r]);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          const __m512 y = RoundedProduct ? q.finish(q.product(x, column[h]), products, r, h) : x;
+          if constexpr (PerChunk)
+            part[r][h] = saturated(RoundedProduct ? _mm512_add_ps(part[r][h], y) : _mm512_fmadd_ps(x, column[h], part[r][h]));
+          else
+            part[r][h] = q.finish(RoundedProduct ? q.sum(part[r][h], y) : q.multiply_add(part[r][h], x, column[h]), inner, r, h);
+        }
+      }
+    }
+    if (Stochastic && PerChunk) inner.move_to(index, rows);
+    if (Stochastic && num_chunks > 1) outer.move_to(first_outer + index, rows);
+    for (int r = 0; r < kRows; ++r)
+      for (int h = 0; h < 2; ++h) {
+        if (PerChunk) part[r][h] = q.finish(part[r][h], inner, r, h);
+        total[r][h] = num_chunks == 1 ? part[r][h] : q.finish(q.sum(total[r][h], part[r][h]), outer, r, h);
+      }
+  }
+}
+
+using MultiplyGeneral = decltype(&multiply_general<false, false, false, false>);
+
+template <bool IsCut, bool Stochastic>
+MultiplyGeneral general_of(const General& how) {
+  if (how.is_rounded_product)
+    return how.is_per_chunk ? multiply_general<IsCut, Stochastic, true, true> : multiply_general<IsCut, Stochastic, true, false>;
+  return how.is_per_chunk ? multiply_general<IsCut, Stochastic, false, true> : multiply_general<IsCut, Stochastic, false, false>;
+}
+
 // One panel, times `scale`; whether all of it is finite.
 bool pack(const float* x, int64_t outer, int64_t inner, int64_t width, int64_t valid, int64_t num_k, float scale, float* out) {
   float sum = 0.0f;  // 0 times anything finite is 0
@@ -145,8 +326,8 @@ extern "C" {
 int lp_accumulate_is_supported() { return 1; }
 
 // c: [m, n] fp32, row-major. a: element (m, k) at outer m + inner k; b: element (k, n) at outer n + inner k; both fp32.
-// scale: the power of two of `scaled`, or 0 for `direct`, or -1 for `odd`.
-void lp_accumulate(const CastPlan* plan, float scale, const float* a, int64_t a_outer, int64_t a_inner, const float* b,
+// scale: the power of two of `scaled`, or 0 for `direct`, or -1 for `odd`. general: null for nearest sums of exact products.
+void lp_accumulate(const CastPlan* plan, float scale, const General* general, const float* a, int64_t a_outer, int64_t a_inner, const float* b,
                    int64_t b_outer, int64_t b_inner, float* c, int64_t m, int64_t n, int64_t k, int64_t chunk, int threads) {
   const int64_t row_panels = (m + kRows - 1) / kRows, column_panels = (n + kColumns - 1) / kColumns;
   std::vector<float> packed_a(size_t(row_panels * kRows * k) + 16), packed_b(size_t(column_panels * kColumns * k) + 16);
@@ -163,20 +344,29 @@ void lp_accumulate(const CastPlan* plan, float scale, const float* a, int64_t a_
       is_finite = pack(b + j * kColumns * b_outer, b_outer, b_inner, kColumns, std::min<int64_t>(kColumns, n - j * kColumns),
                        k, 1.0f, &packed_b[size_t(j * kColumns * k)]) && is_finite;
   }
-  if (path == Path::kScaled && !is_finite) return lp_accumulate(plan, 0, a, a_outer, a_inner, b, b_outer, b_inner, c, m, n, k, chunk, threads);
+  if (path == Path::kScaled && !is_finite) return lp_accumulate(plan, 0, general, a, a_outer, a_inner, b, b_outer, b_inner, c, m, n, k, chunk, threads);
   CastPlan used = *plan;
   if (path == Path::kScaled) used.max *= scale;
   const auto multiply = path == Path::kScaled  ? multiply_panels<Path::kScaled>
                         : path == Path::kDirect ? multiply_panels<Path::kDirect>
                                                 : multiply_panels<Path::kOdd>;
+  const MultiplyGeneral by_general = !general          ? nullptr
+                                     : general->digits ? general_of<true, true>(*general)
+                                     : general->is_cut ? general_of<true, false>(*general)
+                                                       : general_of<false, false>(*general);
   const __m512 back = _mm512_set1_ps(path == Path::kScaled ? 1.0f / scale : 1.0f);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
   for (int64_t task = 0; task < row_panels * column_panels; ++task) {
     const int64_t i = task % row_panels, j = task / row_panels;
     __m512 total[kRows][2];
     for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
-    multiply(&packed_a[size_t(i * kRows * k)], &packed_b[size_t(j * kColumns * k)], k, chunk, used, total);
     const int64_t rows = std::min<int64_t>(kRows, m - i * kRows), columns = std::min<int64_t>(kColumns, n - j * kColumns);
+    const float *panel_a = &packed_a[size_t(i * kRows * k)], *panel_b = &packed_b[size_t(j * kColumns * k)];
+    if (general)
+      by_general(panel_a, panel_b, k, chunk, *plan, *general, general->first_element + i * kRows * n + j * kColumns, n,
+                 int(rows), total);
+    else
+      multiply(panel_a, panel_b, k, chunk, used, total);
     const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
     const __mmask16 right = columns > 16 ? __mmask16((1u << (columns - 16)) - 1) : __mmask16(0);
     for (int64_t r = 0; r < rows; ++r) {

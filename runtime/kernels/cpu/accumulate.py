@@ -8,6 +8,9 @@ s the significant bits of a product (those of the operands, added) and m the fra
     scaled           direct, for an accumulator with subnormals whose exponents fit below those of fp32
     odd              m <= 21: the fp32 sum is rounded to odd first
 
+Every other spec takes the general loop of accumulate.cpp: odd sums of exact products for nearest, and sums cut in fp32
+for toward zero (cutting twice is cutting once) and for stochastic, whose random digits the cut sum holds.
+
 Why direct is right: a double rounding needs an inexact fp32 sum that lands on a midpoint of the accumulator's grid. The
 accumulated value is on the grid, so the product alone must reach from the midpoint's bit, m + 1, past bit 23:
 s >= 23 - m. Where the product is the larger of the two it is on the grid itself, s <= m + 1, and the smaller one, at
@@ -21,13 +24,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.kernels.cast import cast_plan
 from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import CastPlan
+from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
+from runtime.kernels.cpu.philox import random_plan
+from runtime.kernels.reference import NO_KEY, RandomKey, random_digits
+from runtime.numerics.block_formats import grid_format
+from runtime.numerics.cast_plans import cast_plan
 from runtime.numerics.formats import FloatFormat, IntFormat, get_format
 from runtime.numerics.specs import GemmSpec
 
 SOURCE = Path(__file__).with_name("accumulate.cpp")
+
+
+class General(ctypes.Structure):
+    """How to add, apart from the default way; mirrors General of accumulate.cpp."""
+
+    _fields_ = [
+        ("is_cut", ctypes.c_int32),
+        ("is_rounded_product", ctypes.c_int32),
+        ("is_per_chunk", ctypes.c_int32),
+        ("digits", ctypes.c_int32),
+        ("first_element", ctypes.c_int64),
+        ("num_elements", ctypes.c_int64),
+        ("random", RandomPlan),
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -40,7 +60,7 @@ def accumulate_library() -> ctypes.CDLL | None:
     operand = (pointer, size, size)
     plan = ctypes.POINTER(CastPlan)
     library.lp_accumulate.argtypes = (
-        *(plan, ctypes.c_float, *operand, *operand),
+        *(plan, ctypes.c_float, ctypes.POINTER(General), *operand, *operand),
         *(pointer, size, size, size, size, ctypes.c_int),
     )
     library.lp_accumulate.restype = None
@@ -52,8 +72,14 @@ def declines(spec: GemmSpec) -> str | None:
     row = get_format(spec.accumulate)
     if not isinstance(row, FloatFormat):
         return f"it sums in floats, not in {spec.accumulate}"
-    if row.mantissa > 21 or cast_plan(spec.accumulate, row.rounding) is None:
+    how = spec.accumulator
+    if row.mantissa > 21 or cast_plan(spec.accumulate, how.mode) is None:
         return f"{spec.accumulate} leaves no room in fp32 to round to odd"
+    if how.mode == "stochastic":
+        if row.mantissa > 15:
+            return f"{spec.accumulate} leaves no room in fp32 for 16 random digits"
+        if row.quantum * 2.0 ** -random_digits(how) < 2.0**-149:
+            return f"the random digits of subnormals of {spec.accumulate} leave fp32"
     if _product_bits(spec) > 24 or _smallest_product(spec) < 2.0**-149:
         return f"products of {spec.lhs.format} and {spec.rhs.format} are not exact in fp32"
     if any(operand.scale is not None and operand.scale.rule == "pow2" for operand in (spec.lhs, spec.rhs)):
@@ -67,7 +93,7 @@ def is_direct(spec: GemmSpec) -> bool:
     """Whether rounding the fp32 sum is rounding the exact sum; see the top of this file."""
     row = get_format(spec.accumulate)
     assert isinstance(row, FloatFormat)
-    nearest = row.rounding in ("nearest_even", "nearest_away")
+    nearest = spec.accumulator.mode in ("nearest_even", "nearest_away")
     return nearest and _product_bits(spec) <= min(22 - row.mantissa, row.mantissa + 1)
 
 
@@ -77,36 +103,58 @@ def path_scale(spec: GemmSpec) -> float:
     assert isinstance(row, FloatFormat)
     if not is_direct(spec):
         return -1.0
+    if _general(spec, NO_KEY, 0, 0) is not None:
+        return 0.0
     scale = 2.0 ** (-126 - row.emin)
     fits = row.subnormals and row.emin > -126 and _smallest_product(spec) * scale >= 2.0**-149
-    lhs = get_format(spec.lhs.format)
+    lhs = grid_format(spec.lhs.format)
     return scale if fits and (lhs.quantum if isinstance(lhs, FloatFormat) else 1.0) * scale >= 2.0**-126 else 0.0
 
 
-def multiply(a: Tensor, b: Tensor, spec: GemmSpec) -> Tensor:
+def _general(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) -> General | None:
+    """What accumulate.cpp is told where it shall not run its default loop."""
+    how = spec.accumulator
+    is_nearest = how.mode in ("nearest_even", "nearest_away")
+    if is_nearest and how.product == "fma" and how.model == "per_mac":
+        return None
+    return General(
+        is_cut=not is_nearest,
+        is_rounded_product=how.product == "rounded",
+        is_per_chunk=how.model == "per_chunk",
+        digits=random_digits(how) if how.mode == "stochastic" else 0,
+        first_element=first_element,
+        num_elements=num_elements,
+        random=random_plan(key.seed, key.step, key.stream, 0),
+    )
+
+
+def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
     """(..., M, K) x (..., K, N) -> (..., M, N) in fp32. Values must be on the grids that `spec` names."""
     if a.dim() > 2 or b.dim() > 2:
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         left, right = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
-        out = torch.stack([_multiply(x, y, spec) for x, y in zip(left, right)])
+        size = a.shape[-2] * b.shape[-1]
+        out = torch.empty(len(left), a.shape[-2], b.shape[-1])
+        for index, (x, y) in enumerate(zip(left, right)):
+            _multiply(x, y, out[index], spec, _general(spec, key, index * size, out.numel()))
         return out.view(*batch, *out.shape[-2:])
-    return _multiply(a, b, spec)
+    out = torch.empty(a.shape[0], b.shape[1])
+    _multiply(a, b, out, spec, _general(spec, key, 0, out.numel()))
+    return out
 
 
-def _multiply(a_MK: Tensor, b_KN: Tensor, spec: GemmSpec) -> Tensor:
-    library, row = accumulate_library(), get_format(spec.accumulate)
+def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, general: General | None) -> None:
+    library = accumulate_library()
     assert library is not None
     a_MK, b_KN = a_MK.float(), b_KN.float()
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    out = torch.empty(m, n)
     library.lp_accumulate(
-        *(cast_plan(spec.accumulate, row.rounding), path_scale(spec)),
+        *(cast_plan(spec.accumulate, spec.accumulator.mode), path_scale(spec), general),
         *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
         *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
         *(out.data_ptr(), m, n, k, spec.chunk or max(k, 1)),
         torch.get_num_threads() if m * n * k > _SERIAL else 1,
     )
-    return out
 
 
 def _product_bits(spec: GemmSpec) -> int:
@@ -114,14 +162,14 @@ def _product_bits(spec: GemmSpec) -> int:
 
 
 def _significant_bits(name: str) -> int:
-    row = get_format(name)
+    row = grid_format(name)
     if isinstance(row, IntFormat):
         return int(max(row.max, -row.min)).bit_length()
     return row.mantissa + 1 if isinstance(row, FloatFormat) else 24
 
 
 def _smallest_product(spec: GemmSpec) -> float:
-    rows = [get_format(operand.format) for operand in (spec.lhs, spec.rhs)]
+    rows = [grid_format(operand.format) for operand in (spec.lhs, spec.rhs)]
     quanta = [row.quantum if isinstance(row, FloatFormat) else 1.0 for row in rows]
     return quanta[0] * quanta[1]
 

@@ -12,6 +12,11 @@
 // A format with nothing between 0 and its smallest value has spacing = low = that value and a magic so large that r = 0.
 // An integer format has spacing 1 and low = 2^23, from where on every fp32 is an integer.
 //
+// A table (nf4) is a step function of y: values[number of thresholds that y has reached], one select per threshold.
+//
+// A block format (mxfp8, nvfp4) is rounded block by block: amax of the block, its scale, the elements on the grid of a
+// CastPlan, and back; the order of fp32 operations is that of runtime/numerics/block_casts.py.
+//
 // Plain C++17, no headers of torch; called through ctypes by runtime/kernels/cast.py. Needs -ffp-contract=off semantics
 // and no -ffast-math: `(a + magic) - magic` must stay as written.
 
@@ -27,7 +32,8 @@
 
 namespace {
 
-// Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/kernels/cast.py fills it in.
+// Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/numerics/cast_plans.py fills it
+// in, and the two below.
 struct CastPlan {
   uint32_t shift;       // bits of an fp32 fraction that the format does not keep
   uint32_t round_bias;  // added to bits(a)
@@ -40,6 +46,28 @@ struct CastPlan {
   float down_below;     // step down if d < down_below
   float max;            // saturation
   float zero;           // added last: -0.0f keeps the sign of zero, +0.0f (integers) clears it
+  float min;            // saturation below
+};
+
+// Mirrors TablePlan: the table continued by one value past each end, so that overflow is judged after rounding.
+struct TablePlan {
+  int64_t count;       // of values; there are count - 1 thresholds
+  float values[40];
+  // starts[i]: the least y that values[i] is chosen for; starts[0] is not read. stochastic: starts[i] = values[i], and
+  // chance decides between values[i] and values[i + 1].
+  float starts[40];
+  float max, min, zero;
+};
+
+// Mirrors BlockPlan: how the blocks of a block format are scaled; runtime/numerics/block_casts.py has the rules.
+struct BlockPlan {
+  int rule;          // 0 floor, 1 ceil, 2 rceil, 3 even, 4 two_level
+  int exponent;      // of the largest element, in units of the scale: floor(log2 max)
+  double max;        // the largest element
+  float round_from;  // even: the significand from which amax rounds up to the next power of two
+  float unit;        // what an element of 1 stands for
+  int bf16_from;     // smallest k at which every element times 2^k is a bf16
+  CastPlan element, scale;
 };
 
 struct RandomPlan {
@@ -104,7 +132,52 @@ void philox(const RandomPlan& plan, int64_t first, int64_t count, uint32_t* __re
   }
 }
 
-// One run of elements that shares a scale (Step 0) or has one each (Step 1). True if a value lay beyond max, or a NaN.
+// y rounded by `p`, not saturated; NaN for NaN. word: 32 random bits, if Stochastic. spacing: p.spacing as a double.
+template <bool Stochastic>
+inline float rounded(const CastPlan& p, double spacing, float y, uint32_t word) {
+  const uint32_t bits = bits_of(y), magnitude = bits & 0x7fffffffu;
+  const float a = float_of(magnitude);
+  float upper, lower;
+  if (Stochastic) {
+    upper = float_of((magnitude + uint32_t(uint64_t(word) >> (32 - p.shift))) & p.keep_mask);
+    const double t = std::min(a, p.low) / spacing, below = std::floor(t);
+    lower = float((below + (t - below >= 1.0 - word * 0x1p-32 ? 1.0 : 0.0)) * spacing);
+  } else {
+    upper = float_of((magnitude + p.round_bias + ((magnitude >> p.shift) & p.odd_mask)) & p.keep_mask);
+    const float nearest = (a + p.magic) - p.magic, d = a - nearest;
+    lower = nearest + (d >= p.up_at ? p.spacing : 0.0f) - (d < p.down_below ? p.spacing : 0.0f);
+  }
+  const float q = a < p.low ? lower : upper;
+  return y != y ? y : float_of(bits_of(q) | (bits & 0x80000000u));
+}
+
+// q within [min, max], NaN as it is.
+inline float saturated(float q, float min, float max) { return q > max ? max : q < min ? min : q; }
+
+// 1 if q is not in [min, max], and for NaN.
+inline uint32_t is_beyond(float q, float min, float max) { return uint32_t(!(q <= max)) | uint32_t(!(q >= min)); }
+
+// What a cast writes. Values are exact in each: a grid value is held in a dtype only if its whole format embeds there.
+enum OutType { kFp32, kBf16, kFp16, kInt8 };
+constexpr int kOutBytes[] = {4, 2, 2, 1};
+
+void narrow(const float* __restrict from, void* to, int64_t at, int64_t count, int type) {
+  if (type == kBf16) {
+    uint16_t* __restrict out = static_cast<uint16_t*>(to) + at;
+    for (int64_t i = 0; i < count; ++i) out[i] = uint16_t(bits_of(from[i]) >> 16);
+  } else if (type == kFp16) {
+    uint16_t* __restrict out = static_cast<uint16_t*>(to) + at;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t sign = bits_of(from[i]) >> 16 & 0x8000u, shifted = bits_of(from[i] * 0x1p-112f) & 0x7fffffffu;
+      out[i] = uint16_t(sign | (from[i] != from[i] ? 0x7e00u : std::abs(from[i]) > 65504.0f ? 0x7c00u : shifted >> 13));
+    }
+  } else {
+    int8_t* __restrict out = static_cast<int8_t*>(to) + at;
+    for (int64_t i = 0; i < count; ++i) out[i] = int8_t(int32_t(from[i]));
+  }
+}
+
+// One run of elements that shares a scale (Step 0) or has one each (Step 1). True if a value lay out of range, or a NaN.
 template <class In, bool Scaled, int Step, bool Stochastic>
 bool cast_run(const CastPlan& plan, const typename In::Storage* __restrict x, float* __restrict out, int64_t count,
               const float* __restrict scale, const uint32_t* __restrict words) {
@@ -115,23 +188,49 @@ bool cast_run(const CastPlan& plan, const typename In::Storage* __restrict x, fl
   for (int64_t i = 0; i < count; ++i) {
     const float value = In::load(x[i]);
     const float y = Scaled ? value / scale[Step * i] : value;
-    const uint32_t bits = bits_of(y), magnitude = bits & 0x7fffffffu;
-    const float a = float_of(magnitude);
-    float upper, lower;
-    if (Stochastic) {
-      upper = float_of((magnitude + uint32_t(uint64_t(words[i]) >> (32 - p.shift))) & p.keep_mask);
-      const double t = std::min(a, p.low) / spacing, below = std::floor(t);
-      lower = float((below + (t - below >= 1.0 - words[i] * 0x1p-32 ? 1.0 : 0.0)) * spacing);
-    } else {
-      upper = float_of((magnitude + p.round_bias + ((magnitude >> p.shift) & p.odd_mask)) & p.keep_mask);
-      const float nearest = (a + p.magic) - p.magic, d = a - nearest;
-      lower = nearest + (d >= p.up_at ? p.spacing : 0.0f) - (d < p.down_below ? p.spacing : 0.0f);
+    const float q = rounded<Stochastic>(p, spacing, y, Stochastic ? words[i] : 0);
+    beyond |= is_beyond(q, p.min, p.max);
+    out[i] = saturated(q, p.min, p.max) + p.zero;
+  }
+  return beyond != 0;
+}
+
+// The same on a table.
+template <class In, bool Scaled, int Step, bool Stochastic>
+bool cast_run(const TablePlan& plan, const typename In::Storage* __restrict x, float* __restrict out, int64_t count,
+              const float* __restrict scale, const uint32_t* __restrict words) {
+  constexpr int64_t kLanes = 16;
+  uint32_t beyond = 0;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t lanes = std::min(kLanes, count - first);
+    float y[kLanes] = {}, q[kLanes], above[kLanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      const float value = In::load(x[first + i]);
+      y[i] = Scaled ? value / scale[Step * (first + i)] : value;
     }
-    const float q = a < p.low ? lower : upper;
-    const bool is_nan = y != y;
-    beyond |= uint32_t(q > p.max) | uint32_t(is_nan);
-    const float saturated = q > p.max ? p.max : q;
-    out[i] = (is_nan ? y : float_of(bits_of(saturated) | (bits & 0x80000000u))) + p.zero;
+    for (int64_t i = 0; i < kLanes; ++i) q[i] = plan.values[0], above[i] = plan.values[1];
+    for (int64_t entry = 1; entry < plan.count; ++entry) {
+      const float start = plan.starts[entry], here = plan.values[entry];
+      const float next = plan.values[std::min(entry + 1, plan.count - 1)];
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const bool is_reached = y[i] >= start;
+        q[i] = is_reached ? here : q[i];
+        if (Stochastic) above[i] = is_reached ? next : above[i];
+      }
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (Stochastic && q[i] != above[i]) {
+        const bool mirrored = above[i] <= 0.0f;  // `near` is the smaller in magnitude
+        const double near = mirrored ? above[i] : q[i], far = mirrored ? q[i] : above[i];
+        const double inside = std::max(double(y[i]), double(plan.values[0]));
+        const bool is_far = std::abs(inside - near) / std::abs(far - near) >= 1.0 - words[first + i] * 0x1p-32;
+        q[i] = float(is_far ? far : near);
+      }
+      const float chosen = y[i] != y[i] ? y[i] : q[i] == 0.0f ? std::copysign(0.0f, y[i]) : q[i];
+      beyond |= is_beyond(chosen, plan.min, plan.max);
+      out[first + i] = saturated(chosen, plan.min, plan.max) + plan.zero;
+    }
   }
   return beyond != 0;
 }
@@ -139,19 +238,20 @@ bool cast_run(const CastPlan& plan, const typename In::Storage* __restrict x, fl
 constexpr int64_t kRun = 4096;  // elements a run has at most: its random words stay in the first-level cache
 
 // Elements [begin, end) of the flat tensor, cut where the scale changes. Tile (i, j) of the matrix has scale[i tiles + j].
-template <class In, bool Scaled, bool Stochastic>
-bool cast_range(const CastPlan& plan, const typename In::Storage* x, float* out, int64_t begin, int64_t end,
+template <class In, bool Scaled, bool Stochastic, class Plan>
+bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
                 int64_t columns, const float* scale, int64_t tile_rows, int64_t tile_columns,
                 const RandomPlan& random) {
   const int64_t tiles = (columns + tile_columns - 1) / tile_columns;
-  const bool each = Scaled && tile_columns == 1;
+  const bool each = Scaled && tile_columns == 1, is_cut = Scaled || Stochastic || type != kFp32;
   std::vector<uint32_t> buffer(Stochastic ? kRun + 8 : 0);
+  std::vector<float> wide(type == kFp32 ? 0 : kRun);
   bool beyond = false;
   for (int64_t at = begin; at < end;) {
     const int64_t row = at / columns, column = at % columns;
     const int64_t tile = each ? column : column / tile_columns;
     const int64_t tile_end = each ? columns : std::min(columns, (tile + 1) * tile_columns);
-    const int64_t count = std::min({end - at, tile_end - column, Scaled || Stochastic ? kRun : end - at});
+    const int64_t count = std::min({end - at, tile_end - column, is_cut ? kRun : end - at});
     const float* s = Scaled ? scale + (row / tile_rows) * tiles + tile : nullptr;
     const uint32_t* words = nullptr;
     if (Stochastic) {
@@ -159,15 +259,17 @@ bool cast_range(const CastPlan& plan, const typename In::Storage* x, float* out,
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
       words = buffer.data() + element % 4;
     }
-    beyond |= each ? cast_run<In, Scaled, 1, Stochastic>(plan, x + at, out + at, count, s, words)
-                   : cast_run<In, Scaled, 0, Stochastic>(plan, x + at, out + at, count, s, words);
+    float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
+    beyond |= each ? cast_run<In, Scaled, 1, Stochastic>(plan, x + at, to, count, s, words)
+                   : cast_run<In, Scaled, 0, Stochastic>(plan, x + at, to, count, s, words);
+    if (type != kFp32) narrow(to, out, at, count, type);
     at += count;
   }
   return beyond;
 }
 
-template <class In>
-bool cast_all(const CastPlan& plan, const void* x, float* out, int64_t rows, int64_t columns, const float* scale,
+template <class In, class Plan>
+bool cast_all(const Plan& plan, const void* x, void* out, int type, int64_t rows, int64_t columns, const float* scale,
               int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = rows * columns;
@@ -178,9 +280,9 @@ bool cast_all(const CastPlan& plan, const void* x, float* out, int64_t rows, int
     // parts begin at multiples of 64 elements, so that no two threads write one cache line
     const int64_t share = (count / threads + 64) & ~int64_t(63);
     const int64_t begin = std::min(count, part * share), end = std::min(count, begin + share);
-    const auto range = random ? (scale ? cast_range<In, true, true> : cast_range<In, false, true>)
-                              : (scale ? cast_range<In, true, false> : cast_range<In, false, false>);
-    beyond |= range(plan, typed, out, begin, end, columns, scale, tile_rows, tile_columns, draw);
+    const auto range = random ? (scale ? cast_range<In, true, true, Plan> : cast_range<In, false, true, Plan>)
+                              : (scale ? cast_range<In, true, false, Plan> : cast_range<In, false, false, Plan>);
+    beyond |= range(plan, typed, out, type, begin, end, columns, scale, tile_rows, tile_columns, draw);
   }
   return beyond != 0;
 }
@@ -273,6 +375,156 @@ void scale_all(const void* x, float* out, int64_t rows, int64_t columns, int64_t
   }
 }
 
+// 2^k for -127 <= k <= 127; the lowest is subnormal.
+inline float power_of_two(int k) { return float_of(k >= -126 ? uint32_t(k + 127) << 23 : 1u << 22); }
+
+// k of an MX block from its largest magnitude; its scale is 2^k.
+inline int shared_exponent(const BlockPlan& p, float amax) {
+  if (!(amax > 0.0f)) return -127;
+  const bool is_tiny = amax < 0x1p-126f;
+  const uint32_t bits = bits_of(is_tiny ? amax * 0x1p24f : amax), fraction = bits & 0x7fffffu;
+  int k = int(bits >> 23) - 127 - (is_tiny ? 24 : 0) - p.exponent;
+  if (p.rule == 1) k += fraction != 0;
+  if (p.rule == 2) k += amax > p.max * std::ldexp(1.0, k);
+  if (p.rule == 3) k += float_of(fraction | 0x3f800000u) >= p.round_from;
+  return std::clamp(k, -127, 127);
+}
+
+constexpr int64_t kRunBlocks = kRun / 16;
+
+// The blocks of one run: q = round(x * factor), value = q * unit * scale.
+struct BlockScales {
+  float amax[kRunBlocks], factor[kRunBlocks], scale[kRunBlocks];
+};
+
+// Scales from amax. A block with NaN or Inf gets NaN. Returns 1 if there is one, plus 2 if one is too fine for bf16.
+int scale_blocks(const BlockPlan& p, BlockScales& s, int64_t count, float divisor) {
+  const float greatest = std::numeric_limits<float>::max(), nan = std::numeric_limits<float>::quiet_NaN();
+  int said = 0;
+  if (p.rule == 4) {
+    const CastPlan e4m3 = p.scale;
+    const float up = divisor * float(1.0 / 6.0), down = 1.0f / divisor;
+#pragma omp simd reduction(| : said)
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_bad = !(s.amax[i] <= greatest);
+      const float scale = saturated(rounded<false>(e4m3, 0, s.amax[i] * up, 0), e4m3.min, e4m3.max);
+      s.factor[i] = is_bad ? nan : std::min(1.0f / (scale * down), greatest);
+      s.scale[i] = scale;
+      said |= is_bad;
+    }
+    return said;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_bad = !(s.amax[i] <= greatest);
+    const int k = is_bad ? 0 : shared_exponent(p, s.amax[i]);
+    s.factor[i] = is_bad ? nan : power_of_two(-k);
+    s.scale[i] = power_of_two(k);
+    said |= is_bad | (s.amax[i] > 0.0f && k < p.bf16_from) << 1;
+  }
+  return said;
+}
+
+// One block of `count` <= Block elements, with its factor and its scale.
+template <class In, int Block, bool Stochastic>
+inline void cast_block(const BlockPlan& plan, const typename In::Storage* __restrict x, float* __restrict out,
+                       int64_t count, float factor, float scale, float divisor, bool is_divided,
+                       const uint32_t* __restrict words) {
+  const CastPlan& p = plan.element;
+  const double spacing = p.spacing;
+  const float unit = plan.unit, per_unit = 1.0f / unit;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float y = In::load(x[i]) * factor * per_unit;
+    const float q = rounded<Stochastic>(p, spacing, y, Stochastic ? words[i] : 0);
+    out[i] = (saturated(q, p.min, p.max) + p.zero) * unit * scale;
+  }
+  if (is_divided) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] /= divisor;
+  }
+}
+
+template <class In, int Block>
+inline float block_amax(const typename In::Storage* __restrict x, int64_t count) {
+  uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, bits_of(In::load(x[i])) & 0x7fffffffu);
+  return float_of(top);
+}
+
+// Blocks [begin, end), counted row by row.
+template <class In, int Block, bool Stochastic>
+int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
+                int64_t columns, float divisor, bool is_divided, const RandomPlan& random) {
+  const int64_t blocks = (columns + Block - 1) / Block;
+  std::vector<uint32_t> buffer(Stochastic ? kRun + 8 : 0);
+  std::vector<float> wide(type == kFp32 ? 0 : kRun);
+  BlockScales s;
+  int said = 0;
+  for (int64_t block = begin; block < end;) {
+    const int64_t row = block / blocks, column = block % blocks * Block, at = row * columns + column;
+    const int64_t run = std::min({end - block, blocks - block % blocks, kRun / Block});
+    const int64_t count = std::min(run * Block, columns - column);
+    const uint32_t* words = nullptr;
+    if (Stochastic) {
+      const int64_t element = random.offset + at, first = element / 4;
+      philox(random, first, (element + count + 3) / 4 - first, buffer.data());
+      words = buffer.data() + element % 4;
+    }
+    float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
+    const int64_t whole = count / Block, rest = count % Block;
+    for (int64_t i = 0; i < whole; ++i) s.amax[i] = block_amax<In, Block>(x + at + i * Block, Block);
+    if (rest) s.amax[whole] = block_amax<In, Block>(x + at + whole * Block, rest);
+    said |= scale_blocks(plan, s, run, divisor);
+    for (int64_t i = 0; i < run; ++i) {
+      const int64_t first = i * Block;
+      if (i < whole)
+        cast_block<In, Block, Stochastic>(plan, x + at + first, to + first, Block, s.factor[i], s.scale[i], divisor,
+                                          is_divided, words + first);
+      else
+        cast_block<In, Block, Stochastic>(plan, x + at + first, to + first, rest, s.factor[i], s.scale[i], divisor,
+                                          is_divided, words + first);
+    }
+    if (type != kFp32) narrow(to, out, at, count, type);
+    block += run;
+  }
+  return said;
+}
+
+template <class In, int Block>
+int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, int type, int64_t rows, int64_t columns,
+                    float divisor, bool is_divided, const RandomPlan* random, int threads) {
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  const int64_t count = rows * ((columns + Block - 1) / Block);
+  const RandomPlan draw = random ? *random : RandomPlan{};
+  int said = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
+  for (int part = 0; part < threads; ++part) {
+    const auto some = random ? cast_blocks<In, Block, true> : cast_blocks<In, Block, false>;
+    said |= some(plan, typed, out, type, count * part / threads, count * (part + 1) / threads, columns, divisor,
+                 is_divided, draw);
+  }
+  return said;
+}
+
+// max |x| over the blocks that hold neither NaN nor Inf.
+template <class In, int Block>
+float finite_amax(const void* x, int64_t rows, int64_t columns, int threads) {
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  uint32_t whole = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : whole)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t first = 0; first < columns; first += Block) {
+      const auto* block = typed + row * columns + first;
+      const int64_t count = std::min<int64_t>(Block, columns - first);
+      const float amax = count == Block ? block_amax<In, Block>(block, Block) : block_amax<In, Block>(block, count);
+      const uint32_t top = bits_of(amax);
+      whole = std::max(whole, top < 0x7f800000u ? top : 0u);
+    }
+  }
+  return float_of(whole);
+}
+
 // A fresh block of many megabytes costs more in page faults than in work (4 KiB pages, 50 ms against 8 for 64 MiB):
 // ask for 2 MiB pages before the first touch. Only advice; a refusal changes nothing.
 void ask_for_huge_pages(void* data, int64_t bytes) {
@@ -287,13 +539,41 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 
 extern "C" {
 
-// dtype: 0 fp32, 1 bf16, 2 fp16. scale: null, or one fp32 per tile of the [rows, columns] matrix. random: null unless
-// stochastic. Returns 1 if any value rounded beyond max or was NaN, else 0.
-int lp_cast(const CastPlan* plan, const void* x, int dtype, float* out, int64_t rows, int64_t columns,
+// dtype: 0 fp32, 1 bf16, 2 fp16; type of out: these and 3 int8. scale: null, or one fp32 per tile of the [rows, columns]
+// matrix. random: null unless stochastic. Returns 1 if any value rounded out of range or was NaN, else 0.
+int lp_cast(const CastPlan* plan, const void* x, int dtype, void* out, int type, int64_t rows, int64_t columns,
             const float* scale, int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
-  ask_for_huge_pages(out, rows * columns * 4);
-  const auto cast = dtype == 0 ? cast_all<Fp32> : dtype == 1 ? cast_all<Bf16> : cast_all<Fp16>;
-  return cast(*plan, x, out, rows, columns, scale, tile_rows, tile_columns, random, threads);
+  ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
+  const auto cast =
+      dtype == 0 ? cast_all<Fp32, CastPlan> : dtype == 1 ? cast_all<Bf16, CastPlan> : cast_all<Fp16, CastPlan>;
+  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, random, threads);
+}
+
+// The same for a table.
+int lp_cast_table(const TablePlan* plan, const void* x, int dtype, void* out, int type, int64_t rows, int64_t columns,
+                  const float* scale, int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
+  const auto cast =
+      dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>;
+  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, random, threads);
+}
+
+// Blocks along the columns, 16 elements each under the rule two_level, else 32. divisor: S of two_level; is_divided:
+// whether values are divided by it. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too fine for bf16.
+int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t rows, int64_t columns,
+                   float divisor, int is_divided, const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
+  const bool is_short = plan->rule == 4;
+  const auto cast = dtype == 0   ? (is_short ? cast_all_blocks<Fp32, 16> : cast_all_blocks<Fp32, 32>)
+                    : dtype == 1 ? (is_short ? cast_all_blocks<Bf16, 16> : cast_all_blocks<Bf16, 32>)
+                                 : (is_short ? cast_all_blocks<Fp16, 16> : cast_all_blocks<Fp16, 32>);
+  return cast(*plan, x, out, type, rows, columns, divisor, is_divided != 0, random, threads);
+}
+
+// max |x| over the blocks of 16 columns that hold neither NaN nor Inf; 0 if there is none.
+float lp_finite_amax(const void* x, int dtype, int64_t rows, int64_t columns, int threads) {
+  const auto amax = dtype == 0 ? finite_amax<Fp32, 16> : dtype == 1 ? finite_amax<Bf16, 16> : finite_amax<Fp16, 16>;
+  return amax(x, rows, columns, threads);
 }
 
 // out: one fp32 scale per tile of the [rows, columns] matrix, row-major. max: the format's largest value.

@@ -1,8 +1,9 @@
-"""The C face of cast.cpp: its two structs, its three functions with their argument types, and who is served by them."""
+"""The C face of cast.cpp: its structs, its functions with their argument types, and who is served by them."""
 
 import ctypes
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from runtime.kernels.cpu.build import load_library
 SOURCE = Path(__file__).with_name("cast.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels read; the index is the number they know the dtype by."""
+OUT_DTYPES = (*DTYPES, torch.int8)
+"""What the casts write, likewise."""
 SERIAL = 1 << 15
 """Elements below which waking the other threads costs more than they save."""
 
@@ -24,7 +27,12 @@ def cast_library() -> ctypes.CDLL | None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         plan, draw = ctypes.POINTER(CastPlan), ctypes.POINTER(RandomPlan)
         shape = [size, size]
-        library.lp_cast.argtypes = [plan, pointer, integer, pointer, *shape, pointer, *shape, draw, integer]
+        into: list[Any] = [pointer, integer, pointer, integer, *shape]
+        library.lp_cast.argtypes = [plan, *into, pointer, *shape, draw, integer]
+        library.lp_cast_table.argtypes = [ctypes.POINTER(TablePlan), *into, pointer, *shape, draw, integer]
+        library.lp_cast_blocks.argtypes = [ctypes.POINTER(BlockPlan), *into, ctypes.c_float, integer, draw, integer]
+        library.lp_finite_amax.argtypes = [pointer, integer, *shape, integer]
+        library.lp_finite_amax.restype = ctypes.c_float
         library.lp_scale.argtypes = [pointer, integer, pointer, *shape, *shape, ctypes.c_double, integer, integer]
         library.lp_scale.restype = None
         library.lp_random_bits.argtypes = [draw, pointer, size, integer]
@@ -57,6 +65,39 @@ class CastPlan(ctypes.Structure):
         ("down_below", ctypes.c_float),
         ("max", ctypes.c_float),
         ("zero", ctypes.c_float),
+        ("min", ctypes.c_float),
+    ]
+
+
+MAX_TABLE = 40
+"""Values a table may have, those past its ends counted."""
+
+
+class TablePlan(ctypes.Structure):
+    """A lookup format as a step function; mirrors TablePlan of cast.cpp."""
+
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("values", ctypes.c_float * MAX_TABLE),
+        ("starts", ctypes.c_float * MAX_TABLE),
+        ("max", ctypes.c_float),
+        ("min", ctypes.c_float),
+        ("zero", ctypes.c_float),
+    ]
+
+
+class BlockPlan(ctypes.Structure):
+    """How the blocks of a block format are scaled; mirrors BlockPlan of cast.cpp."""
+
+    _fields_ = [
+        ("rule", ctypes.c_int),
+        ("exponent", ctypes.c_int),
+        ("max", ctypes.c_double),
+        ("round_from", ctypes.c_float),
+        ("unit", ctypes.c_float),
+        ("bf16_from", ctypes.c_int),
+        ("element", CastPlan),
+        ("scale", CastPlan),
     ]
 
 

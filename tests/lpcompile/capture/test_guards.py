@@ -58,7 +58,7 @@ def test_holds_for_other_tensors_of_the_same_kind() -> None:
 @pytest.mark.parametrize(
     ("recorded", "now", "sentence"),
     [
-        (x(2, 3), x(4, 3), "x has shape (4, 3), recorded (2, 3)"),
+        (x(2, 3), x(4, 1), "x has shape (4, 1), recorded (s0, s1)"),
         (x(), x().double(), "x is torch.float64, recorded torch.float32"),
         (x(), x().to("meta"), "x is on meta, recorded cpu"),
     ],

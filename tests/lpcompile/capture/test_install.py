@@ -91,7 +91,9 @@ def test_outputs_and_every_gradient_are_bitwise_equal(name: str) -> None:
 
     other = image_batch(3) if name == "resnet" else token_batch(3, 9)
     assert_same(train_step(model, other), train_step(original, other))
-    assert all(found.num_misses > 0 and "shape" in (found.first_miss or "") for found in records(model).values())
+    # sizes that an opaque child gives are numbers to its caller: the root of a model whose mask depends on data
+    missed = [path for path, found in records(model).items() if found.num_misses]
+    assert missed == ([""] if name.endswith("sdpa") else [])
 
     with torch.no_grad():
         logits = model.eval()(**example.batch)["logits"]
@@ -144,15 +146,15 @@ def test_two_phases_follow_the_clock() -> None:
 
 def test_variants_are_tried_in_order_and_the_first_miss_is_kept() -> None:
     x = torch.randn(2, 4)
-    module, two = product(x)
-    _, three = product(torch.randn(3, 4))
-    install(module, [two, three])
+    module, many = product(x)
+    _, one = product(torch.randn(1, 4))
+    install(module, [many, one])
     found = captured(module)
     assert found is not None
-    for rows in (2, 3, 5, 6):
+    for rows in (2, 1, 5, 0):
         module(torch.randn(rows, 4))
-    assert (found.num_hits, found.num_misses) == (2, 2)
-    assert found.first_miss == "x has shape (5, 4), recorded (2, 4)"
+    assert (found.num_hits, found.num_misses) == (3, 1)
+    assert found.first_miss == "x has shape (0, 4), recorded (s0, 4)"
 
 
 def test_another_graph_is_what_runs() -> None:

@@ -114,11 +114,13 @@ def test_transformer_encoder_is_entered_and_attention_is_one_leaf() -> None:
     assert "self_attn" in ops(result.recordings["layers.0"][0].graph)
 
 
-def test_module_called_twice_has_two_variants() -> None:
+def test_module_called_twice_with_other_sizes_has_one_variant_unless_a_size_is_one() -> None:
     child = Wrapped(lambda self, x: x @ self.weight)
     model = Wrapped(lambda self, x, y: self.child(x).sum() + self.child(y).sum() + self.child(x).sum(), child=child)
     result = run(model, torch.randn(2, 4), torch.randn(3, 4))
-    assert [v.guard.leaves[0].shape for v in result.recordings["child"]] == [(2, 4), (3, 4)]  # type: ignore[union-attr]
+    assert [v.guard.leaves[0].shape for v in result.recordings["child"]] == [("s0", 4)]  # type: ignore[union-attr]
+    result = run(model, torch.randn(2, 4), torch.randn(1, 4))
+    assert [v.guard.leaves[0].shape for v in result.recordings["child"]] == [("s0", 4), (1, 4)]  # type: ignore[union-attr]
 
 
 def test_placeholders_are_distinct_tensors() -> None:

@@ -1,13 +1,17 @@
 """Which nodes are GEMMs: every spelling of a product is read alike, and what has no lp form says why."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lpcompile import lpcompile, report
 from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.recorder import record
-from passes.ir.gemm_nodes import GemmNode, Unreadable, read_gemm
+from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
+from passes.pipelines import PASSES
 
 
 class _Spellings(nn.Module):
@@ -23,22 +27,77 @@ class _Spellings(nn.Module):
         return F.scaled_dot_product_attention(z, z, z) + y + y @ y[0]
 
 
-def _gemms() -> list[GemmNode | Unreadable]:
+def _gemms() -> list[Reading]:
     graph: fx.Graph = record(_Spellings(), (torch.randn(4, 4),), {}, is_leaf=is_leaf).recordings[""][0].graph
     return [gemm for node in graph.nodes if (gemm := read_gemm(node)) is not None]
 
 
 def test_every_product_is_seen() -> None:
-    assert [gemm.op for gemm in _gemms()] == [
+    assert [stem_of(gemm) for gemm in _gemms()] == [
         "matmul", "matmul", "matmul", "linear", "matmul", "addmm", "einsum", "baddbmm", "conv1d", "sdpa", "matmul",
     ]  # fmt: skip
 
 
+def test_composites_name_the_pass_that_takes_them_apart() -> None:
+    composites = {gemm.stem: gemm for gemm in _gemms() if isinstance(gemm, Composite)}
+    assert composites.keys() == {"addmm", "einsum", "baddbmm", "sdpa"}
+    assert all(gemm.op == "matmul" and gemm.taken_apart_by in PASSES for gemm in composites.values())
+    assert site_names(composites["sdpa"], "attention.sdpa_0") == ["attention.sdpa_0.qk", "attention.sdpa_0.pv"]
+
+
 def test_what_has_no_lp_form_says_why() -> None:
-    reasons = [gemm.reason for gemm in _gemms() if isinstance(gemm, Unreadable)]
-    assert reasons[:3] == ["this op has no lp form yet"] * 3
-    assert 'attn_implementation="eager"' in reasons[3]
-    assert reasons[4] == "a product with a vector is no GEMM"
+    assert [gemm.reason for gemm in _gemms() if isinstance(gemm, Unreadable)] == ["a product with a vector is no GEMM"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "operands", "reason"),
+    [
+        ("ij,jk,kl->il", 3, "two operands"),
+        ("...ij,jk->...ik", 2, "ellipsis"),
+        ("ii,ij->ij", 2, "diagonal"),
+        ("ijm,jk->ik", 2, "one operand only"),
+        ("i,j->ij", 2, "no label is summed"),
+        ("ij,j->i", 2, "vector"),
+    ],
+)
+def test_an_einsum_that_is_no_product_says_why(equation: str, operands: int, reason: str) -> None:
+    graph = fx.Graph()
+    node = graph.call_function(torch.einsum, (equation, *(graph.placeholder(f"x{i}") for i in range(operands))))
+    gemm = read_gemm(node)
+    assert isinstance(gemm, Unreadable)
+    assert reason in gemm.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "stem"),
+    [
+        (lambda x, w: torch.tensordot(x, w, dims=1), "tensordot"),
+        (lambda x, w: torch.linalg.multi_dot([x, w, x]), "multi_dot"),
+        (lambda x, w: F.bilinear(x, x, w.expand(3, 4, 4)), "bilinear"),
+        (lambda x, w: torch.inner(x, w), "inner"),
+    ],
+)
+def test_a_product_that_is_not_built_is_refused_by_name(function: Callable[..., Tensor], stem: str) -> None:
+    """It is never silently left in full precision."""
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return function(x, w)
+
+    module, inputs = Product(), (torch.randn(4, 4), torch.randn(4, 4))
+    lpcompile(module, "fp32-emulated", inputs)
+    (row, *_) = report(module).gemms
+    assert row.name == f"{stem}_0"
+    assert not row.runs_as_policy_says
+    assert stem in row.reason
+
+
+def test_scaled_addmm_says_why() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    gemm = read_gemm(graph.call_function(torch.addmm, (x, x, x), {"alpha": 2}))
+    assert isinstance(gemm, Unreadable)
+    assert "alpha" in gemm.reason
 
 
 def test_geometry_of_a_convolution() -> None:
@@ -46,10 +105,27 @@ def test_geometry_of_a_convolution() -> None:
     assert conv.geometry == "stride=1 padding=1 dilation=1 groups=1"
 
 
-@pytest.mark.parametrize("padding", ["same", "valid"])
-def test_padding_by_name_is_refused(padding: str) -> None:
-    graph = fx.Graph()
-    node = graph.call_function(F.conv1d, (graph.placeholder("x"), graph.placeholder("w")), {"padding": padding})
-    gemm = read_gemm(node)
+@pytest.mark.parametrize(("padding", "kernel", "numbers"), [("same", 3, "2"), ("valid", 3, "0"), ("same", 2, "1")])
+def test_padding_by_name_is_read_as_numbers(padding: str, kernel: int, numbers: str) -> None:
+    gemm = _padded_conv(padding, kernel, dilation=2)
+    assert isinstance(gemm, GemmNode)
+    assert f"padding={numbers} dilation=2" in gemm.geometry
+
+
+def test_padding_of_one_side_more_says_why() -> None:
+    gemm = _padded_conv("same", 2, dilation=1)
     assert isinstance(gemm, Unreadable)
-    assert padding in gemm.reason
+    assert "one side" in gemm.reason
+
+
+def _padded_conv(padding: str, kernel: int, dilation: int) -> Reading:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 2, kernel))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv1d(x, self.weight, padding=padding, dilation=dilation)
+
+    graph = record(Padded(), (torch.randn(1, 2, 9),), {}, is_leaf=is_leaf).recordings[""][0].graph
+    return next(gemm for node in graph.nodes if (gemm := read_gemm(node)) is not None)

@@ -6,13 +6,14 @@ from runtime.errors import NotSupported
 from runtime.kernels.cpu import accumulate as cpu_accumulate
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.dispatch import GemmRequest, choose
-from runtime.numerics.specs import GemmSpec, QuantSpec
+from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec
 
 
 def _request(
     lhs: str, rhs: str, accumulate: str = "fp32", out: str = "fp32", kind: str = "linear", chunk: int | None = None
 ) -> GemmRequest:
-    return GemmRequest(kind, "fwd", GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, chunk, out))
+    how = AccumulateSpec(accumulate, chunk)
+    return GemmRequest(kind, "fwd", GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), how, out))
 
 
 @pytest.fixture
@@ -85,6 +86,11 @@ def test_the_reason_tells_who_declined() -> None:
 def test_refusal_names_every_reason() -> None:
     with pytest.raises(
         NotSupported,
-        match=r"torch_native: torch has no int8 conv; cpu_emulation: it has no conv on cpu; reference: it has no conv",
+        match=r"int8 operands, not int8 x e4m3; cpu_emulation: it sums in floats.*; reference: .* not e4m3",
     ):
-        choose(_request("int8", "int8", "int32", kind="conv"))
+        choose(_request("int8", "e4m3", "int32"))
+
+
+def test_convolutions_are_emulated_too() -> None:
+    for sums in (("int8", "int8", "int32"), ("e4m3", "e4m3", "dlfloat16")):
+        assert choose(_request(*sums, kind="conv")).fidelity == "emulated"

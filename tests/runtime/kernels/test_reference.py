@@ -7,7 +7,7 @@ import torch
 
 from runtime.kernels.reference import add_to_odd, multiply
 from runtime.numerics.formats import FloatFormat, get_format
-from runtime.numerics.specs import GemmSpec
+from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
 
 def _round(x: Fraction, row: FloatFormat) -> Fraction:
@@ -51,7 +51,7 @@ def test_rounds_after_every_add(accumulate: str, num_k: int, chunk: int | None) 
     generator = torch.Generator().manual_seed(num_k)
     a = torch.randn(3, num_k, generator=generator).bfloat16().float() * 8
     b = torch.randn(num_k, 2, generator=generator).bfloat16().float()
-    spec = GemmSpec(accumulate=accumulate, chunk=chunk)
+    spec = GemmSpec(accumulator=AccumulateSpec(accumulate, chunk))
     assert torch.equal(multiply(a, b, spec), _exact(a, b, spec))
 
 
@@ -59,14 +59,14 @@ def test_fused_multiply_add_rounds_once() -> None:
     """design.md section 3: through fp32 the sum would be rounded twice and end at 1.001953125."""
     a = torch.tensor([[1.0, 1 + 2.0**-9]])
     b = torch.tensor([[1.0], [(1 + 510 / 512) * 2.0**-11]])
-    assert multiply(a, b, GemmSpec(accumulate="dlfloat16")).item() == 1.0
+    assert multiply(a, b, GemmSpec(accumulator=AccumulateSpec("dlfloat16"))).item() == 1.0
 
 
 def test_swamping_and_its_cure() -> None:
     """4096 ones in 10 significant bits, nearest even: 1024 in one chunk, 4096 in chunks of 64 (algorithms A3)."""
     ones = torch.ones(1, 4096)
-    assert multiply(ones, ones.t(), GemmSpec(accumulate="1-6-9")).item() == 1024
-    assert multiply(ones, ones.t(), GemmSpec(accumulate="1-6-9", chunk=64)).item() == 4096
+    assert multiply(ones, ones.t(), GemmSpec(accumulator=AccumulateSpec("1-6-9"))).item() == 1024
+    assert multiply(ones, ones.t(), GemmSpec(accumulator=AccumulateSpec("1-6-9", 64))).item() == 4096
 
 
 def test_sum_to_odd_keeps_the_sticky_bit() -> None:

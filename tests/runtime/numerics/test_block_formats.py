@@ -11,14 +11,8 @@ from torch import Tensor
 
 from runtime.errors import FormatError, NotSupported
 from runtime.numerics import decode, encode, get_format, quantize
-from runtime.numerics.block_formats import (
-    BLOCK_FORMATS,
-    BlockCodes,
-    decode_blocks,
-    encode_blocks,
-    get_block_format,
-    quantize_blocks,
-)
+from runtime.numerics.block_casts import BlockCodes, decode_blocks, encode_blocks, quantize_blocks
+from runtime.numerics.block_formats import BLOCK_FORMATS, get_block_format
 from runtime.numerics.formats import BLOCK_NAMES
 
 RULES = ("floor", "ceil", "rceil", "even")

@@ -166,9 +166,10 @@ def test_a_wrong_name_says_what_is_wrong(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BLOCK_NAMES, "mxfp4:scale=rceil"])
-def test_a_block_format_is_no_operand_yet(name: str) -> None:
-    with pytest.raises(NotSupported, match=r"a block format: quantize\(\) casts to it, a GEMM does not take it yet"):
-        QuantSpec(format=name)
+def test_a_block_format_is_an_operand_and_has_no_row_of_its_own(name: str) -> None:
+    assert QuantSpec(format=name).is_block
+    with pytest.raises(NotSupported, match=r"a block format: it is for the operands of a GEMM and for quantize\(\)"):
+        get_format(name)
 
 
 def test_a_minus_zero_does_not_make_an_embedding_fail() -> None:

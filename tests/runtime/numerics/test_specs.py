@@ -5,8 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FormatError
-from runtime.numerics.formats import FORMATS
-from runtime.numerics.specs import GRANULARITIES, ROUNDINGS, SCALE_RULES, GemmSpec, LayerSpec, QuantSpec, ScaleSpec
+from runtime.numerics.formats import BLOCK_NAMES, FORMATS
+from runtime.numerics.specs import (
+    ALONG,
+    GRANULARITIES,
+    ROUNDINGS,
+    SCALE_RULES,
+    AccumulateSpec,
+    GemmSpec,
+    LayerSpec,
+    QuantSpec,
+    ScaleSpec,
+)
 
 formats = st.sampled_from([*FORMATS, "1-6-9", "1-4-3:bias=11,top=none", "int5", "int8:range=full", "pow2:bits=5,max=0"])
 blocks = st.tuples(st.integers(1, 256), st.integers(1, 256))
@@ -14,8 +24,21 @@ scales = st.one_of(
     st.builds(ScaleSpec, st.just("block"), st.sampled_from(SCALE_RULES), blocks),
     st.builds(ScaleSpec, st.sampled_from([g for g in GRANULARITIES if g != "block"]), st.sampled_from(SCALE_RULES)),
 )
-casts = st.builds(QuantSpec, formats, st.sampled_from(ROUNDINGS), st.one_of(st.none(), scales))
-gemms = st.builds(GemmSpec, casts, casts, formats, st.one_of(st.none(), st.integers(1, 4096)), formats)
+blocks_of = st.builds(
+    QuantSpec,
+    st.sampled_from([*BLOCK_NAMES, "mxfp4:scale=rceil"]),
+    st.sampled_from(ROUNDINGS),
+    st.none(),
+    st.sampled_from([None, *ALONG]),
+)
+scalars = st.builds(QuantSpec, formats, st.sampled_from(ROUNDINGS), st.one_of(st.none(), scales))
+casts = st.one_of(scalars, scalars, blocks_of)
+accumulators = st.builds(
+    AccumulateSpec,
+    st.sampled_from(["fp32", "fp16", "dlfloat16", "1-6-9", "int32"]),
+    st.one_of(st.none(), st.integers(1, 4096)),
+)
+gemms = st.builds(GemmSpec, casts, casts, accumulators, formats)
 layers = st.builds(LayerSpec, gemms, gemms, gemms)
 
 
@@ -31,7 +54,7 @@ def test_what_prints_parses_back(scale: ScaleSpec, cast: QuantSpec, gemm: GemmSp
 def test_the_written_form() -> None:
     cast = QuantSpec("e4m3", "nearest_even", ScaleSpec("block", "pow2", (1, 128)))
     assert str(cast) == "e4m3 nearest_even block[1,128]/pow2"
-    assert str(GemmSpec(cast, QuantSpec("e5m2"), "dlfloat16", 64)) == (
+    assert str(GemmSpec(cast, QuantSpec("e5m2"), AccumulateSpec("dlfloat16", 64))) == (
         "e4m3 nearest_even block[1,128]/pow2 * e5m2 nearest_even -> dlfloat16/64 -> fp32"
     )
 
@@ -41,11 +64,21 @@ def test_a_bare_name_takes_the_rounding_of_its_row() -> None:
     assert QuantSpec.parse("e4m3").rounding == "nearest_even"
 
 
+def test_only_a_block_format_has_blocks_and_it_has_no_other_scale() -> None:
+    assert str(QuantSpec("mxfp8")) == "mxfp8 nearest_even"
+    assert str(QuantSpec("nvfp4", along="column")) == "nvfp4 nearest_even column"
+    assert (QuantSpec("nvfp4").has_scale, QuantSpec("mxfp4").has_scale) == (True, False)
+    with pytest.raises(FormatError, match="makes its own scales"):
+        QuantSpec("mxfp8", scale=ScaleSpec())
+    with pytest.raises(FormatError, match="e4m3 has no blocks"):
+        QuantSpec("e4m3", along="column")
+
+
 def test_identity_is_fp32_without_a_scale() -> None:
     assert QuantSpec().is_identity
     assert LayerSpec().is_identity
     assert not QuantSpec("fp32", scale=ScaleSpec()).is_identity
-    assert not GemmSpec(accumulate="dlfloat16").is_identity
+    assert not GemmSpec(accumulator=AccumulateSpec("dlfloat16")).is_identity
 
 
 @pytest.mark.parametrize(
@@ -56,6 +89,8 @@ def test_identity_is_fp32_without_a_scale() -> None:
         (QuantSpec.parse, "e4m3 nearest_even rows/amax", '"rows" is not a scale granularity'),
         (QuantSpec.parse, "e4m3 nearest_even row/max", '"max" is not a scale rule'),
         (QuantSpec.parse, "e4m3 nearest_even row/amax more", "is not a cast"),
+        (QuantSpec.parse, "mxfp8 nearest_even rows", '"rows" is not a way for blocks to lie'),
+        (QuantSpec.parse, "mxfp8:scale=mean", "is not an option of mxfp8"),
         (GemmSpec.parse, "e4m3 * e4m3", "is not a GEMM"),
     ],
 )

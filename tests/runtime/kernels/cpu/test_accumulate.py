@@ -1,5 +1,7 @@
 """The emulation kernel is the reference, bit for bit: operands, accumulators, chunks, layouts, NaN and Inf."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch import Tensor
 from runtime.kernels import reference
 from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.cpu.accumulate import accumulate_library, declines, multiply, path_scale
-from runtime.numerics.specs import GemmSpec, QuantSpec
+from runtime.kernels.reference import RandomKey
+from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec, Rounding
 
 pytestmark = pytest.mark.skipif(accumulate_library() is None, reason="needs a C++ compiler and AVX-512")
 
@@ -16,7 +19,7 @@ ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "e4m3", 
 
 
 def _spec(lhs: str, rhs: str, accumulate: str, chunk: int | None = None) -> GemmSpec:
-    return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), accumulate, chunk)
+    return GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs), AccumulateSpec(accumulate, chunk))
 
 
 def _operands(spec: GemmSpec, m: int, k: int, n: int, size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -92,3 +95,27 @@ def test_swamping_and_its_cure() -> None:
 )
 def test_what_it_cannot_do_exactly_it_declines(spec: GemmSpec, reason: str) -> None:
     assert reason in (declines(spec) or "")
+
+
+@pytest.mark.parametrize("accumulate", ["dlfloat16", "1-6-9", "bf16", "e5m2"])
+@pytest.mark.parametrize("mode", ROUNDINGS)
+def test_every_way_to_add_equals_the_reference(mode: Rounding, accumulate: str) -> None:
+    """Stochastic bits included: K crosses groups of eight draws, N two vectors, and the stream needs all its words."""
+    key = RandomKey(2**40 + 5, 3, (7 << 33) + 11)
+    for product, model, (k, chunk) in itertools.product(PRODUCTS, ACCUMULATE_MODELS, ((1, None), (20, 7), (70, 32))):
+        how = AccumulateSpec(accumulate, chunk, mode, product, model)
+        spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e5m2"), how)
+        assert declines(spec) is None
+        for size in (1.0, 2.0**-14, 30.0):
+            a, b = _operands(spec, 9, k, 37, size)
+            assert torch.equal(multiply(a, b, spec, key), reference.multiply(a, b, spec, key)), (how, k, size)
+
+
+@pytest.mark.parametrize("text", ["1-6-9 stochastic", "1-6-9/8 per_chunk", "1-6-9/8 toward_zero rounded"])
+def test_nan_and_inf_in_every_way_to_add(text: str) -> None:
+    spec = GemmSpec(QuantSpec("e4m3"), QuantSpec("e4m3"), AccumulateSpec.parse(text))
+    a, b = _operands(spec, 9, 40, 20, 1.0)
+    a[1, 3], a[2, 5], a[4, 0] = float("nan"), float("inf"), -float("inf")
+    result, expected = multiply(a, b, spec), reference.multiply(a, b, spec)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())

@@ -1,0 +1,199 @@
+"""Block casts: quantize, encode, decode in the formats of block_formats.py, blocks along the last dim - the oracle.
+
+    value = element * scale / tensor_scale
+
+    mx*     scale = 2^k, a code of e8m0; tensor_scale = 1                     OCP Microscaling Formats v1.0
+    nvfp4   scale a code of e4m3; tensor_scale one fp32 number per tensor     NVIDIA Transformer Engine
+
+k of an MX block comes from amax, its largest |x|, and the element format's largest value max = f 2^emax, 1 <= f < 2:
+
+    floor   k = floor(log2 amax) - emax         the rule of the specification (6.3); what lies in (max, 2^(emax+1)) 2^k
+                                                saturates
+    ceil    k = ceil(log2 amax) - emax
+    rceil   k = ceil(log2(amax / max))          the smallest scale under which nothing saturates; evaluated exactly,
+                                                where hardware rounds amax / max to fp32 first
+    even    floor of amax rounded to the element's significant digits, ties away
+
+and is clamped to [-127, 127]: k = -127 for amax = 0. The scale of a block that holds NaN or Inf is NaN, and so is then
+every value of the block, and of no other. Elements are rounded once, x / 2^k being exact in float64, and saturate. A
+last block may be ragged: it is scaled by what it holds, as if padded with zeros.
+
+nvfp4, every line rounded to fp32, amax_t over the tensor and amax_b over the block (TE's order of operations):
+
+    tensor_scale  S = min(448 * 6 / amax_t, FLT_MAX); 1 if amax_t = 0      blocks with NaN or Inf left out of amax_t
+    scale         s_b = e4m3(min(amax_b * (S * (1/6)), 448))               nearest-even; 0 for a block small enough
+    element       e2m1(x * min(1 / (s_b * (1/S)), FLT_MAX))                saturated
+    value         element * s_b / S                                        0 where s_b is 0
+
+Invariant, for fp32 x: with codes, scales, tensor_scale = encode_blocks(x, f),
+decode_blocks(codes, scales, f, tensor_scale) is quantize(x, f), bit for bit.
+Shape letters: K the last dim, B = ceil(K / block).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from runtime.errors import FormatError
+from runtime.kernels.cpu.block_cast import divisor_of_amax
+from runtime.numerics.block_formats import BlockFormat, get_block_format
+from runtime.numerics.codes import codes_of_grid, grid_of_codes
+from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.grid import round_to_grid
+from runtime.numerics.scaling import power_of_two
+from runtime.numerics.specs import Rounding
+
+
+class BlockCodes(NamedTuple):
+    """A tensor in a block format: what encode_blocks returns and decode_blocks takes."""
+
+    codes: Tensor
+    """uint8, the shape of x: one code of the element format each."""
+    scales: Tensor
+    """uint8, (..., B): one code of the scale format per block."""
+    tensor_scale: Tensor
+    """fp32, (): what every value is divided by; 1 for MX formats."""
+
+
+@torch.no_grad()
+def quantize_blocks(
+    x: Tensor,
+    format: str | BlockFormat,
+    rounding: Rounding | None = None,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    offset: int = 0,
+) -> Tensor:
+    """x on the grid of a block format, in x's dtype and shape; `casts.quantize` does this.
+
+    rounding is that of the elements, None the element row's own; scales are never rounded stochastically. Element i
+    draws the word of (seed, step, stream, offset + i), i flat in C order, as in any format. A value can overflow x's
+    dtype where rounding went up: the largest fp32 under mxfp4:scale=rceil is 2^128.
+    """
+    row = get_block_format(format) if isinstance(format, str) else format
+    q, scale, tensor_scale = _round_blocks(x, row, rounding, seed, step, stream, offset)
+    return _values(q, scale, tensor_scale, row).to(x.dtype)
+
+
+@torch.no_grad()
+def encode_blocks(
+    x: Tensor,
+    format: str | BlockFormat,
+    rounding: Rounding | None = None,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    offset: int = 0,
+) -> BlockCodes:
+    """Codes and scales of quantize_blocks. In a block whose scale is NaN the codes are 0."""
+    row = get_block_format(format) if isinstance(format, str) else format
+    q, scale, tensor_scale = _round_blocks(x, row, rounding, seed, step, stream, offset)
+    codes = codes_of_grid(torch.where(q.isnan(), 0.0, q), get_format(row.element))
+    return BlockCodes(codes, codes_of_grid(scale, get_format(row.scale)), tensor_scale)
+
+
+@torch.no_grad()
+def decode_blocks(
+    codes: Tensor, scales: Tensor, format: str | BlockFormat, tensor_scale: Tensor | float = 1.0
+) -> Tensor:
+    """The fp32 values of codes (..., K) with scales (..., B); tensor_scale as encode_blocks gave it."""
+    row = get_block_format(format) if isinstance(format, str) else format
+    if scales.shape != _scale_shape(codes, row):
+        raise FormatError(
+            f"not the scales of {tuple(codes.shape)} codes of {row.name}",
+            expected=str(tuple(_scale_shape(codes, row))),
+            got=str(tuple(scales.shape)),
+        )
+    q, scale = grid_of_codes(codes, get_format(row.element)), grid_of_codes(scales, get_format(row.scale))
+    divisor = torch.as_tensor(tensor_scale, dtype=torch.float32, device=codes.device)
+    return _values(q, scale, divisor, row).float()
+
+
+@torch.no_grad()
+def grid_of_blocks(
+    x: Tensor, row: BlockFormat, rounding: Rounding, *, seed: int = 0, step: int = 0, stream: int = 0, offset: int = 0
+) -> Tensor:
+    """element * scale, tensor_scale not divided out: fp32, or float64 for float64 x. x has at least one dim."""
+    q, scale, _ = _round_blocks(x, row, rounding, seed, step, stream, offset)
+    values = _values(q, scale, torch.ones((), device=x.device), row)
+    return values if x.dtype == torch.float64 else values.float()
+
+
+def _round_blocks(
+    x: Tensor, row: BlockFormat, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grid values of the elements in x's shape, NaN where the scale is; scales (..., B); the tensor scale."""
+    if not x.is_floating_point():
+        raise FormatError("only real numbers are quantized", expected="a floating-point tensor", got=str(x.dtype))
+    element, is_two_level = get_format(row.element), row.rule == "two_level"
+    if is_two_level:
+        scale, factor, tensor_scale = _two_level_scales(_block_amax(x.float(), row))
+        scaled = x.float() * _per_element(factor, x, row)
+    else:
+        scale, tensor_scale = _shared_scales(_block_amax(x.double(), row), row), torch.ones((), device=x.device)
+        scaled = x.double() / (_per_element(scale, x, row) * row.element_unit)
+    q = round_to_grid(scaled, element, rounding or element.rounding, None, seed, step, stream, offset)
+    return q, scale, tensor_scale
+
+
+def _shared_scales(amax: Tensor, row: BlockFormat) -> Tensor:
+    """2^k of each block in float64, NaN for an amax of NaN or Inf. The equations are at the head of the file."""
+    largest, element = row.element_max, get_format(row.element)
+    finite = torch.where(amax.isfinite(), amax, 0.0)
+    fraction, exponent = torch.frexp(finite)  # amax = fraction 2^exponent, 1/2 <= fraction < 1
+    k = exponent - 1 - (math.frexp(largest)[1] - 1)
+    match row.rule:
+        case "ceil":
+            k = k + (fraction > 0.5)
+        case "rceil":
+            k = k + (finite > largest * power_of_two(k.clamp(-900, 900)))
+        case "even":
+            digits = element.mantissa if isinstance(element, FloatFormat) else element.bits - 2
+            k = k + (2 * fraction >= 2 - 2.0 ** -(digits + 1))
+    scale = power_of_two(torch.where(finite > 0, k, -127).clamp(-127, 127))
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def _two_level_scales(amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(s_b, what x is multiplied by, S), in fp32; NaN, NaN in a block that holds NaN or Inf."""
+    finite, greatest = torch.where(amax.isfinite(), amax, 0.0), torch.finfo(torch.float32).max
+    whole = finite.amax() if finite.numel() else finite.new_zeros(())
+    tensor_scale = divisor_of_amax(whole)
+    e4m3 = get_format("e4m3")
+    scale = round_to_grid(finite * (tensor_scale * torch.tensor(1.0 / 6.0)), e4m3, "nearest_even")
+    factor = (1.0 / (scale * (1.0 / tensor_scale))).clamp(max=greatest)
+    is_bad = ~amax.isfinite()
+    return scale.masked_fill(is_bad, torch.nan), factor.masked_fill(is_bad, torch.nan), tensor_scale
+
+
+def _values(q: Tensor, scale: Tensor, tensor_scale: Tensor, row: BlockFormat) -> Tensor:
+    """element * scale / tensor_scale: the product exact in float64, the quotient rounded once to fp32."""
+    product = q.double() * _per_element(scale.double(), q, row) * row.element_unit
+    return product.float() / tensor_scale if row.rule == "two_level" else product
+
+
+def _block_amax(x: Tensor, row: BlockFormat) -> Tensor:
+    """max |x| of each block, (..., B); NaN if it holds one."""
+    flat = x.reshape(1) if x.dim() == 0 else x
+    num_blocks = -(-flat.shape[-1] // row.block)
+    if not flat.numel():
+        return flat.new_zeros((*flat.shape[:-1], num_blocks))
+    padded = pad(flat, (0, num_blocks * row.block - flat.shape[-1]))
+    return padded.reshape(*flat.shape[:-1], num_blocks, row.block).abs().amax(-1)
+
+
+def _per_element(scale: Tensor, x: Tensor, row: BlockFormat) -> Tensor:
+    """(..., B) repeated to the shape of x."""
+    width = x.shape[-1] if x.dim() else 1
+    return scale.repeat_interleave(row.block, dim=-1)[..., :width].reshape(x.shape)
+
+
+def _scale_shape(x: Tensor, row: BlockFormat) -> torch.Size:
+    shape = x.shape or torch.Size((1,))
+    return torch.Size((*shape[:-1], -(-shape[-1] // row.block)))

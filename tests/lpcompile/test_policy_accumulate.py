@@ -1,0 +1,72 @@
+"""The keys of `accumulate`: what they mean, how they print, what is refused and where."""
+
+from pathlib import Path
+
+import pytest
+
+from lpcompile import Policy, load_policy
+from lpcompile.errors import PolicyError
+from lpcompile.policy_file import policy_schema
+from runtime.numerics.specs import AccumulateSpec
+
+PLAN = "{format: 1-6-9, chunk: 64, rounding: stochastic, product: rounded, model: per_chunk}"
+
+
+def _load(folder: Path, accumulate: str, operands: str = "x: e4m3, w: e4m3") -> Policy:
+    path = folder / "policy.yaml"
+    path.write_text(f"rules:\n  - match: {{op: linear}}\n    fwd: {{{operands}, accumulate: {accumulate}}}\n")
+    return load_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "operands", "spec"),
+    [
+        ("1-6-9", "x: e4m3", "1-6-9"),
+        ("{format: 1-6-9, chunk: 64}", "x: e4m3", "1-6-9/64"),
+        (PLAN, "x: e4m3, w: e5m2", "1-6-9/64 stochastic rounded per_chunk"),
+        ("{format: dlfloat16, rounding: nearest_away}", "x: e4m3", "dlfloat16"),
+        ("{rounding: toward_zero}", "x: e4m3", "fp32 toward_zero"),
+        ("int16", "x: int8, w: int8", "int16"),
+        ("{format: int16, chunk: 32, overflow: wrap}", "x: int8, w: int4", "int16/32 wrap"),
+    ],
+)
+def test_what_the_keys_mean(tmp_path: Path, text: str, operands: str, spec: str) -> None:
+    policy = _load(tmp_path, text, operands)
+    table = policy.rules[0].fwd
+    assert table is not None
+    assert table.spec().accumulator == AccumulateSpec.parse(spec)
+    (tmp_path / "again.yaml").write_text(policy.to_yaml())
+    again = load_policy(tmp_path / "again.yaml").rules[0].fwd
+    assert again is not None
+    assert again.spec() == table.spec()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "{format: 1-6-9, rounding: stochastc}",
+            '3: rules[0].fwd.accumulate.rounding: "stochastc" is not a rounding. Did you mean "stochastic"?',
+        ),
+        ("{format: 1-6-9, product: fused}", '3: rules[0].fwd.accumulate.product: "fused" is not a product'),
+        ("{format: 1-6-9, model: chunk}", '3: rules[0].fwd.accumulate.model: "chunk" is not a model'),
+        ("{format: 1-6-9, overflow: wrapp}", '3: rules[0].fwd.accumulate.overflow: "wrapp" is not a rule of overflow'),
+        ("{format: 1-6-9, overflow: wrap}", "3: rules[0].fwd.accumulate: 1-6-9 saturates. Got overflow wrap."),
+        ("{format: int32, rounding: stochastic}", "3: rules[0].fwd.accumulate: integers add exactly."),
+        ("{format: 1-6-9, chunk: 0}", "3: rules[0].fwd.accumulate.chunk: not a value this key takes."),
+        ("{format: 1-6-9, chunks: 64}", '3: rules[0].fwd.accumulate.chunks: "chunks" is not a key here.'),
+        ("nf4", "3: rules[0].fwd.accumulate: nf4 cannot hold a sum."),
+        ("int16", "3: rules[0].fwd.accumulate: int16 sums need two integer operands. Got x: e4m3 and w: e4m3."),
+    ],
+)
+def test_errors_name_the_line(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        _load(tmp_path, text)
+    assert sentence in str(error.value)
+
+
+def test_the_schema_knows_the_keys() -> None:
+    section = next(part for part in policy_schema()["$defs"]["Accumulate"]["anyOf"] if "properties" in part)
+    assert set(section["properties"]) == {"format", "chunk", "rounding", "product", "model", "overflow"}
+    text = str(section["properties"])
+    assert all(word in text for word in ("stochastic", "rounded", "per_chunk", "wrap"))

@@ -1,0 +1,126 @@
+"""Block casts in C++ against the oracle, bit for bit."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.errors import FormatError
+from runtime.kernels.cpu import block_cast
+from runtime.kernels.cpu.block_cast import fast_blocks
+from runtime.kernels.cpu.build import load_library
+from runtime.kernels.cpu.cast_library import SOURCE
+from runtime.numerics import decode, quantize
+from runtime.numerics.block_casts import encode_blocks, quantize_blocks
+from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat, get_block_format
+from runtime.numerics.cast_plans import block_plan
+from runtime.numerics.specs import ROUNDINGS
+
+pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+RULES = ("floor", "ceil", "rceil", "even")
+ALL = [*(f"{name}:scale={rule}" for name in BLOCK_FORMATS if name != "nvfp4" for rule in RULES), "nvfp4"]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal numbers, zeros of equal sign, NaN where NaN."""
+    return a.dtype == b.dtype and a.shape == b.shape and bool(
+        (((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())).all()
+    )  # fmt: skip
+
+
+def hard_blocks(columns: int) -> Tensor:
+    """Random numbers in every binade; random patterns, NaN and Inf among them; zeros; blocks at both ends of fp32."""
+    generator = torch.Generator().manual_seed(columns)
+    patterns = torch.randint(-(2**31), 2**31, (20, columns), generator=generator).to(torch.int32).view(torch.float32)
+    numbers = torch.randn(40, columns, generator=generator) * torch.exp2(torch.arange(-20.0, 20)[:, None] * 6)
+    wide = torch.randn(20, columns, generator=generator) * torch.exp2(
+        torch.randint(-20, 20, (20, columns), generator=generator).float()
+    )
+    edges = torch.tensor([448.0, math.nextafter(448, 1e9), 6.0, 3.5, 4.0, 127 / 64, 2.0**-149, 3.4e38, 2.0**-126])
+    steps = torch.cat([edges[:, None].expand(9, columns) * f for f in (1.0, 0.75, -0.5)])
+    special = torch.zeros(4, columns)
+    special[1] = -0.0
+    special[2, 3], special[3, columns // 2] = math.nan, -math.inf
+    return torch.cat([patterns, numbers, wide, steps, special])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
+    for columns, mode, dtype in itertools.product(
+        (128, 75, 5), ROUNDINGS, (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        x = hard_blocks(columns).to(dtype)
+        draw = {"seed": 3, "step": 2, "stream": 5, "offset": 7}
+        expected = quantize_blocks(x, name, mode, **draw)
+        assert same_bits(quantize(x, name, mode, **draw), expected), (columns, mode, dtype)
+
+
+@pytest.mark.parametrize("amax", [3.7, 1.0, 2688.0, 1e-3, 5e30, 3e-38])
+def test_the_scales_of_nvfp4_next_to_their_ties(amax: float) -> None:
+    """Blocks whose scale lies within 3 fp32 of a midpoint of e4m3: any other order of operations shows there."""
+    whole = torch.tensor(amax)
+    grid = decode(torch.arange(126), "e4m3").double()
+    ties = (grid[1:] + grid[:-1]) / 2 * 6 / (2688 / whole.double())
+    near = [ties.float()]
+    for _ in range(3):
+        near = [near[0].nextafter(torch.tensor(0.0)), *near, near[-1].nextafter(torch.tensor(torch.inf))]
+    top = torch.cat(near).clamp(max=amax)[:, None]
+    x = torch.cat([top * torch.linspace(-1, 1, 16), whole.expand(1, 16)])
+    assert same_bits(quantize(x, "nvfp4"), quantize_blocks(x, "nvfp4"))
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxint8", "nvfp4"])
+def test_shapes_strides_and_threads(name: str) -> None:
+    x = torch.randn(3, 5, 333, generator=torch.Generator().manual_seed(1))
+    assert same_bits(quantize(x.transpose(0, 2), name), quantize_blocks(x.transpose(0, 2), name))
+    for small in (torch.tensor(0.3), torch.randn(7), torch.empty(0, 4), torch.empty(2, 0)):
+        assert same_bits(quantize(small, name), quantize_blocks(small, name))
+    large, before = torch.randn(301, 1001, generator=torch.Generator().manual_seed(2)), torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append([quantize(large, name, mode, seed=4) for mode in ROUNDINGS])
+    torch.set_num_threads(before)
+    assert all(map(same_bits, *results))
+    base = quantize(large.view(-1)[: 301 * 1000], name, "stochastic", seed=4)
+    at = 32 * 777
+    if name != "nvfp4":  # its scale depends on the whole tensor
+        part = quantize(large.view(-1)[at : 301 * 1000], name, "stochastic", seed=4, offset=at)
+        assert same_bits(part, base[at:])
+
+
+@pytest.mark.parametrize("name", [*BLOCK_FORMATS, "mxfp8:scale=rceil"])
+def test_bf16_holds_the_values_and_says_when_it_may_not(name: str) -> None:
+    plan = block_plan(get_block_format(name), "nearest_even")
+    x = torch.randn(64, 320, generator=torch.Generator().manual_seed(1)) * 10
+    narrow = fast_blocks(x, plan, is_divided=False, is_stochastic=False, dtype=torch.bfloat16)
+    wide = fast_blocks(x, plan, is_divided=False, is_stochastic=False)
+    assert narrow is not None
+    assert wide is not None
+    assert narrow.said.item() == wide.said.item() == 0
+    assert torch.equal(narrow.values.float(), wide.values)
+    tiny = fast_blocks(x * 2.0**-132, plan, is_divided=False, is_stochastic=False)
+    spoiled = fast_blocks(x.masked_fill(x > 30, math.inf), plan, is_divided=False, is_stochastic=False)
+    assert tiny is not None
+    assert spoiled is not None
+    assert tiny.said.item() == (2 if name.startswith("mxfp8") else 0)  # e4m3 and e5m2 have steps below 2^-6
+    assert spoiled.said.item() == 1
+    if name == "nvfp4":
+        divisor = block_cast.fast_divisor(x)
+        assert divisor is not None
+        assert divisor == encode_blocks(x, name).tensor_scale
+        assert torch.equal(wide.values / divisor, quantize(x, name))
+
+
+def test_a_row_of_ones_own_takes_the_oracle() -> None:
+    own = BlockFormat("mine", "e4m3", 8, "e8m0")
+    assert block_plan(own, "nearest_even") is None
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    assert same_bits(quantize(x, own), quantize_blocks(x, own))
+    assert quantize(x.double(), "mxfp8").dtype == torch.float64
+    with pytest.raises(FormatError, match="is not a rounding"):
+        quantize(x, "mxfp8", "nearest")  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="step does not fit"):
+        quantize(x, "mxfp8", "stochastic", step=-1)

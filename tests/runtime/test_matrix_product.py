@@ -1,0 +1,263 @@
+"""gemm() against fractions.Fraction: every add exact, then rounded once; integers against Python's."""
+
+import itertools
+from fractions import Fraction
+from math import floor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from runtime import gemm
+from runtime.errors import FormatError
+from runtime.kernels import reference
+from runtime.kernels.reference import RandomKey
+from runtime.numerics import quantize
+from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.random import random_bits
+from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec
+
+OPERANDS = [("e4m3", "e5m2"), ("dlfloat16", "hfp8-143"), ("bf16", "int8"), ("fp32", "fp16")]
+ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "tf32", "fp32"]
+SHAPES = [(2, 0, 3, None), (2, 1, 1, 1), (2, 13, 3, 5), (3, 12, 2, 4), (1, 9, 2, None)]
+
+
+def _neighbours(size: Fraction, row: FloatFormat) -> tuple[Fraction, Fraction]:
+    """The grid value not above `size` >= 0, and the spacing to the next."""
+    exponent = row.emin
+    while size >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    ulp = Fraction(2) ** (exponent - row.mantissa)
+    if not row.subnormals and size < Fraction(row.tiny):
+        ulp = Fraction(row.tiny)
+    return floor(size / ulp) * ulp, ulp
+
+
+def _round(x: Fraction, row: FloatFormat, mode: str, u: Fraction = Fraction(0)) -> Fraction:
+    below, ulp = _neighbours(abs(x), row)
+    rest = (abs(x) - below) / ulp
+    up = {
+        "nearest_even": 2 * rest > 1 or (2 * rest == 1 and (below / ulp) % 2 == 1),
+        "nearest_away": 2 * rest >= 1,
+        "toward_zero": False,
+        "stochastic": rest >= 1 - u,
+    }[mode]
+    rounded = min(below + up * ulp, Fraction(row.max))
+    return rounded if x > 0 else -rounded
+
+
+class _Draws:
+    """The random numbers of one output, from the words of one stream: 16 bits per rounding, cut to b."""
+
+    def __init__(self, row: FloatFormat, seed: int, step: int, element: int, elements: int) -> None:
+        self.digits = 23 - row.mantissa if 7 <= row.mantissa <= 15 else 16
+        self.seed, self.step, self.element, self.elements = seed, step, element, elements
+
+    def __call__(self, number: int) -> Fraction:
+        counter = number // 8 * self.elements + self.element
+        words = random_bits(4, seed=self.seed, step=self.step, offset=4 * counter).tolist()
+        half = words[number % 8 // 2] >> (16 * (number % 2)) & 0xFFFF
+        return Fraction(half >> (16 - self.digits), 2**self.digits)
+
+
+def _oracle(a: Tensor, b: Tensor, how: AccumulateSpec, seed: int = 0, step: int = 0) -> Tensor:
+    """One matrix product; a and b hold grid values."""
+    row, fp32 = get_format(how.format), get_format("fp32")
+    assert isinstance(row, FloatFormat)
+    assert isinstance(fp32, FloatFormat)
+    (m, num_k), n = a.shape, b.shape[1]
+    chunk = how.chunk or max(num_k, 1)
+    num_chunks = -(-num_k // chunk)
+    outer = num_chunks if how.model == "per_chunk" else num_k
+    out = torch.zeros(m, n)
+    for i, j in itertools.product(range(m), range(n)):
+        draw = _Draws(row, seed, step, i * n + j, m * n) if how.mode == "stochastic" else lambda number: Fraction(0)
+        total = Fraction(0)
+        for c in range(num_chunks):
+            part = Fraction(0)
+            for k in range(c * chunk, min((c + 1) * chunk, num_k)):
+                product = Fraction(a[i, k].item()) * Fraction(b[k, j].item())
+                if how.product == "rounded":
+                    product = _round(product, row, how.mode, draw(outer + num_chunks + k))
+                if how.model == "per_mac":
+                    part = _round(part + product, row, how.mode, draw(k))
+                else:
+                    part = _round(part + product, fp32, "nearest_even")
+            if how.model == "per_chunk":
+                part = _round(part, row, how.mode, draw(c))
+            total = part if num_chunks == 1 else _round(total + part, row, how.mode, draw(outer + c))
+        out[i, j] = float(total)
+    return out
+
+
+def _values(m: int, k: int, size: float, seed: int) -> Tensor:
+    """Not contiguous."""
+    return (torch.randn(k, m, generator=torch.Generator().manual_seed(seed)) * size).t()
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATORS)
+@pytest.mark.parametrize("mode", ROUNDINGS)
+def test_every_add_is_rounded_once(mode: str, accumulate: str) -> None:
+    for (lhs, rhs), product, model in itertools.product(OPERANDS, PRODUCTS, ACCUMULATE_MODELS):
+        for m, k, n, chunk in SHAPES:
+            how = AccumulateSpec(accumulate, chunk, mode, product, model)  # type: ignore[arg-type]
+            a, b = _values(m, k, 3.0, k), _values(k, n, 0.1, n)
+            result = gemm(a, b, a_format=lhs, b_format=rhs, accumulate=how, seed=2**40 + 1, step=5)
+            expected = _oracle(quantize(a, lhs), quantize(b, rhs), how, 2**40 + 1, 5)
+            assert torch.equal(result, expected), (lhs, rhs, how, m, k, n)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(ACCUMULATORS),
+    st.sampled_from(ROUNDINGS),
+    st.integers(0, 20),
+    st.integers(1, 9) | st.none(),
+    st.sampled_from([2.0**-12, 1.0, 40.0]),
+    st.integers(0, 2**64 - 1),
+)
+def test_any_shape_and_size(accumulate: str, mode: str, k: int, chunk: int | None, size: float, seed: int) -> None:
+    a, b = quantize(_values(2, k, size, k), "e4m3"), quantize(_values(k, 3, 1.0, 7), "e5m2")
+    how = AccumulateSpec(accumulate, chunk, mode)  # type: ignore[arg-type]
+    result = gemm(a, b, a_format="e4m3", b_format="e5m2", accumulate=how, seed=seed)
+    assert torch.equal(result, _oracle(a, b, how, seed))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "accumulate", "rounding", "expected"),
+    [
+        ([1.0, 1 + 2.0**-9], [1.0, (1 + 510 / 512) * 2.0**-11], "1-6-9", "nearest_away", 1.0),
+        ([1.0, 1 + 2.0**-9], [1.0, (1 + 510 / 512) * 2.0**-11], "dlfloat16", None, 1.0),
+        ([1024.0, 1.0], [1.0, -(2.0**-18)], "1-6-9", "toward_zero", 1023.0),
+    ],
+)
+def test_rounding_once_is_not_rounding_twice(
+    a: list[float], b: list[float], accumulate: str, rounding: str | None, expected: float
+) -> None:
+    """The cases of design.md section 3."""
+    result = gemm(
+        torch.tensor([a]), torch.tensor([b]).t(), a_format="dlfloat16", b_format="dlfloat16",
+        accumulate=accumulate, rounding=rounding,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert result.item() == expected
+
+
+def test_batches_are_matrices_with_their_own_bits() -> None:
+    a, b = torch.randn(2, 1, 4, 40), torch.randn(3, 40, 5)
+    nearest = gemm(a, b, a_format="e4m3", b_format="e4m3", accumulate="1-6-9", chunk=16)
+    one = gemm(a[1, 0], b[2], a_format="e4m3", b_format="e4m3", accumulate="1-6-9", chunk=16)
+    assert nearest.shape == (2, 3, 4, 5)
+    assert torch.equal(nearest[1, 2], one)
+    how = AccumulateSpec("1-6-9", 16, "stochastic")
+    result = gemm(a, b, a_format="e4m3", b_format="e4m3", accumulate=how, seed=3)
+    spec = GemmSpec(accumulator=how)
+    assert torch.equal(result, reference.multiply(quantize(a, "e4m3"), quantize(b, "e4m3"), spec, RandomKey(3)))
+    same = gemm(a[:1].expand(2, 1, 4, 40), b[:1].expand(3, 40, 5), a_format="e4m3", b_format="e4m3", accumulate=how)
+    assert not torch.equal(same[0, 0], same[1, 0])
+
+
+@pytest.mark.parametrize("accumulate", ["1-6-9", "bf16", "dlfloat16"])
+def test_stochastic_takes_neighbours_with_exact_probability(accumulate: str) -> None:
+    """1 + rest / 2^M for 2^16 outputs: up with probability `rest`, within five sigma; no third value."""
+    row = get_format(accumulate)
+    assert isinstance(row, FloatFormat)
+    ulp, count = 2.0**-row.mantissa, 256
+    for rest in (0.25, 0.40625):
+        a = torch.tensor([[1.0, rest]]).expand(count, 2)
+        b = torch.tensor([[1.0], [ulp]]).expand(2, count)
+        result = gemm(a, b, accumulate=accumulate, rounding="stochastic", seed=11)
+        assert set(result.unique().tolist()) == {1.0, 1.0 + ulp}
+        share = (result > 1).double().mean().item()
+        assert abs(share - rest) < 5 * (rest * (1 - rest)) ** 0.5 / count
+
+
+def test_stochastic_depends_on_the_key_and_not_on_threads() -> None:
+    a, b = torch.randn(70, 200), torch.randn(200, 90)
+
+    def run(**key: int) -> Tensor:
+        return gemm(a, b, a_format="e4m3", b_format="e4m3", accumulate="1-6-9/64 stochastic", **key)
+
+    expected, before = run(seed=1, step=2), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(run(seed=1, step=2), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(run(seed=1, step=3), expected)
+    assert not torch.equal(run(seed=2, step=2), expected)
+
+
+def _integers(a: Tensor, b: Tensor, how: AccumulateSpec, bits: int) -> Tensor:
+    low, high = -(2 ** (bits - 1)) + (how.overflow == "saturate"), 2 ** (bits - 1) - 1
+
+    def fit(x: int) -> int:
+        return min(max(x, low), high) if how.overflow == "saturate" else (x - low) % 2**bits + low
+
+    (m, num_k), n = a.shape, b.shape[1]
+    chunk = how.chunk or max(num_k, 1)
+    out = torch.zeros(m, n)
+    for i, j in itertools.product(range(m), range(n)):
+        total = 0
+        for start in range(0, num_k, chunk):
+            part = 0
+            for k in range(start, min(start + chunk, num_k)):
+                product = int(a[i, k]) * int(b[k, j])
+                product = fit(product) if how.product == "rounded" else product
+                part = fit(part + product) if how.model == "per_mac" else part + product
+            part = fit(part)
+            total = fit(total + part)
+        out[i, j] = float(total)
+    return out
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16, 32])
+@pytest.mark.parametrize("overflow", ["saturate", "wrap"])
+def test_integers_saturate_and_wrap(overflow: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    a, b = (torch.randint(-127, 128, shape, generator=generator).float() for shape in ((3, 50), (50, 4)))
+    for product, model, chunk in itertools.product(PRODUCTS, ACCUMULATE_MODELS, (None, 16)):
+        how = AccumulateSpec(f"int{bits}", chunk, None, product, model, overflow)  # type: ignore[arg-type]
+        result = gemm(a, b, a_format="int8", b_format="int8", accumulate=how)
+        assert torch.equal(result, _integers(a, b, how, bits)), how
+
+
+def test_int32_ends() -> None:
+    ones = torch.full((1, 4), 32767.0)
+    saturated, wrapped = (
+        gemm(ones, ones.t(), a_format="int16", b_format="int16", accumulate=text) for text in ("int32", "int32 wrap")
+    )
+    assert saturated.item() == 2.0**31  # 2^31 - 1, to fp32
+    assert wrapped.item() == float(torch.tensor(4 * 32767**2 - 2**32).float())
+
+
+def test_refusals() -> None:
+    x = torch.ones(2, 2)
+    for options in (
+        {"accumulate": "int32"},
+        {"accumulate": "e4m4"},
+        {"accumulate": "int32", "rounding": "stochastic", "a_format": "int8", "b_format": "int8"},
+        {"accumulate": "1-6-9", "chunk": 0},
+        {"accumulate": "1-6-9/64", "chunk": 2},
+        {"accumulate": "1-6-9", "product": "fused"},
+    ):
+        with pytest.raises(FormatError):
+            gemm(x, x, **options)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="no product"):
+        gemm(x, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["fp32", "1-6-9/64", "1-6-9/64 stochastic rounded per_chunk", "int16 wrap", "dlfloat16 nearest_even", "fp32/2 fma"],
+)
+def test_accumulator_prints_and_parses(text: str) -> None:
+    spec = AccumulateSpec.parse(text)
+    assert AccumulateSpec.parse(str(spec)) == spec
+    assert str(spec) == text.removesuffix(" fma")
+    assert GemmSpec.parse(str(GemmSpec(accumulator=spec))).accumulator == spec
+
+
+def test_naming_the_default_rounding_changes_nothing() -> None:
+    assert AccumulateSpec("dlfloat16", rounding="nearest_away") == AccumulateSpec.parse("dlfloat16")

@@ -1,0 +1,100 @@
+"""Counting: which functions multiply matrices in a forward, and which of them do so outside the compiled sites."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import runtime.gemms
+import runtime.ops
+
+_PRODUCTS = frozenset(
+    {
+        F.linear,
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+        F.bilinear,
+        F.scaled_dot_product_attention,
+        F.multi_head_attention_forward,
+        F.grouped_mm,
+        torch._grouped_mm,
+        torch.addmm,
+        torch.Tensor.addmm,
+        torch.baddbmm,
+        torch.Tensor.baddbmm,
+        torch.einsum,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.Tensor.bmm,
+        torch.mm,
+        torch.Tensor.mm,
+        torch.lstm,
+        torch.gru,
+        torch._transformer_encoder_layer_fwd,
+        torch._native_multi_head_attention,
+    }
+)
+
+
+class _Count(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.is_inside = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS and not self.is_inside:
+            self.calls[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_products(model: nn.Module, batch: Mapping[str, Any], aside: Sequence[nn.Module] = ()) -> Counter[str]:
+    """Calls of functions that multiply matrices in one forward, by name, without those inside a compiled GEMM or one of
+    the modules `aside`.
+    """
+    mode = _Count()
+
+    def enter(*_: Any) -> None:
+        mode.is_inside = True
+
+    def leave(*_: Any) -> None:
+        mode.is_inside = False
+
+    hooks = [module.register_forward_pre_hook(enter) for module in aside]
+    hooks += [module.register_forward_hook(leave) for module in aside]
+    with _compiled_gemms_aside(mode), mode:
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return mode.calls
+
+
+@contextmanager
+def _compiled_gemms_aside(mode: _Count) -> Iterator[None]:
+    original = runtime.gemms.run_gemm
+
+    def run_gemm(*args: Any) -> Any:
+        mode.is_inside = True
+        try:
+            return original(*args)
+        finally:
+            mode.is_inside = False
+
+    runtime.ops.run_gemm = run_gemm
+    try:
+        yield
+    finally:
+        runtime.ops.run_gemm = original

@@ -1,0 +1,70 @@
+"""Coverage: every function that multiplies matrices in a model of the zoo runs as compiled sites, and none is missed.
+
+Counted at torch functions, first in the original model and then beside the compiled sites of the compiled one.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lpcompile import lpcompile, report
+from lpcompile.api import run_state
+from lpcompile.capture.leaves import find_leaves
+from tests.zoo.counting import count_products
+from tests.zoo.models import NAMES, ZOO, build
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_product_is_reached(name: str, training: bool) -> None:
+    entry, model = ZOO[name], build(name)
+    batch = entry.batch(0)
+    model.train(training)
+    assert count_products(model, batch).total() == entry.num_sites
+    lpcompile(model, "fp32-emulated", example_kwargs=batch, strict=True)
+    assert count_products(model, batch) == Counter()
+    assert run_state(model).gemm_calls == entry.num_gemms
+    found = report(model)
+    assert found.unreached == {}
+    assert found.left_alone == []
+    assert all(row.runs_as_policy_says for row in found.gemms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_example_inputs_every_leaf_is_reached(name: str) -> None:
+    """What is then missed are the products that a module writes as operations, and no more."""
+    entry, model = ZOO[name], build(name)
+    leaves = {leaf.path for leaf in find_leaves(model)[0]}
+    outside = count_products(model, entry.batch(0), aside=[model.get_submodule(path) for path in leaves])
+    assert outside.total() < entry.num_sites
+    lpcompile(model, "fp32-emulated", strict=True)
+    assert count_products(model, entry.batch(0)) == outside
+    assert "no example inputs were given" in report(model).to_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_without_gradients_runs_low_precision(name: str) -> None:
+    """Also where torch has a faster way that calls no module (TransformerEncoder)."""
+    entry, model = ZOO[name], build(name).eval()
+    batch = entry.batch(0)
+    with torch.no_grad():
+        expected = model(**batch)["logits"]
+        lpcompile(model, "int8", example_kwargs=batch)
+        found = model(**batch)["logits"]
+    assert run_state(model).gemm_calls > 0
+    if "attention_mask" in batch:  # the fast way gives zeros for padding, the usual one does not
+        found, expected = (logits[batch["attention_mask"] != 0] for logits in (found, expected))
+    assert not torch.equal(found, expected)
+    size = expected.abs().max()
+    assert torch.nn.functional.cosine_similarity(found.flatten() / size, expected.flatten() / size, dim=0) > 0.98
+
+
+@pytest.mark.slow
+def test_experts_are_named_by_layer() -> None:
+    model = build("mixtral")
+    lpcompile(model, "fp32-emulated", example_kwargs=ZOO["mixtral"].batch(0))
+    ops = {row.name: row.op for row in report(model).gemms}
+    for layer in range(2):
+        assert ops[f"model.layers.{layer}.mlp.experts.gate_up_proj"] == "linear"
+        assert ops[f"model.layers.{layer}.mlp.experts.down_proj"] == "linear"
