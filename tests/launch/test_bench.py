@@ -12,6 +12,7 @@ from launch.config import ConfigError
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "benchmarks"
     folder.mkdir()
+    (folder / "__init__.py").touch()
     (folder / "_common.py").write_text('"""Shared."""')
     (folder / "good.py").write_text('"""Good: runs."""\nimport sys\nopen("seen", "w").write(" ".join(sys.argv[1:]))\n')
     (folder / "bad.py").write_text('"""Bad: fails."""\nraise SystemExit(3)\n')

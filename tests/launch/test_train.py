@@ -163,8 +163,9 @@ def test_a_worker_error_is_one_sentence(tmp_path: Path) -> None:
     )
     done = train(tmp_path, *TINY, *DDP, "--policy", "typo.yaml", "--strict", "--out", "run")
     assert done.returncode == 2
-    assert "no_such_layer" in done.stderr
-    assert done.stderr.count("\n") == 1
+    lines = done.stderr.splitlines()  # packages that are there may say something on import, before
+    assert [line for line in lines if "no_such_layer" in line] == lines[-1:]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
