@@ -12,6 +12,11 @@
 //   odd      the sum is first rounded to odd: fl(x + y) and its exact error; an inexact even result moves one ulp towards
 //            the error. Q of that is Q of the exact sum for every Q of at most 22 significant bits (Boldo, Melquiond 2008).
 //
+// A tile is `clear` where no sum can saturate, by the largest |a| and |b| of its rows and columns, and none can fall below the
+// constant precision, as the caller has shown from the formats. Then Q is two operations: adding and subtracting 1.5 2^(23 - M)
+// times the sum's power of two lets the adder round to nearest even at bit M, and for the other modes a constant or the
+// draw is added to the bits and the low ones are cleared.
+//
 // The other choices of an AccumulateSpec have their own loop, `multiply_general`: every sum and every product is rounded to
 // odd (nearest), or toward zero (toward zero and stochastic), and then by Q. Cutting twice is cutting once, and what
 // stochastic rounding compares with its b random bits, floor(rest 2^b), is in an fp32 sum that was cut, since b <= 23 - M.
@@ -24,9 +29,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <vector>
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 
 namespace {
 
@@ -51,9 +58,12 @@ struct RandomPlan {
   int64_t offset;
 };
 
-// What `multiply_general` is to do; mirrors General of accumulate.py. digits: b, 0 if not stochastic.
-struct General {
-  int32_t is_cut, is_rounded_product, is_per_chunk, digits;
+// How to sum; mirrors How of accumulate.py. scale: the power of two of `scaled`, 0 for `direct`, -1 for `odd`. no_underflow: no
+// sum but 0 lies below the constant precision. is_general: what follows holds, and is not the default. digits: b, 0 if not
+// stochastic.
+struct How {
+  float scale;
+  int32_t no_underflow, is_general, is_cut, is_rounded_product, is_per_chunk, digits;
   int64_t first_element, num_elements;
   RandomPlan random;
 };
@@ -83,6 +93,19 @@ inline __m512 round(__m512 s, const CastPlan& p) {
   return rounded;
 }
 
+// Q(s), to nearest, in a clear tile. Even: 1.5 2^(e + 23 - M) + s has the last bit of its significand at bit M of s.
+template <bool Even>
+inline __m512 round_clear(__m512 s, const CastPlan& p) {
+  const __m512i bits = _mm512_castps_si512(s);
+  if constexpr (Even) {
+    const __m512 power = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000)));
+    const __m512 lift = _mm512_set1_ps(1.5f * float(1u << p.shift));
+    return _mm512_fnmadd_ps(power, lift, _mm512_fmadd_ps(power, lift, s));
+  }
+  const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(int(p.round_bias)));
+  return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(p.keep_mask))));
+}
+
 // Q(s) where the accumulator's subnormals lie on fp32's and s is finite.
 inline __m512 round_scaled(__m512 s, const CastPlan& p) {
   const __m512i bits = _mm512_castps_si512(s);
@@ -110,57 +133,75 @@ __attribute__((noinline, cold)) __m512 round_rare_by_draw(__m512 s, __m512 round
   return _mm512_load_ps(to);
 }
 
-// Q(s) of a sum that was cut: `digits` random bits are added right below the last bit that is kept.
-inline __m512 round_by_draw(__m512 s, __m512i draw, const CastPlan& p, int digits) {
-  const __m512i noise = _mm512_sll_epi32(draw, _mm_cvtsi32_si128(int(p.shift) - digits));
-  const __m512i kept = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(s), noise), _mm512_set1_epi32(int(p.keep_mask)));
-  const __m512 rounded = _mm512_range_ps(_mm512_castsi512_ps(kept), _mm512_set1_ps(p.max), 2);
+// Q(s) of a sum that was cut: the draw, `digits` random bits right below the last bit that is kept, is added.
+template <bool Clear>
+inline __m512 round_by_draw(__m512 s, __m512i noise, const CastPlan& p, int digits) {
+  const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(s), noise);
+  const __m512 kept = _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(int(p.keep_mask))));
+  if (Clear) return kept;
+  const __m512 rounded = _mm512_range_ps(kept, _mm512_set1_ps(p.max), 2);
   const __mmask16 rare = _mm512_cmp_ps_mask(magnitude(s), _mm512_set1_ps(p.low), _CMP_NGE_UQ);
-  if (__builtin_expect(rare != 0, 0)) return round_rare_by_draw(s, rounded, rare, draw, p, digits);
+  if (__builtin_expect(rare != 0, 0))
+    return round_rare_by_draw(s, rounded, rare, _mm512_srlv_epi32(noise, _mm512_set1_epi32(int(p.shift) - digits)), p, digits);
   return rounded;
+}
+
+// Q(s) of a sum that was cut, toward zero.
+template <bool Clear>
+inline __m512 round_down(__m512 s, const CastPlan& p) {
+  if (!Clear) return round(s, p);
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(s), _mm512_set1_epi32(int(p.keep_mask))));
 }
 
 struct Words {
   __m512i word[4];
 };
 
+// The high half of each 64-bit lane in its low half. A shuffle, since shifts wait for the port of the multiplications.
+inline __m512i high_half(__m512i x) { return _mm512_shuffle_epi32(x, _MM_PERM_DDBB); }
+
 // Philox4x32-10 (runtime/numerics/random.py) of the counters first ... first + 15. The words of 8 counters lie in the low
 // halves of 64-bit lanes, where the multiplier reads them; what is in the high halves does not matter until the end.
 inline Words philox(const RandomPlan& plan, int64_t first) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
   const __m512i even = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
-  __m512i c[2][4];
-  for (int h = 0; h < 2; ++h) {
-    c[h][0] = _mm512_add_epi64(even, _mm512_set1_epi64(h));
-    c[h][1] = _mm512_add_epi64(_mm512_srli_epi64(c[h][0], 32), _mm512_set1_epi64(plan.high));
-    c[h][2] = _mm512_set1_epi64(plan.step);
-    c[h][3] = _mm512_set1_epi64(plan.stream);
-  }
   uint32_t k0 = plan.key[0], k1 = plan.key[1];
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+  __m512i c[2][4];
+  // the first round: step and stream are the same for all counters
+  const uint64_t p1 = uint64_t(plan.step) * 0xCD9E8D57u;
+  for (int h = 0; h < 2; ++h) {
+    const __m512i counter = _mm512_add_epi64(even, _mm512_set1_epi64(h)), p0 = _mm512_mul_epu32(counter, m0);
+    const __m512i above = _mm512_add_epi32(high_half(counter), _mm512_set1_epi64(plan.high));
+    c[h][0] = _mm512_xor_si512(above, _mm512_set1_epi64(uint32_t(p1 >> 32) ^ k0));
+    c[h][1] = _mm512_set1_epi64(uint32_t(p1));
+    c[h][2] = _mm512_xor_si512(high_half(p0), _mm512_set1_epi64(plan.stream ^ k1));
+    c[h][3] = p0;
+  }
+#pragma GCC unroll 9
+  for (int round = 1; round < 10; ++round) {
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
     const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m512i p0 = _mm512_mul_epu32(c[h][0], m0), p1 = _mm512_mul_epu32(c[h][2], m1);
-      c[h][0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c[h][1], key0, 0x96);
+      c[h][0] = _mm512_ternarylogic_epi64(high_half(p1), c[h][1], key0, 0x96);
       c[h][1] = p1;
-      c[h][2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c[h][3], key1, 0x96);
+      c[h][2] = _mm512_ternarylogic_epi64(high_half(p0), c[h][3], key1, 0x96);
       c[h][3] = p0;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   Words words;
-  for (int w = 0; w < 4; ++w)
-    words.word[w] = _mm512_mask_blend_epi32(0xaaaa, c[0][w], _mm512_slli_epi64(c[1][w], 32));
+  for (int w = 0; w < 4; ++w)  // the low halves of the odd counters go into the high halves
+    words.word[w] = _mm512_mask_shuffle_epi32(c[0][w], 0xaaaa, c[1][w], _MM_PERM_CCAA);
   return words;
 }
 
 // The draws of one kind of rounding (adds, outer adds, products), in increasing number, for the 8 x 32 results of a tile.
 class Draws {
  public:
-  Draws(const General& how, int64_t element, int64_t row_stride) : how_(how), element_(element), row_stride_(row_stride) {}
+  Draws(const How& how, const CastPlan& p, int64_t element, int64_t row_stride)
+      : how_(how), element_(element), row_stride_(row_stride), more_(int(p.shift) - how.digits) {}
 
   // Makes draw `number` the current one.
   void move_to(int64_t number, int rows) {
@@ -171,19 +212,24 @@ class Draws {
           words_[r][h] = philox(how_.random, group_ * how_.num_elements + element_ + r * row_stride_ + 16 * h);
     }
     word_ = int(number % 8) / 2;
-    left_ = number % 2 ? 0 : 16;
+    is_upper_ = number % 2;
   }
 
+  // The top `digits` bits of the 16, right below the last bit that is kept.
   __m512i of(int r, int h) const {
-    const __m512i top = _mm512_sll_epi32(words_[r][h].word[word_], _mm_cvtsi32_si128(left_));
-    return _mm512_srl_epi32(top, _mm_cvtsi32_si128(32 - how_.digits));
+    const __m512i word = words_[r][h].word[word_];
+    const __m512i noise = is_upper_ ? _mm512_srlv_epi32(word, _mm512_set1_epi32(32 - how_.digits))
+                                    : _mm512_maskz_srlv_epi16(0x55555555, word, _mm512_set1_epi16(short(16 - how_.digits)));
+    return more_ ? _mm512_sllv_epi32(noise, _mm512_set1_epi32(more_)) : noise;
   }
 
  private:
-  const General& how_;
+  const How& how_;
   const int64_t element_, row_stride_;
+  const int more_;
   int64_t group_ = -1;
-  int word_ = 0, left_ = 0;
+  int word_ = 0;
+  bool is_upper_ = false;
   Words words_[kRows][2];
 };
 
@@ -202,19 +248,24 @@ inline __m512 add_to_odd(__m512 x, __m512 y) {
   return _mm512_castsi512_ps(_mm512_mask_sub_epi32(grown, inexact & ~outward, bits, one));
 }
 
-enum class Path { kScaled, kDirect, kOdd };
+enum class Path { kScaled, kDirect, kOdd, kClearEven, kClearAway, kClearOddEven, kClearOddAway };
+
+template <Path path>
+inline __m512 round_on(__m512 s, const CastPlan& p) {
+  if constexpr (path == Path::kScaled) return round_scaled(s, p);
+  if constexpr (path == Path::kDirect || path == Path::kOdd) return round(s, p);
+  return round_clear<path == Path::kClearEven || path == Path::kClearOddEven>(s, p);
+}
 
 template <Path path>
 inline __m512 accumulate(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
-  if constexpr (path == Path::kOdd) return round(add_to_odd(part, _mm512_mul_ps(a, b)), p);
-  const __m512 s = _mm512_fmadd_ps(a, b, part);
-  return path == Path::kScaled ? round_scaled(s, p) : round(s, p);
+  constexpr bool is_odd = path == Path::kOdd || path == Path::kClearOddEven || path == Path::kClearOddAway;
+  return round_on<path>(is_odd ? add_to_odd(part, _mm512_mul_ps(a, b)) : _mm512_fmadd_ps(a, b, part), p);
 }
 
 template <Path path>
 inline __m512 add_chunk(__m512 total, __m512 part, const CastPlan& p) {
-  const __m512 s = add_to_odd(total, part);
-  return path == Path::kScaled ? round_scaled(s, p) : round(s, p);
+  return round_on<path>(add_to_odd(total, part), p);
 }
 
 template <Path path>
@@ -239,15 +290,25 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
   }
 }
 
+using MultiplyPanels = decltype(&multiply_panels<Path::kDirect>);
+
+MultiplyPanels panels_of(float scale, bool is_clear, bool is_even) {
+  if (is_clear && scale < 0) return is_even ? multiply_panels<Path::kClearOddEven> : multiply_panels<Path::kClearOddAway>;
+  if (is_clear) return is_even ? multiply_panels<Path::kClearEven> : multiply_panels<Path::kClearAway>;
+  return scale > 0 ? multiply_panels<Path::kScaled> : scale == 0 ? multiply_panels<Path::kDirect> : multiply_panels<Path::kOdd>;
+}
+
 constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
 
 // Where Q is taken of an exact sum or product: IsCut those toward zero, else those to odd; Stochastic by a draw.
-template <bool IsCut, bool Stochastic>
+template <bool IsCut, bool Stochastic, bool Clear>
 struct Rounder {
   const CastPlan& p;
   int digits;
   __m512 finish(__m512 s, const Draws& draws, int r, int h) const {
-    return Stochastic ? round_by_draw(s, draws.of(r, h), p, digits) : round(s, p);
+    if constexpr (Stochastic) return round_by_draw<Clear>(s, draws.of(r, h), p, digits);
+    if constexpr (IsCut) return round_down<Clear>(s, p);
+    return !Clear ? round(s, p) : p.odd_mask ? round_clear<true>(s, p) : round_clear<false>(s, p);
   }
   __m512 sum(__m512 x, __m512 y) const { return IsCut ? _mm512_add_round_ps(x, y, kCut) : add_to_odd(x, y); }
   __m512 multiply_add(__m512 x, __m512 a, __m512 b) const {
@@ -262,12 +323,12 @@ inline __m512 saturated(__m512 s) {
   return _mm512_mask_mov_ps(s, _mm512_cmp_ps_mask(magnitude(s), infinity, _CMP_EQ_OQ), with_sign(_mm512_set1_ps(3.40282347e38f), s));
 }
 
-template <bool IsCut, bool Stochastic, bool RoundedProduct, bool PerChunk>
-void multiply_general(const float* a, const float* b, int64_t num_k, int64_t chunk, const CastPlan& p, const General& how,
+template <bool IsCut, bool Stochastic, bool Clear, bool RoundedProduct, bool PerChunk>
+void multiply_general(const float* a, const float* b, int64_t num_k, int64_t chunk, const CastPlan& p, const How& how,
                       int64_t element, int64_t row_stride, int rows, __m512 total[kRows][2]) {
-  const Rounder<IsCut, Stochastic> q{p, how.digits};
+  const Rounder<IsCut, Stochastic, Clear> q{p, how.digits};
   const int64_t num_chunks = (num_k + chunk - 1) / chunk, first_outer = PerChunk ? num_chunks : num_k;
-  Draws inner(how, element, row_stride), outer(how, element, row_stride), products(how, element, row_stride);
+  Draws inner(how, p, element, row_stride), outer(how, p, element, row_stride), products(how, p, element, row_stride);
   for (int64_t start = 0, index = 0; start < num_k; start += chunk, ++index) {
     __m512 part[kRows][2];
     for (int r = 0; r < kRows; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
@@ -281,9 +342,10 @@ void multiply_general(const float* a, const float* b, int64_t num_k, int64_t chu
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           const __m512 y = RoundedProduct ? q.finish(q.product(x, column[h]), products, r, h) : x;
-          if constexpr (PerChunk)
-            part[r][h] = saturated(RoundedProduct ? _mm512_add_ps(part[r][h], y) : _mm512_fmadd_ps(x, column[h], part[r][h]));
-          else
+          if constexpr (PerChunk) {
+            const __m512 sum = RoundedProduct ? _mm512_add_ps(part[r][h], y) : _mm512_fmadd_ps(x, column[h], part[r][h]);
+            part[r][h] = Clear ? sum : saturated(sum);
+          } else
             part[r][h] = q.finish(RoundedProduct ? q.sum(part[r][h], y) : q.multiply_add(part[r][h], x, column[h]), inner, r, h);
         }
       }
@@ -298,25 +360,37 @@ void multiply_general(const float* a, const float* b, int64_t num_k, int64_t chu
   }
 }
 
-using MultiplyGeneral = decltype(&multiply_general<false, false, false, false>);
+using MultiplyGeneral = decltype(&multiply_general<false, false, false, false, false>);
 
-template <bool IsCut, bool Stochastic>
-MultiplyGeneral general_of(const General& how) {
+template <bool IsCut, bool Stochastic, bool Clear>
+MultiplyGeneral general_of(const How& how) {
   if (how.is_rounded_product)
-    return how.is_per_chunk ? multiply_general<IsCut, Stochastic, true, true> : multiply_general<IsCut, Stochastic, true, false>;
-  return how.is_per_chunk ? multiply_general<IsCut, Stochastic, false, true> : multiply_general<IsCut, Stochastic, false, false>;
+    return how.is_per_chunk ? multiply_general<IsCut, Stochastic, Clear, true, true>
+                            : multiply_general<IsCut, Stochastic, Clear, true, false>;
+  return how.is_per_chunk ? multiply_general<IsCut, Stochastic, Clear, false, true>
+                          : multiply_general<IsCut, Stochastic, Clear, false, false>;
 }
 
-// One panel, times `scale`; whether all of it is finite.
-bool pack(const float* x, int64_t outer, int64_t inner, int64_t width, int64_t valid, int64_t num_k, float scale, float* out) {
-  float sum = 0.0f;  // 0 times anything finite is 0
+MultiplyGeneral general_of(const How& how, bool is_clear) {
+  if (how.digits) return is_clear ? general_of<true, true, true>(how) : general_of<true, true, false>(how);
+  if (how.is_cut) return is_clear ? general_of<true, false, true>(how) : general_of<true, false, false>(how);
+  return is_clear ? general_of<false, false, true>(how) : general_of<false, false, false>(how);
+}
+
+// One panel, times `scale`; the largest magnitude of it before, NaN if there is one.
+float pack(const float* x, int64_t outer, int64_t inner, int64_t width, int64_t valid, int64_t num_k, float scale, float* out) {
+  uint32_t top = 0;
   for (int64_t k = 0; k < num_k; ++k)
     for (int64_t i = 0; i < width; ++i) {
       const float v = i < valid ? x[i * outer + k * inner] : 0.0f;
-      sum += 0.0f * v;
+      uint32_t bits;
+      std::memcpy(&bits, &v, 4);
+      top = std::max(top, bits & 0x7fffffffu);
       out[k * width + i] = v * scale;
     }
-  return sum == 0.0f;
+  float amax;
+  std::memcpy(&amax, &top, 4);
+  return amax;
 }
 
 }  // namespace
@@ -326,35 +400,36 @@ extern "C" {
 int lp_accumulate_is_supported() { return 1; }
 
 // c: [m, n] fp32, row-major. a: element (m, k) at outer m + inner k; b: element (k, n) at outer n + inner k; both fp32.
-// scale: the power of two of `scaled`, or 0 for `direct`, or -1 for `odd`. general: null for nearest sums of exact products.
-void lp_accumulate(const CastPlan* plan, float scale, const General* general, const float* a, int64_t a_outer, int64_t a_inner, const float* b,
+void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64_t a_outer, int64_t a_inner, const float* b,
                    int64_t b_outer, int64_t b_inner, float* c, int64_t m, int64_t n, int64_t k, int64_t chunk, int threads) {
   const int64_t row_panels = (m + kRows - 1) / kRows, column_panels = (n + kColumns - 1) / kColumns;
   std::vector<float> packed_a(size_t(row_panels * kRows * k) + 16), packed_b(size_t(column_panels * kColumns * k) + 16);
-  Path path = scale > 0 ? Path::kScaled : scale == 0 ? Path::kDirect : Path::kOdd;
-  bool is_finite = true;
+  std::vector<float> top_a(row_panels), top_b(column_panels);
+  How how = *given;
+  const bool is_scaled = how.scale > 0;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) reduction(&& : is_finite)
+#pragma omp for schedule(static)
     for (int64_t i = 0; i < row_panels; ++i)
-      is_finite = pack(a + i * kRows * a_outer, a_outer, a_inner, kRows, std::min<int64_t>(kRows, m - i * kRows), k,
-                       path == Path::kScaled ? scale : 1.0f, &packed_a[size_t(i * kRows * k)]) && is_finite;
-#pragma omp for schedule(static) reduction(&& : is_finite)
+      top_a[i] = pack(a + i * kRows * a_outer, a_outer, a_inner, kRows, std::min<int64_t>(kRows, m - i * kRows), k,
+                      is_scaled ? how.scale : 1.0f, &packed_a[size_t(i * kRows * k)]);
+#pragma omp for schedule(static)
     for (int64_t j = 0; j < column_panels; ++j)
-      is_finite = pack(b + j * kColumns * b_outer, b_outer, b_inner, kColumns, std::min<int64_t>(kColumns, n - j * kColumns),
-                       k, 1.0f, &packed_b[size_t(j * kColumns * k)]) && is_finite;
+      top_b[j] = pack(b + j * kColumns * b_outer, b_outer, b_inner, kColumns, std::min<int64_t>(kColumns, n - j * kColumns),
+                      k, 1.0f, &packed_b[size_t(j * kColumns * k)]);
   }
-  if (path == Path::kScaled && !is_finite) return lp_accumulate(plan, 0, general, a, a_outer, a_inner, b, b_outer, b_inner, c, m, n, k, chunk, threads);
+  const auto is_finite = [](float top) { return top <= std::numeric_limits<float>::max(); };
+  if (is_scaled && !(std::all_of(top_a.begin(), top_a.end(), is_finite) && std::all_of(top_b.begin(), top_b.end(), is_finite))) {
+    how.scale = 0;
+    return lp_accumulate(plan, &how, a, a_outer, a_inner, b, b_outer, b_inner, c, m, n, k, chunk, threads);
+  }
   CastPlan used = *plan;
-  if (path == Path::kScaled) used.max *= scale;
-  const auto multiply = path == Path::kScaled  ? multiply_panels<Path::kScaled>
-                        : path == Path::kDirect ? multiply_panels<Path::kDirect>
-                                                : multiply_panels<Path::kOdd>;
-  const MultiplyGeneral by_general = !general          ? nullptr
-                                     : general->digits ? general_of<true, true>(*general)
-                                     : general->is_cut ? general_of<true, false>(*general)
-                                                       : general_of<false, false>(*general);
-  const __m512 back = _mm512_set1_ps(path == Path::kScaled ? 1.0f / scale : 1.0f);
+  if (is_scaled) used.max *= how.scale;
+  const float back = is_scaled ? 1.0f / how.scale : 1.0f;
+  // |sum| <= k |a| |b| times what every rounding may add, below the largest value and far enough below that of fp32
+  const double steps = double(std::min(chunk, k) + (k + chunk - 1) / chunk + 2), unit = std::ldexp(1.0, int(plan->shift) - 23);
+  const double growth = double(k) * std::exp(steps * unit) * (how.is_rounded_product ? 1 + unit : 1);
+  const double limit = std::min(double(plan->max), std::ldexp(1.0, 125 - int(plan->shift)) * std::min(1.0f, back));
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
   for (int64_t task = 0; task < row_panels * column_panels; ++task) {
     const int64_t i = task % row_panels, j = task / row_panels;
@@ -362,17 +437,18 @@ void lp_accumulate(const CastPlan* plan, float scale, const General* general, co
     for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
     const int64_t rows = std::min<int64_t>(kRows, m - i * kRows), columns = std::min<int64_t>(kColumns, n - j * kColumns);
     const float *panel_a = &packed_a[size_t(i * kRows * k)], *panel_b = &packed_b[size_t(j * kColumns * k)];
-    if (general)
-      by_general(panel_a, panel_b, k, chunk, *plan, *general, general->first_element + i * kRows * n + j * kColumns, n,
-                 int(rows), total);
+    const bool is_clear = how.no_underflow && growth * top_a[i] * top_b[j] < limit;  // false for NaN
+    if (how.is_general)
+      general_of(how, is_clear)(panel_a, panel_b, k, chunk, *plan, how, how.first_element + i * kRows * n + j * kColumns, n,
+                                int(rows), total);
     else
-      multiply(panel_a, panel_b, k, chunk, used, total);
+      panels_of(how.scale, is_clear, plan->odd_mask != 0)(panel_a, panel_b, k, chunk, used, total);
     const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
     const __mmask16 right = columns > 16 ? __mmask16((1u << (columns - 16)) - 1) : __mmask16(0);
     for (int64_t r = 0; r < rows; ++r) {
       float* row = c + (i * kRows + r) * n + j * kColumns;
-      _mm512_mask_storeu_ps(row, left, _mm512_mul_ps(total[r][0], back));
-      _mm512_mask_storeu_ps(row + 16, right, _mm512_mul_ps(total[r][1], back));
+      _mm512_mask_storeu_ps(row, left, _mm512_mul_ps(total[r][0], _mm512_set1_ps(back)));
+      _mm512_mask_storeu_ps(row + 16, right, _mm512_mul_ps(total[r][1], _mm512_set1_ps(back)));
     }
   }
 }

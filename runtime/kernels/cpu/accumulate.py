@@ -7,6 +7,8 @@ s the significant bits of a product (those of the operands, added) and m the fra
     direct           nearest rounding and s <= min(22 - m, m + 1): then rounding the fp32 sum is rounding the exact sum
     scaled           direct, for an accumulator with subnormals whose exponents fit below those of fp32
     odd              m <= 21: the fp32 sum is rounded to odd first
+    no underflow     the smallest product is a multiple of the accumulator's quantum: sums need no care for being small,
+                     and where the largest |a| and |b| of a tile say that none saturates either, Q is two operations
 
 Every other spec takes the general loop of accumulate.cpp: odd sums of exact products for nearest, and sums cut in fp32
 for toward zero (cutting twice is cutting once) and for stochastic, whose random digits the cut sum holds.
@@ -36,10 +38,13 @@ from runtime.numerics.specs import GemmSpec
 SOURCE = Path(__file__).with_name("accumulate.cpp")
 
 
-class General(ctypes.Structure):
-    """How to add, apart from the default way; mirrors General of accumulate.cpp."""
+class How(ctypes.Structure):
+    """How to sum; mirrors How of accumulate.cpp."""
 
     _fields_ = [
+        ("scale", ctypes.c_float),
+        ("no_underflow", ctypes.c_int32),
+        ("is_general", ctypes.c_int32),
         ("is_cut", ctypes.c_int32),
         ("is_rounded_product", ctypes.c_int32),
         ("is_per_chunk", ctypes.c_int32),
@@ -60,7 +65,7 @@ def accumulate_library() -> ctypes.CDLL | None:
     operand = (pointer, size, size)
     plan = ctypes.POINTER(CastPlan)
     library.lp_accumulate.argtypes = (
-        *(plan, ctypes.c_float, ctypes.POINTER(General), *operand, *operand),
+        *(plan, ctypes.POINTER(How), *operand, *operand),
         *(pointer, size, size, size, size, ctypes.c_int),
     )
     library.lp_accumulate.restype = None
@@ -97,13 +102,24 @@ def is_direct(spec: GemmSpec) -> bool:
     return nearest and _product_bits(spec) <= min(22 - row.mantissa, row.mantissa + 1)
 
 
+def never_underflows(spec: GemmSpec) -> bool:
+    """Whether no sum but 0 loses precision for being small. Every sum is a multiple of the smallest product: roundings
+    keep that, as all of it are powers of two.
+    """
+    row = get_format(spec.accumulate)
+    assert isinstance(row, FloatFormat)
+    return _smallest_product(spec) >= max(row.quantum if row.subnormals else row.tiny, 2.0**-126)
+
+
 def path_scale(spec: GemmSpec) -> float:
-    """How the kernel shall round: the power of two of `scaled` where that is possible, 0 for direct, -1 for odd."""
+    """How the kernel shall round: the power of two of `scaled` where that is possible and of use, 0 for direct, -1 for
+    odd.
+    """
     row = get_format(spec.accumulate)
     assert isinstance(row, FloatFormat)
     if not is_direct(spec):
         return -1.0
-    if _general(spec, NO_KEY, 0, 0) is not None:
+    if never_underflows(spec) or _is_general(spec):
         return 0.0
     scale = 2.0 ** (-126 - row.emin)
     fits = row.subnormals and row.emin > -126 and _smallest_product(spec) * scale >= 2.0**-149
@@ -111,14 +127,19 @@ def path_scale(spec: GemmSpec) -> float:
     return scale if fits and (lhs.quantum if isinstance(lhs, FloatFormat) else 1.0) * scale >= 2.0**-126 else 0.0
 
 
-def _general(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) -> General | None:
-    """What accumulate.cpp is told where it shall not run its default loop."""
+def _is_general(spec: GemmSpec) -> bool:
+    """Whether accumulate.cpp shall not run its default loop."""
     how = spec.accumulator
-    is_nearest = how.mode in ("nearest_even", "nearest_away")
-    if is_nearest and how.product == "fma" and how.model == "per_mac":
-        return None
-    return General(
-        is_cut=not is_nearest,
+    return how.mode not in ("nearest_even", "nearest_away") or how.product != "fma" or how.model != "per_mac"
+
+
+def _how(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) -> How:
+    how = spec.accumulator
+    return How(
+        scale=path_scale(spec),
+        no_underflow=never_underflows(spec),
+        is_general=_is_general(spec),
+        is_cut=how.mode not in ("nearest_even", "nearest_away"),
         is_rounded_product=how.product == "rounded",
         is_per_chunk=how.model == "per_chunk",
         digits=random_digits(how) if how.mode == "stochastic" else 0,
@@ -136,20 +157,20 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
         size = a.shape[-2] * b.shape[-1]
         out = torch.empty(len(left), a.shape[-2], b.shape[-1])
         for index, (x, y) in enumerate(zip(left, right)):
-            _multiply(x, y, out[index], spec, _general(spec, key, index * size, out.numel()))
+            _multiply(x, y, out[index], spec, _how(spec, key, index * size, out.numel()))
         return out.view(*batch, *out.shape[-2:])
     out = torch.empty(a.shape[0], b.shape[1])
-    _multiply(a, b, out, spec, _general(spec, key, 0, out.numel()))
+    _multiply(a, b, out, spec, _how(spec, key, 0, out.numel()))
     return out
 
 
-def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, general: General | None) -> None:
+def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How) -> None:
     library = accumulate_library()
     assert library is not None
     a_MK, b_KN = a_MK.float(), b_KN.float()
     (m, k), n = a_MK.shape, b_KN.shape[1]
     library.lp_accumulate(
-        *(cast_plan(spec.accumulate, spec.accumulator.mode), path_scale(spec), general),
+        *(cast_plan(spec.accumulate, spec.accumulator.mode), how),
         *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
         *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
         *(out.data_ptr(), m, n, k, spec.chunk or max(k, 1)),

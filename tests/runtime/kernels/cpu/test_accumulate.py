@@ -8,13 +8,13 @@ from torch import Tensor
 
 from runtime.kernels import reference
 from runtime.kernels.cast import fast_to_grid
-from runtime.kernels.cpu.accumulate import accumulate_library, declines, multiply, path_scale
+from runtime.kernels.cpu.accumulate import accumulate_library, declines, multiply, never_underflows, path_scale
 from runtime.kernels.reference import RandomKey
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec, Rounding
 
 pytestmark = pytest.mark.skipif(accumulate_library() is None, reason="needs a C++ compiler and AVX-512")
 
-OPERANDS = [("e4m3", "e4m3"), ("e5m2", "hfp8-143"), ("dlfloat16", "dlfloat16"), ("int8", "e4m3"), ("fp16", "fp16")]
+OPERANDS = [("e4m3", "e4m3"), ("hfp8-143", "e5m2"), ("dlfloat16", "dlfloat16"), ("int8", "e4m3"), ("fp16", "fp16")]
 ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "e4m3", "tf32"]
 
 
@@ -40,9 +40,16 @@ def test_equals_the_reference(operands: tuple[str, str], accumulate: str) -> Non
 
 
 def test_every_path_is_taken() -> None:
-    assert path_scale(_spec("e4m3", "e4m3", "1-6-9")) == 2.0**-96
+    assert path_scale(_spec("hfp8-143", "e5m2", "fp16")) == 2.0**-112
+    assert path_scale(_spec("e4m3", "e4m3", "1-6-9")) == 0.0
     assert path_scale(_spec("e4m3", "e4m3", "dlfloat16")) == 0.0
     assert path_scale(_spec("dlfloat16", "dlfloat16", "1-6-9")) == -1.0
+
+
+def test_which_sums_may_be_too_small_for_full_precision() -> None:
+    assert never_underflows(_spec("e4m3", "e4m3", "1-6-9"))  # 2^-18, a multiple of 2^-39
+    assert not never_underflows(_spec("e5m2", "e5m2", "dlfloat16"))  # 2^-32, and dlfloat16 has no subnormals
+    assert not never_underflows(_spec("hfp8-143", "e5m2", "fp16"))  # 2^-29 against 2^-24
 
 
 def test_fused_multiply_add_rounds_once() -> None:
