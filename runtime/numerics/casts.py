@@ -11,6 +11,7 @@ from torch import Tensor
 
 from runtime.errors import FormatError, nearest_names
 from runtime.kernels.cpu.block_cast import fast_blocks
+from runtime.kernels.traced_cast import Draw, is_traced, traced_quantize
 from runtime.numerics.block_casts import grid_of_blocks, quantize_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
 from runtime.numerics.cast_plans import block_plan
@@ -44,6 +45,7 @@ def quantize(
     Saturates: beyond the largest value, Inf too, gives the largest value. overflow="ieee" gives instead what the top
     code means, Inf (ieee) or NaN (nan, merged, fnuz, e8m0); a format with neither saturates all the same.
     Overflow is judged after rounding: 464 is 448 in e4m3, by ties to even.
+    Under torch.compile a scalar format is cast by operations that the compiler fuses, with the same bits.
     A block format makes its own scales, along the last dim, and always saturates: scale and overflow are refused.
     Stochastic rounding of element i draws the word of (seed, step, stream, offset + i), i flat in C order.
     Raises FormatError: x integer or complex; scale not positive and finite; an unknown format, rounding or overflow.
@@ -66,6 +68,8 @@ def quantize(
         if fast is not None:
             return fast.values.to(x.dtype)
         return quantize_blocks(x, block, mode, seed=seed, step=step, stream=stream, offset=offset)
+    if isinstance(format, str) and overflow == "saturate" and is_traced(x, format, rounding):
+        return traced_quantize(x, format, rounding, scale, Draw(seed, step, stream, offset))
     row = get_format(format) if isinstance(format, str) else format
     divisor = None if scale is None else _checked_scale(scale, x)
     q = round_to_grid(x, row, rounding or row.rounding, divisor, seed, step, stream, offset, overflow)

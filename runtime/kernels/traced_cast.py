@@ -1,0 +1,158 @@
+"""Traced cast: the loop of runtime/kernels/cpu/cast.cpp in torch operations, bit for bit, for torch.compile.
+
+A compiler fuses these with their neighbours, where it would stop before an opaque kernel. cast.cpp explains the
+arithmetic. Stochastic rounding computes Philox for every element instead of for every four, which keeps it one kernel.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.errors import FormatError
+from runtime.kernels.cpu.cast_library import DTYPES
+from runtime.numerics.block_formats import is_block_format
+from runtime.numerics.cast_plans import cast_plan, table_plan
+from runtime.numerics.formats import get_format
+from runtime.numerics.random import philox
+from runtime.numerics.specs import Rounding
+
+
+class Draw(NamedTuple):
+    """The key of the random bits; runtime/numerics/random.py says what each is."""
+
+    seed: int = 0
+    step: int = 0
+    stream: int = 0
+    offset: int = 0
+
+
+class _Facts(NamedTuple):
+    """A cast plan or a table plan as plain numbers, which a compiler takes for constants."""
+
+    rounding: Rounding
+    shift: int
+    round_bias: int
+    is_even: bool
+    low: float
+    magic: float
+    spacing: float
+    up_at: float
+    down_below: float
+    max: float
+    min: float
+    has_negative_zero: bool
+    values: tuple[float, ...]
+    starts: tuple[float, ...]
+
+
+@torch.compiler.assume_constant_result
+def _facts(format: str, rounding: Rounding | None) -> _Facts | None:
+    if is_block_format(format):
+        return None
+    mode = rounding or get_format(format).rounding
+    plan = cast_plan(format, mode)
+    if plan is not None:
+        return _Facts(
+            mode, plan.shift, plan.round_bias, bool(plan.odd_mask), plan.low, plan.magic, plan.spacing, plan.up_at,
+            plan.down_below, plan.max, plan.min, math.copysign(1.0, plan.zero) < 0, (), (),
+        )  # fmt: skip
+    table = table_plan(format, mode)
+    if table is None:
+        return None
+    values, starts = tuple(table.values[: table.count]), tuple(table.starts[: table.count])
+    has_negative_zero = math.copysign(1.0, table.zero) < 0
+    return _Facts(mode, 0, 0, False, 0.0, 0.0, 0.0, 0.0, 0.0, table.max, table.min, has_negative_zero, values, starts)
+
+
+def is_traced(x: Tensor, format: str, rounding: Rounding | None) -> bool:
+    """Whether `traced_to_grid` is called for and can do this cast; the oracle, which can be traced as well, has all."""
+    return torch.compiler.is_compiling() and x.dtype in DTYPES and _facts(format, rounding) is not None
+
+
+def traced_quantize(
+    x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | float | None, draw: Draw
+) -> Tensor:
+    """`casts.quantize` on a scalar format, saturating. A scale that is a tensor is trusted: its values are not known
+    when code is compiled.
+    """
+    if isinstance(scale, int | float) and not 0 < scale < math.inf:
+        raise FormatError("a scale divides and must not be zero, negative, Inf or NaN", expected="0 < scale < Inf")
+    divisor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    q = traced_to_grid(x, format, rounding, divisor, draw)
+    return (q if divisor is None else q * divisor).to(x.dtype)
+
+
+def traced_to_grid(
+    x: Tensor, format: str, rounding: Rounding | None, divisor: Tensor | None, draw: Draw, *, saturate: bool = True
+) -> Tensor:
+    """x / divisor rounded to the values of a scalar format, as `casts.to_grid` does; fp32. `is_traced` must hold.
+
+    saturate=False leaves a value that rounds out of range where it is: what is beyond [min, max] then overflowed.
+    """
+    facts = _facts(format, rounding)
+    assert facts is not None
+    y = x.float() if divisor is None else x.float() / divisor
+    word = _words(y, draw) if facts.rounding == "stochastic" else None
+    q = _look_up(y, facts, word) if facts.values else _round(y, facts, word)
+    if not facts.has_negative_zero:  # not by adding 0, which a compiler drops
+        q = torch.where(q == 0, 0.0, q)
+    q = torch.where(y.isnan(), y, q)
+    return q.clamp(facts.min, facts.max) if saturate else q
+
+
+def _round(y: Tensor, facts: _Facts, word: Tensor | None) -> Tensor:
+    a = y.abs()
+    bits = a.view(torch.int32).clamp(max=0x7F800000)  # of NaN too, so that no sum wraps
+    if word is None:
+        raised = bits + facts.round_bias
+        if facts.is_even:
+            raised = raised + (bits >> facts.shift & 1)
+        nearest = (a + facts.magic) - facts.magic
+        rest = a - nearest
+        lower = nearest
+        if facts.up_at < math.inf:
+            lower = lower + torch.where(rest >= facts.up_at, facts.spacing, 0.0)
+        if facts.down_below > -math.inf:
+            lower = lower - torch.where(rest < facts.down_below, facts.spacing, 0.0)
+    else:
+        raised = bits + (word >> 32 - facts.shift).int()
+        t = a.clamp(max=facts.low).double() / facts.spacing
+        below = torch.floor(t)
+        up = t - below >= 1.0 - word.double() * 2.0**-32
+        lower = ((below + torch.where(up, 1.0, 0.0)) * facts.spacing).float()
+    upper = (raised >> facts.shift << facts.shift).view(torch.float32)
+    return torch.copysign(torch.where(a < facts.low, lower, upper), y)
+
+
+def _look_up(y: Tensor, facts: _Facts, word: Tensor | None) -> Tensor:
+    q = torch.full_like(y, facts.values[0])
+    above = torch.full_like(y, facts.values[1])
+    for entry in range(1, len(facts.values)):
+        is_reached = y >= facts.starts[entry]
+        q = torch.where(is_reached, facts.values[entry], q)
+        above = torch.where(is_reached, facts.values[min(entry + 1, len(facts.values) - 1)], above)
+    if word is not None:
+        is_mirrored = above <= 0
+        near = torch.where(is_mirrored, above, q).double()
+        far = torch.where(is_mirrored, q, above).double()
+        inside = y.clamp(min=facts.values[0]).double()
+        is_far = (inside - near).abs() / (far - near).abs() >= 1.0 - word.double() * 2.0**-32
+        q = torch.where(q == above, q, torch.where(is_far, far, near).float())
+    return torch.where(q == 0, torch.copysign(q, y), q)
+
+
+def _words(y: Tensor, draw: Draw) -> Tensor:
+    """The 32 random bits of every element, int64."""
+    element = torch.arange(y.numel(), dtype=torch.int64, device=y.device).view(y.shape) + draw.offset
+    n, stream = element >> 2, draw.stream
+    high = (n >> 32) + (stream >> 32 << 16)
+    zeros = torch.zeros_like(n)
+    key = (draw.seed & 0xFFFFFFFF, draw.seed >> 32 & 0xFFFFFFFF)
+    words = philox((n & 0xFFFFFFFF, high, zeros + draw.step, zeros + (stream & 0xFFFFFFFF)), key)
+    place = element & 3
+    word = words[3]
+    for number in range(3):
+        word = torch.where(place == number, words[number], word)
+    return word

@@ -1,0 +1,88 @@
+"""Traced casts: the oracle's bits before and after a compiler has fused them, in one kernel with their neighbours."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor import metrics
+
+from runtime.kernels.traced_cast import Draw, traced_to_grid
+from runtime.numerics import quantize
+from runtime.numerics.casts import to_grid
+from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
+from tests.runtime.kernels.test_cast import DECLINED, NAMES, hard_values
+
+DRAW = Draw(seed=2**40 + 5, step=2, stream=(7 << 33) + 7, offset=13)
+DETERMINISTIC: list[tuple[str, Rounding]] = [
+    ("e4m3", "nearest_even"),
+    ("dlfloat16", "nearest_away"),
+    ("fp16", "toward_zero"),
+    ("e5m2", "nearest_even"),
+    ("hfp8-143", "nearest_even"),
+    ("fp4-radix4", "nearest_even"),
+    ("int8", "nearest_even"),
+    ("nf4", "nearest_even"),
+]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = {torch.float32: torch.int32}.get(a.dtype, torch.int16)
+    assert a.dtype == b.dtype
+    return bool(((a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())).all())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DECLINED])
+def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
+    one = torch.tensor(1.0)
+    for mode, dtype in itertools.product(ROUNDINGS, (torch.float32, torch.bfloat16, torch.float16)):
+        if mode == "toward_zero" and name == "int1":
+            continue
+        x = hard_values(name).to(dtype)
+        expected = to_grid(x, QuantSpec(name, mode, ScaleSpec()), one, **DRAW._asdict())
+        assert same_bits(traced_to_grid(x, name, mode, one, DRAW), expected), (mode, dtype)
+
+
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    torch._dynamo.reset()
+    metrics.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def test_compiled_code_has_the_bits_of_eager_code() -> None:
+    """Every bf16 and fp16, and a million patterns of fp32: subnormals, NaN, Inf and -0 among them."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    generator = torch.Generator().manual_seed(4)
+    patterns = torch.randint(-(2**31), 2**31, (10**6,), generator=generator).to(torch.int32).view(torch.float32)
+    inputs = [halves.view(torch.bfloat16), halves.view(torch.float16), patterns]
+
+    def casts(xs: list[Tensor]) -> list[Tensor]:
+        return [quantize(x, name, mode) for x in xs for name, mode in DETERMINISTIC]
+
+    for got, expected in zip(_compiled(casts)(inputs), casts(inputs)):  # type: ignore[call-overload]
+        assert same_bits(got, expected)
+
+
+def test_compiled_stochastic_rounding_draws_the_bits_of_eager_code() -> None:
+    x = hard_values("e5m2")[:4003]
+
+    def cast(x: Tensor) -> Tensor:
+        return quantize(x, "e5m2", "stochastic", 0.7, **DRAW._asdict())
+
+    assert same_bits(_compiled(cast)(x), cast(x))  # type: ignore[arg-type]
+
+
+def test_a_cast_is_one_kernel_with_its_neighbours() -> None:
+    def around(x: Tensor) -> Tensor:
+        return quantize(x * 2, "e4m3", scale=x.abs().amax() / 448) + 1
+
+    x = torch.randn(64, 100)
+    assert torch.equal(_compiled(around)(x), around(x))  # type: ignore[arg-type]
+    assert metrics.generated_kernel_count == 2  # the maximum, and the rest
+
+    def alone(x: Tensor) -> Tensor:
+        return quantize(x * 2, "1-6-9") + 1
+
+    assert torch.equal(_compiled(alone)(x), alone(x))  # type: ignore[arg-type]
+    assert metrics.generated_kernel_count == 1
