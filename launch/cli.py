@@ -16,6 +16,7 @@ from launch.checkpoint import find_checkpoint, read_record
 from launch.config import RunConfig, flag_of, load_config
 from launch.inspect_commands import inspect_app
 from launch.launcher import WorkerError, check_run, launch, leave_last_words
+from launch.opt_command import opt
 from launch.policy_commands import policy_app
 from launch.summary import present
 from runtime.errors import LpError, NotSupported
@@ -28,7 +29,6 @@ app.add_typer(inspect_app, name="inspect")
 
 # Verbs of the design that this version does not have.
 _PLANNED = {
-    "opt": "run passes over a graph file",
     "quantize": "calibrate and quantize a trained model",
     "search": "find a policy under a budget",
     "export": "write a quantized model for another runtime",
@@ -176,7 +176,7 @@ def _bench(
 
 def _refuse(verb: str, what: str) -> Any:
     def refuse() -> None:
-        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, policy, inspect or bench")
+        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, opt, policy, inspect or bench")
 
     refuse.__doc__ = f"Not in this version: {what}."
     return refuse
@@ -184,6 +184,7 @@ def _refuse(verb: str, what: str) -> Any:
 
 app.command("train")(_train_command())
 app.command("bench")(_bench)
+app.command("opt")(opt)
 for _verb, _what in _PLANNED.items():
     app.command(_verb, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
         _refuse(_verb, _what)

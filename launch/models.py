@@ -1,7 +1,5 @@
 """Models: GPT-2 and Llama of transformers, built from a config alone. Nothing is fetched from a hub."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -20,15 +18,12 @@ def build_model(config: RunConfig, vocab: int) -> nn.Module:
     return model.to(torch.bfloat16) if config.dtype == "bf16" else model
 
 
-def sites_for_check(spec: str) -> list[Any]:
-    """The GEMM sites of a default model (`gpt` or `llama`) that a policy's rules match, for `policy check --model`."""
-    from lpcompile.api import gemm_sites
-
+def model_for_check(spec: str) -> nn.Module:
+    """A default model (`gpt` or `llama`), for `policy check --model`."""
     if spec not in _BUILDERS:
         what = did_you_mean(f'"{spec}" is not a model', nearest_names(spec, tuple(_BUILDERS)))
         raise ConfigError(what, where="--model")
-    sites: list[Any] = list(gemm_sites(build_model(RunConfig(model=spec), 256)))  # type: ignore[arg-type]
-    return sites
+    return build_model(RunConfig(model=spec), 256)  # type: ignore[arg-type]
 
 
 def _gpt(config: RunConfig, vocab: int) -> nn.Module:
@@ -80,3 +75,5 @@ def _swiglu_width(width: int) -> int:
 
 
 _BUILDERS = {"gpt": _gpt, "llama": _llama}
+MODEL_NAMES = tuple(_BUILDERS)
+"""Every model that `train` knows."""

@@ -4,9 +4,6 @@ Errors are LpError and go up to the command line, which prints them as one sente
 """
 
 import json
-from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -15,8 +12,10 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 
-from lpcompile.errors import NotSupported, PolicyError
-from lpcompile.policy import Policy, Resolution, Site
+from launch.models import model_for_check
+from lpcompile.api import check_model
+from lpcompile.errors import PolicyError
+from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy, policy_schema, shipped_policies
 from runtime.numerics.specs import ROLES
 
@@ -55,7 +54,7 @@ def show(
 @policy_app.command("check", epilog="Example: lpcompile policy check my.yaml --model gpt --strict")
 def check(
     source: Source,
-    strict: Annotated[bool, typer.Option(help="A rule that matches nothing is an error.")] = False,
+    strict: Annotated[bool, typer.Option(help="What is wrong is an error: a rule that matches nothing, say.")] = False,
     model: Annotated[str | None, typer.Option(help="Also resolve the policy for the GEMMs of this model.")] = None,
 ) -> None:
     """Read a policy file; with --model, also say what each GEMM of the model would compute in."""
@@ -68,38 +67,24 @@ def schema() -> None:
     typer.echo(json.dumps(policy_schema(), indent=2))
 
 
-def check_policy(
-    source: str,
-    strict: bool = False,
-    model: str | None = None,
-    sites_of_model: Callable[[str], list[Site]] | None = None,
-) -> None:
-    """Load, and with a model resolve every phase; rules that match nothing are told, and an error under strict."""
+def check_policy(source: str, strict: bool = False, model: str | None = None) -> None:
+    """Load, and with a model resolve and check every phase: what is wrong is told, and an error under strict."""
     policy = load_policy(source)
     if model is None and strict:
-        raise PolicyError(
-            "whether a rule matches nothing depends on the model", where="--strict", hint="--model NAME too"
-        )
+        raise PolicyError("whether a policy fits depends on the model", where="--strict", hint="--model NAME too")
     _say(f'"{policy.name}" is well formed (rules: {len(policy.rules)}, hash {policy.hash[:16]})')
     if model is None:
-        _say("not checked, for lack of --model: whether each rule matches something")
+        _say("not checked, for lack of --model: whether each rule matches something, and what a model's weights show")
         return
-    sites = (sites_of_model or _sites_of_model())(model)
+    built = model_for_check(model)
     for step, phase in policy.phases:
-        resolution = phase.resolve(sites)
+        resolution, findings = check_model(built, phase)
         _print_resolution(phase, step, resolution)
-        if strict and resolution.unmatched:
-            raise PolicyError("; ".join(resolution.unmatched), hint="removing the rule, or no --strict")
-        for sentence in resolution.unmatched:
-            _say(f"warning: {sentence}")
-
-
-def _sites_of_model() -> Callable[[str], list[Site]]:
-    """The model zoo builds torch modules: imported only when a model is named."""
-    if find_spec("launch.models") is None:
-        raise NotSupported("--model needs launch.models, which is not in this version", hint="check without --model")
-    sites: Callable[[str], list[Site]] = import_module("launch.models").sites_for_check
-    return sites
+        wrong = [str(finding) for finding in findings if finding.is_wrong]
+        if strict and wrong:
+            raise PolicyError("; ".join(wrong), hint="another rule, or no --strict")
+        for finding in findings:
+            _say(f"warning: {finding}")
 
 
 def _print_resolution(policy: Policy, step: int, resolution: Resolution) -> None:

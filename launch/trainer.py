@@ -86,8 +86,8 @@ class Run:
             if self.corpus.skipped:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
             certificate = report(self.model)
-            for rule in certificate.unmatched_rules:
-                monitor.say(f"warning: {rule}")
+            for finding in certificate.warnings:
+                monitor.say(f"warning: {finding}")
             for gemm in certificate.gemms:
                 if not gemm.runs_as_policy_says:
                     monitor.say(f"warning: {gemm.name} {gemm.role} does not run as the policy says: {gemm.reason}")
@@ -99,7 +99,7 @@ class Run:
                 if _is_due(step + 1, self.config.save_every, self.config.steps):
                     self._save(step + 1)
             for module, reason in report(self.model).guard_misses.items():
-                monitor.say(f"warning: {module} ran its original forward at least once: {reason}")
+                monitor.say(f"warning: {module or 'the model'}: {reason}")
         peak = self.world.largest(_peak_memory(self.world))
         self._certify()
         if log:

@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
+from lpcompile.capture.frame import FunctionCall
 from lpcompile.capture.install import Variant, install, uninstall
 from lpcompile.capture.leaf_code import install_composite, install_leaf
-from lpcompile.capture.leaves import Leaf, composite_forward, find_leaves, is_leaf, part_graph
-from lpcompile.capture.recorder import record
+from lpcompile.capture.leaf_types import note_leaf_types
+from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Recording
+from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
-from lpcompile.policy import Policy, Site
+from lpcompile.policy import Policy, Resolution, Site
 from lpcompile.policy_file import load_policy
+from passes.choose_accumulator import ChooseAccumulator
+from passes.finding import Finding
 from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
 from passes.ir.program import SITE, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
@@ -53,7 +58,8 @@ def lpcompile(
     GEMM-bearing children compiled all the same.
 
     seed keys stochastic rounding. strict=True raises LoweringError, before anything is changed, if a named GEMM does
-    not run as its policy says or a rule matches nothing. Compiling a compiled model replaces what was there.
+    not run as its policy says or a check (lpcompile/checks.py) finds something wrong. Compiling a compiled model
+    replaces what was there.
     """
     loaded = load_policy(policy)
     if not isinstance(model, nn.Module):
@@ -61,29 +67,88 @@ def lpcompile(
     if mode not in ("train", "infer"):
         raise LpError("not a mode", where="lpcompile(mode=...)", expected="train or infer", got=repr(mode))
     restore(model)
-    leaves, unreached = find_leaves(model)
-    recordings: Recordings = {}
-    opaque: dict[str, str] = {}
     captured = example_inputs is not None or example_kwargs is not None
     close_fast_paths(model)
-    named: list[str] = []
     try:
-        if captured:
-            recordings, opaque = _record(model, tuple(example_inputs or ()), dict(example_kwargs or {}), mode)
+        calls = (
+            record_call(model, tuple(example_inputs or ()), dict(example_kwargs or {}), mode) if captured else Calls()
+        )
         state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
-        sites = _sites(leaves, recordings)
-        phases = [
-            _compile_phase(model, from_step, each, leaves, recordings, sites) for from_step, each in loaded.phases
-        ]
-        compiled = Compiled(loaded, state, sites, phases, unreached, opaque, captured)
-        if strict:
-            _refuse_if_not_lowered(compiled)
-        _install(model, compiled, leaves, recordings)
-        named = [leaf.path for leaf in leaves if any(leaf.name in phase.program.choices for phase in phases)]
+        compiled = _compile(model, loaded, state, calls, mode, strict)
+        install_compiled(model, compiled)
     finally:
-        reopen_fast_paths(model, compiled=named)
-    set_compiled(model, compiled)
+        reopen_fast_paths(model, compiled=_named_leaves(find_compiled(model)))
     return model
+
+
+def capture_more(
+    model: Model, example_inputs: Sequence[Any] | None = None, example_kwargs: Mapping[str, Any] | None = None
+) -> Model:
+    """Show a compiled model one more kind of call (no padding, batch 1, another dtype after model.to); returns it.
+
+    What report(model).guard_misses tells of then runs as compiled too. A module keeps at most MAX_VARIANTS kinds of
+    call; the clock and what was captured before stay, and so do the stochastic streams, unless the call shows GEMMs
+    that none did before; the counts of misses start again. Modules already wrapped (fully_shard) cannot be compiled
+    again: show all calls before. If the call raises, or is refused under strict, the model is as before.
+    """
+    before = get_compiled(model)
+    if not before.phase.records:
+        raise LpError(
+            "this model was compiled from a text, which says what its graphs are",
+            where="capture_more",
+            hint="lpcompile(model, policy) with these examples, then write the text again",
+        )
+    root: Any = model
+    while find_compiled(root._modules.get("module")) is before:
+        root = root._modules["module"]
+    restore(root)
+    close_fast_paths(root)
+    compiled = before
+    try:
+        if [leaf.name for leaf in find_leaves(root)[0]] != [leaf.name for leaf in before.leaves]:
+            raise LpError(
+                "the leaves of the model are no longer those that were compiled",
+                where="capture_more",
+                expected="the modules as lpcompile left them",
+                hint="call capture_more before the model is wrapped or sharded",
+            )
+        more = record_call(root, tuple(example_inputs or ()), dict(example_kwargs or {}), before.mode)
+        compiled = _compile(root, before.policy, before.state, before.calls + more, before.mode, before.strict)
+    finally:
+        install_compiled(root, compiled)
+        reopen_fast_paths(root, compiled=_named_leaves(compiled))
+    return model
+
+
+def _compile(model: nn.Module, policy: Policy, state: RunState, calls: Calls, mode: str, strict: bool) -> Compiled:
+    leaves, unreached = find_leaves(model)
+    sites = find_sites(leaves, calls.recordings)
+    phases = [
+        _compile_phase(model, from_step, each, leaves, calls.recordings, sites) for from_step, each in policy.phases
+    ]
+    unreached += _own_functions(calls)
+    compiled = Compiled(policy, state, sites, phases, leaves, unreached, calls, mode, strict)
+    if strict:
+        _refuse_if_not_lowered(compiled)
+    return compiled
+
+
+def _own_functions(calls: Calls) -> list[Unreached]:
+    """Modules that call an autograd.Function, such as the linear that ZeRO-3 puts in the place of torch's."""
+    found = []
+    for path, variants in calls.recordings.items():
+        nodes = [node for recording in variants for node in recording.graph.nodes]
+        for name in sorted({str(node.target.__name__) for node in nodes if isinstance(node.target, FunctionCall)}):
+            found.append(Unreached(path, f"it calls {name}, an autograd.Function, whose products, if any, are its own"))
+    return found
+
+
+def _named_leaves(compiled: Compiled | None) -> list[str]:
+    """Leaves that a phase of the policy names."""
+    if compiled is None:
+        return []
+    phases = compiled.phases
+    return [leaf.path for leaf in compiled.leaves if any(leaf.name in phase.program.choices for phase in phases)]
 
 
 def restore(model: nn.Module) -> None:
@@ -126,39 +191,26 @@ def original_state_dict(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in model.state_dict().items() if "_lp." not in key}
 
 
-def gemm_sites(model: nn.Module) -> list[Site]:
-    """The GEMM-bearing leaves of a model as a policy sees them."""
-    return _sites(find_leaves(model)[0], {})
+def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Finding]]:
+    """What a policy means for the leaves of a model, and what of it does not fit them; nothing is run or changed.
+
+    Of a policy with a schedule, ask each phase. How long GRAD's sums are, only a recorded call says.
+    """
+    leaves, _ = find_leaves(model)
+    sites = find_sites(leaves, {})
+    resolution = policy.resolve(sites)
+    program = _named_program(model, policy, leaves, {}, sites, resolution)
+    run_passes(program, [ChooseAccumulator()])
+    return resolution, program.findings
 
 
-def _record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str
-) -> tuple[Recordings, dict[str, str]]:
-    """Recordings of one forward in evaluation mode and, for mode="train", one in training mode."""
-    recordings: dict[str, list[Recording]] = {}
-    opaque: dict[str, str] = {}
-    modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        for training in (True, False) if mode == "train" else (False,):
-            if model.training is not training:
-                model.train(training)
-            result = record(model, args, kwargs, is_leaf=is_leaf)
-            for path, found in result.recordings.items():
-                recordings.setdefault(path, []).extend(found)
-            opaque.update({path: str(reason) for path, reason in result.opaque.items()})
-    finally:
-        for name, module in model.named_modules():
-            module.training = modes[name]
-    return recordings, opaque
-
-
-def _sites(leaves: Sequence[Leaf], recordings: Recordings) -> list[Site]:
+def find_sites(leaves: Sequence[Leaf], recordings: Recordings) -> list[Site]:
     count = sum(leaf.index is not None for leaf in leaves)
     sites = [Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
     seen = set()
     for path, variants in recordings.items():
         for recording in variants:
-            for base, gemm, _ in _functional_gemms(path, recording):
+            for base, gemm, _ in _functional_gemms(path, recording.graph):
                 for name in site_names(gemm, base):
                     if name not in seen:
                         seen.add(name)
@@ -166,11 +218,11 @@ def _sites(leaves: Sequence[Leaf], recordings: Recordings) -> list[Site]:
     return sites
 
 
-def _functional_gemms(path: str, recording: Recording) -> list[tuple[str, Reading, Any]]:
+def _functional_gemms(path: str, graph: fx.Graph) -> list[tuple[str, Reading, Any]]:
     """(name, reading, node) of the GEMMs that a module writes as operations, counted per stem in program order."""
     numbers: Counter[str] = Counter()
     found = []
-    for node in recording.graph.nodes:
+    for node in graph.nodes:
         gemm = read_gemm(node)
         if gemm is not None:
             stem = stem_of(gemm)
@@ -184,8 +236,7 @@ def _compile_phase(
     model: nn.Module, from_step: int, policy: Policy, leaves: Sequence[Leaf], recordings: Recordings, sites: list[Site]
 ) -> PhaseCode:
     resolution = policy.resolve(sites)
-    program = _build_program(model, leaves, recordings)
-    program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
+    program = _named_program(model, policy, leaves, recordings, sites, resolution)
     counted = {"lp.quantize": 0}
 
     def count_casts(done: Pass, program: Program) -> None:
@@ -198,7 +249,22 @@ def _compile_phase(
     return PhaseCode(from_step, policy, program, resolution, records, counted["lp.quantize"])
 
 
-def _build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings) -> Program:
+def _named_program(
+    model: nn.Module,
+    policy: Policy,
+    leaves: Sequence[Leaf],
+    recordings: Recordings,
+    sites: list[Site],
+    resolution: Resolution,
+) -> Program:
+    """The graphs of a model with what the policy says of their sites, checked."""
+    program = build_program(model, leaves, recordings)
+    program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
+    program.findings += check_policy(model, leaves, sites, policy, resolution)
+    return program
+
+
+def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings) -> Program:
     units: dict[str, Unit] = {}
     modules = dict(model.named_modules())
     for leaf in leaves:
@@ -209,9 +275,11 @@ def _build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordi
         units[leaf.name] = Unit(leaf.name, graph, "leaf")
     for path, variants in recordings.items():
         for number, recording in enumerate(variants):
-            for name, _, node in _functional_gemms(path, recording):
+            graph = copy.deepcopy(recording.graph)  # modules that do the same share a recorded graph
+            for name, _, node in _functional_gemms(path, graph):
                 node.meta[SITE] = name
-            units[_unit_name(path, number)] = Unit(path, copy.deepcopy(recording.graph), "module")
+            units[_unit_name(path, number)] = Unit(path, graph, "module")
+    note_leaf_types(units.values(), modules)
     parameter = next(model.parameters(), None)
     return Program(units, {}, device=parameter.device.type if parameter is not None else "cpu")
 
@@ -220,12 +288,12 @@ def _unit_name(path: str, number: int) -> str:
     return f"{path}#{number}"
 
 
-def _install(model: nn.Module, compiled: Compiled, leaves: Sequence[Leaf], recordings: Recordings) -> None:
+def install_compiled(model: nn.Module, compiled: Compiled) -> None:
     """Give every leaf that a phase names, and every module whose graph a phase changed, its compiled forward."""
     modules = dict(model.named_modules())
-    for path, parts in groupby(leaves, key=lambda leaf: leaf.path):
+    for path, parts in groupby(compiled.leaves, key=lambda leaf: leaf.path):
         _install_leaf(modules[path], list(parts), compiled)
-    for path, variants in recordings.items():
+    for path, variants in compiled.calls.recordings.items():
         for index, phase in enumerate(compiled.phases):
             units_of_path = [phase.program.units[_unit_name(path, number)] for number in range(len(variants))]
             if any(_is_touched(unit) for unit in units_of_path):
@@ -235,6 +303,7 @@ def _install(model: nn.Module, compiled: Compiled, leaves: Sequence[Leaf], recor
 
     if _rounds_stochastically(compiled):
         model.register_forward_pre_hook(CountMicroBatches(compiled.state))
+    set_compiled(model, compiled)
 
 
 def _install_leaf(module: nn.Module, parts: list[Leaf], compiled: Compiled) -> None:
@@ -276,10 +345,11 @@ def _is_touched(unit: Unit) -> bool:
 def _refuse_if_not_lowered(compiled: Compiled) -> None:
     for phase in compiled.phases:
         refusals = [f"{site}: {reason}" for site, reason in phase.program.refusals.items()]
-        if refusals or phase.resolution.unmatched:
+        wrong = [str(finding) for finding in phase.program.findings if finding.is_wrong]
+        if refusals or wrong:
             raise LoweringError(
-                "; ".join(refusals + phase.resolution.unmatched),
+                "; ".join(refusals + wrong),
                 where=f"policy {phase.policy.name}, strict",
-                expected="every named GEMM to run as its policy says and every rule to match",
+                expected="every named GEMM to run as its policy says, and a policy that fits the model",
                 hint="strict=False, or another rule for these",
             )

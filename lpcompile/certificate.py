@@ -13,6 +13,7 @@ from torch import nn
 
 from lpcompile.capture.install import CapturedForward, captured
 from lpcompile.compiled import Compiled, get_compiled
+from passes.finding import Finding
 from passes.ir.program import num_op
 from runtime.numerics.specs import ROLES, LayerSpec, Role
 
@@ -32,10 +33,11 @@ class GemmRow:
     fidelity: str
     reason: str
     rule: str
-    """The policy's rule that decided it."""
+    """The policy's rule that decided it, and what a pass chose where the rule leaves it open."""
 
     @property
     def runs_as_policy_says(self) -> bool:
+        """False if it runs otherwise. What the recorded forward never called runs in no way, and is counted apart."""
         return self.fidelity != "refused"
 
 
@@ -49,12 +51,16 @@ class Report:
     left_alone: list[str]
     """GEMM sites that no rule names: they run as the uncompiled model does."""
     unmatched_rules: list[str]
+    warnings: list[Finding]
+    """What the checks of the policy against the model found, rules that match nothing among it."""
     unreached: dict[str, str]
     """Modules whose GEMMs no graph shows, with the reason."""
     opaque: dict[str, str]
     """Modules that could not be recorded, with the reason; their leaves are compiled all the same."""
+    uncalled: list[str]
+    """Sites of leaves that the recorded forward never called: their weights may be used by other operations."""
     guard_misses: dict[str, str]
-    """Modules that ran their original forward at least once because of a guard, with the first reason."""
+    """Modules that ran their original forward because no recording fitted: how often, and what differed first."""
     captured: bool
     num_quantize_before: int
     """Casts of a forward pass before sharing."""
@@ -70,9 +76,10 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def to_text(self) -> str:
-        running = sum(row.runs_as_policy_says for row in self.gemms)
+        called = [row for row in self.gemms if row.fidelity != _UNCALLED]
+        running = sum(row.runs_as_policy_says for row in called)
         lines = [
-            f"policy {self.policy} ({self.policy_hash[:12]}): {running} of {len(self.gemms)} named GEMMs run so; "
+            f"policy {self.policy} ({self.policy_hash[:12]}): {running} of {len(called)} named GEMMs run so; "
             f"{len(self.left_alone)} sites are not named and left alone",
             f"casts in a forward pass: {self.num_quantize_before} before sharing, {self.num_quantize_after} after",
         ]
@@ -85,10 +92,13 @@ class Report:
             cells = [str(getattr(row, column)).ljust(width) for column, width in zip(_COLUMNS, widths)]
             lines.append("  ".join(cells) + f"  {row.reason}")
         lines += [f"left alone: {name}" for name in self.left_alone]
-        lines += [f"warning: {sentence}" for sentence in self.unmatched_rules]
+        lines += [f"warning: {finding}" for finding in self.warnings]
         lines += [f"not reached: {path}: {reason}" for path, reason in self.unreached.items()]
         lines += [f"not recorded: {path or '(root)'}: {reason}" for path, reason in self.opaque.items()]
+        lines += [f"never called: {name}: {_WHY_UNCALLED}" for name in self.uncalled]
         lines += [f"guard missed: {path or '(root)'}: {reason}" for path, reason in self.guard_misses.items()]
+        if self.guard_misses:
+            lines.append("guard missed: lpcompile.capture_more(model, ...) adds recordings for further kinds of call")
         lines += [f"pass {record}" for record in self.passes]
         return "\n".join(lines)
 
@@ -120,9 +130,9 @@ def report(model: nn.Module) -> Report:
     compiled = get_compiled(model)
     phase = compiled.phase
     misses = {
-        path: record.first_miss
+        path: f"{_counted(record.num_misses)} ran the original forward, first as {record.first_miss}"
         for path, module in model.named_modules()
-        if isinstance(record := captured(module), CapturedForward) and record.first_miss is not None
+        if isinstance(record := captured(module), CapturedForward) and record.num_misses
     }
     rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site.name, site.op)]
     return Report(
@@ -131,10 +141,12 @@ def report(model: nn.Module) -> Report:
         gemms=rows,
         left_alone=[site.name for site in compiled.sites if phase.resolution.specs.get(site.name) is None],
         unmatched_rules=phase.resolution.unmatched,
+        warnings=phase.program.findings,
         unreached={item.path: item.reason for item in compiled.unreached},
-        opaque=compiled.opaque,
+        opaque=dict(compiled.calls.opaque),
+        uncalled=[site.name for site in compiled.sites if site.name in compiled.uncalled],
         guard_misses=misses,
-        captured=compiled.captured,
+        captured=compiled.calls.num > 0,
         num_quantize_before=phase.num_quantize_before,
         num_quantize_after=num_op(phase.program, "lp.quantize"),
         passes=[
@@ -144,12 +156,17 @@ def report(model: nn.Module) -> Report:
     )
 
 
+def _counted(num_calls: int) -> str:
+    return f"{num_calls} call" if num_calls == 1 else f"{num_calls} calls"
+
+
 def _rows_of_site(compiled: Compiled, name: str, op: str) -> list[GemmRow]:
     phase = compiled.phase
-    spec: LayerSpec | None = phase.resolution.specs.get(name)
+    spec: LayerSpec | None = phase.program.specs.get(name)
     if spec is None:
         return []
     rows = []
+    is_uncalled = name in compiled.uncalled
     for role in ROLES:
         gemm = spec.role(role)
         choice = phase.program.choices.get(name, {}).get(role)
@@ -159,10 +176,17 @@ def _rows_of_site(compiled: Compiled, name: str, op: str) -> list[GemmRow]:
             if choice is None
             else (choice.backend, choice.fidelity, choice.reason)
         )
+        if is_uncalled and how[1] != "refused":
+            how = "none", _UNCALLED, f"{_WHY_UNCALLED} ({how[0]} if it is)"
         rule = phase.resolution.rule_of.get(name, {}).get(role, "no rule: fp32")
+        decided = phase.program.decisions.get(name, {}).get(role)
+        rule += f"; {decided}" if decided else ""
         rows.append(GemmRow(name, op, role, str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out, *how, rule))
     return rows
 
+
+_UNCALLED = "not-called"
+_WHY_UNCALLED = "not called by the recorded forward"
 
 _COLUMNS = ("name", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity")
 

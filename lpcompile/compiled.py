@@ -2,12 +2,17 @@
 state_dict.
 """
 
-from dataclasses import dataclass, field
+import copy
+import dataclasses
+import pickle
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lpcompile.capture.leaves import Unreached
+from lpcompile.capture.calls import Calls
+from lpcompile.capture.graph_code import dumps
+from lpcompile.capture.leaves import Leaf, Unreached
 from lpcompile.policy import Policy, Resolution, Site
 from passes.ir.program import Program
 from passes.manager import PassRecord
@@ -38,11 +43,31 @@ class Compiled:
     state: RunState
     sites: list[Site]
     phases: list[PhaseCode]
+    leaves: list[Leaf]
     unreached: list[Unreached]
-    opaque: dict[str, str] = field(default_factory=dict)
-    """Modules that could not be recorded, with the reason; their leaves are compiled all the same."""
-    captured: bool = False
-    """True if example inputs were given, so that functional GEMMs could be found."""
+    calls: Calls
+    """Those that example inputs showed; functional GEMMs are found in them."""
+    mode: str
+    strict: bool
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "phases": dumps(self.phases), "calls": dumps(self.calls)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, phases=pickle.loads(state["phases"]), calls=pickle.loads(state["calls"]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        copied = memo[id(self)] = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> "Compiled":
+        return dataclasses.replace(self)
+
+    @property
+    def uncalled(self) -> set[str]:
+        """Sites of leaves that no recorded forward called; empty if there was none."""
+        return {leaf.name for leaf in self.leaves if self.calls.num and leaf.path not in self.calls.reached}
 
     @property
     def phase(self) -> PhaseCode:
@@ -56,7 +81,7 @@ def set_compiled(model: nn.Module, compiled: Compiled | None) -> None:
         model.__dict__[_KEY] = compiled
 
 
-def find_compiled(model: nn.Module) -> Compiled | None:
+def find_compiled(model: nn.Module | None) -> Compiled | None:
     """The record of a compiled model, also through one wrapper (DDP, a DeepSpeed engine: anything with `.module`)."""
     inner: Any = model
     while isinstance(inner, nn.Module):

@@ -4,6 +4,7 @@ from runtime.errors import (
     FormatError,
     LpError,
     NotSupported,
+    ParseError,
     PassError,
     VerifyError,
     WireError,
@@ -27,10 +28,6 @@ __all__ = [
 
 class PolicyError(LpError):
     """A policy says something that does not exist or contradicts itself."""
-
-
-class ParseError(LpError):
-    """A file is not the text it should be (YAML, IR); says the line."""
 
 
 class LoweringError(LpError):

@@ -51,6 +51,7 @@ from runtime.numerics.formats import FORMATS, IntFormat, get_format
 from runtime.numerics.specs import (
     ACCUMULATE_MODELS,
     ACCUMULATE_OVERFLOWS,
+    AUTO,
     GRANULARITIES,
     PRODUCTS,
     ROLES,
@@ -202,6 +203,11 @@ OperandFormatName = Annotated[
     AfterValidator(_check_operand_format),
     WithJsonSchema({"type": "string", "examples": [*FORMATS, *BLOCK_FORMATS]}),
 ]
+AccumulatorName = Annotated[
+    str,
+    AfterValidator(lambda name: name if name == AUTO else _check_format(name)),
+    WithJsonSchema({"type": "string", "examples": [AUTO, *FORMATS]}),
+]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Flag = Annotated[bool, Field(strict=True)]
 
@@ -336,8 +342,9 @@ _FP32 = Operand(format="fp32")
 class Accumulate(Section):
     """How a GEMM adds. A bare format name means that format after every add."""
 
-    format: FormatName = "fp32"
-    """fp32, another float format, or intB for two integer operands."""
+    format: AccumulatorName = "fp32"
+    """fp32, another float format, or intB for two integer operands. auto: the fewest mantissa bits under which the
+    variance retention ratio of the sum's length foresees no swamping, with 8 bits of exponent."""
     chunk: Count | None = None
     """Number of products summed apart before their sum is added to the total; both sums are in `format`."""
     rounding: Annotated[Rounding, _one_of("rounding", ROUNDINGS)] | None = None
@@ -383,7 +390,9 @@ class Accumulate(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _or_text(handler(core_schema), handler, {"type": "string", "examples": ["fp32", "int32", "dlfloat16"]})
+        return _or_text(
+            handler(core_schema), handler, {"type": "string", "examples": ["fp32", "int32", "dlfloat16", AUTO]}
+        )
 
 
 class _Gemm(Section):
@@ -401,7 +410,7 @@ class _Gemm(Section):
     @model_validator(mode="after")
     def _check_accumulator(self) -> "_Gemm":
         operands = [getattr(self, key).format for key in (self.LHS, self.RHS)]
-        is_integer = isinstance(get_format(self.accumulate.format), IntFormat)
+        is_integer = self.accumulate.spec().is_integer
         if is_integer and not all(isinstance(grid_format(name), IntFormat) for name in operands):
             got, what = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}", self.accumulate.format
             raise _refusal(f"{what} sums need two integer operands", got=got, hint="accumulate: fp32", key="accumulate")

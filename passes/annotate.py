@@ -22,6 +22,7 @@ class Annotate(Pass):
     """Reads `program.specs`; writes `node.meta[SPEC]` and `program.refusals`."""
 
     name: ClassVar[str] = "annotate"
+    requires: ClassVar[tuple[str, ...]] = ("decomposed", "uncast")
 
     def run(self, program: Program) -> bool:
         changed = False
@@ -32,8 +33,7 @@ class Annotate(Pass):
                 if spec is None:
                     continue
                 gemm = read_gemm(node) or Unreadable(str(node.target), "the compiler does not read this op as a GEMM")
-                if isinstance(gemm, Composite):
-                    gemm = Unreadable(gemm.op, f"it is not taken apart; run {gemm.taken_apart_by} first")
+                assert not isinstance(gemm, Composite)  # by the condition "decomposed"
                 spec = _as_stored(gemm, spec)
                 reason = _refusal(gemm, spec, program.device)
                 if not reason and node.meta.get(REPEATED) and "stochastic" in str(spec):
@@ -76,7 +76,8 @@ def _transposed(spec: QuantSpec) -> QuantSpec:
         return spec
     other: dict[Granularity, Granularity] = {"row": "column", "column": "row"}
     granularity = other.get(spec.scale.granularity, spec.scale.granularity)
-    return replace(spec, scale=replace(spec.scale, granularity=granularity, block=spec.scale.block[::-1]))
+    block = spec.scale.block[::-1] if granularity == "block" else spec.scale.block
+    return replace(spec, scale=replace(spec.scale, granularity=granularity, block=block))
 
 
 def _refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
@@ -88,6 +89,8 @@ def _refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str |
     contraction = contraction_of(gemm.kind, geometry)
     for role in ROLES:
         numbers = spec.role(role)
+        if numbers.accumulator.is_open:
+            return f"{role}: no accumulator was chosen; run choose-accumulator first"
         for side, operand in (("lhs", numbers.lhs), ("rhs", numbers.rhs)):
             if operand.is_block and contraction.free_axis[role, side] == "none":  # type: ignore[index]
                 return (

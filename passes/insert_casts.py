@@ -26,6 +26,7 @@ class InsertCasts(Pass):
     """Rewrites every node that carries `meta[SPEC]`."""
 
     name: ClassVar[str] = "insert-casts"
+    requires: ClassVar[tuple[str, ...]] = ("annotated",)
 
     def run(self, program: Program) -> bool:
         numbers = {site: number for number, site in enumerate(sorted(program.specs))}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.conditions import check_conditions
 from passes.ir.program import Program
 from passes.ir.verifier import verify
 from runtime.errors import PassError, nearest_names
@@ -22,6 +23,8 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Conditions of passes/conditions.py that must hold before it runs."""
 
     @abstractmethod
     def run(self, program: Program) -> bool:
@@ -54,10 +57,12 @@ def run_passes(
     verify(program)
     records = []
     for each in passes:
+        check_conditions(program, each.name, each.requires)
         before, start = program.num_nodes(), time.perf_counter()
         changed = each.run(program)
         seconds = time.perf_counter() - start
         verify(program)
+        program.passes.append(str(each))
         records.append(PassRecord(str(each), seconds, changed, before, program.num_nodes()))
         if after_each:
             after_each(each, program)
@@ -67,7 +72,7 @@ def run_passes(
 def parse_passes(text: str, known: dict[str, type[Pass]]) -> list[Pass]:
     """`a,b{option=1,other=x}` -> passes. Raises PassError on an unknown pass or option."""
     found = []
-    for item in _split(text):
+    for item in split_items(text):
         name, _, options = item.partition("{")
         if name not in known:
             raise PassError(f'"{name}" is not a pass', hint=nearest_names(name, tuple(known)))
@@ -86,8 +91,8 @@ def _build(kind: type[Pass], options: str) -> Pass:
     return kind(**values)
 
 
-def _split(text: str) -> list[str]:
-    """At commas outside braces."""
+def split_items(text: str) -> list[str]:
+    """The passes of a text: at commas outside braces."""
     items, depth = [""], 0
     for character in text:
         depth += (character == "{") - (character == "}")

@@ -1,6 +1,7 @@
 """Pipelines: the passes by name, and the orders in which they are run."""
 
 from passes.annotate import Annotate
+from passes.choose_accumulator import ChooseAccumulator
 from passes.decompose_attention import DecomposeAttention
 from passes.decompose_products import DecomposeProducts
 from passes.insert_casts import InsertCasts
@@ -10,10 +11,13 @@ from passes.share_casts import ShareCasts
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
-    for kind in (DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, SelectKernels)
-}
+    for kind in (
+        ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, SelectKernels,
+    )
+}  # fmt: skip
 
 PIPELINES: dict[str, str] = {
-    "default": "decompose-attention,decompose-products,annotate,insert-casts,share-casts,select-kernels",
+    "default": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
+    "select-kernels",
 }
 """Text that `passes.manager.parse_passes` reads."""

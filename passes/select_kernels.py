@@ -17,6 +17,7 @@ class SelectKernels(Pass):
     """Writes the attribute `methods` and `program.choices`."""
 
     name: ClassVar[str] = "select-kernels"
+    requires: ClassVar[tuple[str, ...]] = ("annotated", "cast")
 
     def run(self, program: Program) -> bool:
         changed = False

@@ -32,6 +32,7 @@ class ShareCasts(Pass):
     """`across=modules` also shares among the leaves that a module calls; `across=graph` only within each graph."""
 
     name: ClassVar[str] = "share-casts"
+    requires: ClassVar[tuple[str, ...]] = ("annotated", "cast")
     across: str = "modules"
 
     def __post_init__(self) -> None:

@@ -27,6 +27,10 @@ class NotSupported(LpError):
     """Something the policy language can say and this version does not do yet. Never ignored silently."""
 
 
+class ParseError(LpError):
+    """A file is not the text it should be (YAML, IR); says the line."""
+
+
 class VerifyError(LpError):
     """A graph breaks a rule of the IR."""
 

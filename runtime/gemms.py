@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from runtime import opaque
 from runtime.contractions import (
     AbstractContraction,
     Conv,
@@ -78,6 +79,12 @@ class GemmPlan:
     def method(self, role: Role) -> str:
         return self.methods[("fwd", "bwd", "grad").index(role)]
 
+    @property
+    def attributes(self) -> opaque.Attributes:
+        """What `parse` reads."""
+        geometry = print_geometry(self.geometry) if self.geometry else ""
+        return self.kind, str(self.spec), ",".join(self.methods), self.site, geometry
+
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(kind: str, spec: str, methods: str, site: int, geometry: str) -> "GemmPlan":
@@ -123,6 +130,10 @@ class Operand:
     scale: Tensor | None
     spec: QuantSpec
 
+    @property
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        return self.grid, self.scale
+
 
 def cast(x: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
     """x on the grid of `spec`, with its scale, as forward casts do it; detached."""
@@ -155,13 +166,16 @@ def _randomness(spec: QuantSpec, state: RunState | None, site: int, slot: int) -
     return {"seed": state.seed, "step": state.step, "stream": state.stream(site, slot)}
 
 
-def _cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
+def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
     if state is None or not state.watch_overflow or spec.is_identity:
         return cast(dy, spec, state, site, slot)
+    if torch.compiler.is_compiling():
+        watched, one = opaque.cast_watched(dy, str(spec), state, site, slot)
+        return Operand(watched, one if spec.has_scale else None, spec)
     scale = compute_scale(dy, spec)
     dtype = storage_dtype(spec.format)
     grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **_randomness(spec, state, site, slot))
-    state.overflow = state.overflow or beyond
+    state.note_overflow(beyond)
     return Operand(grid, scale, spec)
 
 
@@ -199,7 +213,8 @@ class _Gemm(torch.autograd.Function):
         grad_lhs: Tensor | None,
         grad_lhs_scale: Tensor | None,
     ) -> Tensor:
-        state.gemm_calls += 1
+        if not torch.compiler.is_compiling():
+            state.gemm_calls += 1
         needs_lhs, needs_rhs = ctx.needs_input_grad[:2]
         ctx.state, ctx.plan = state, plan
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
@@ -213,11 +228,15 @@ class _Gemm(torch.autograd.Function):
             grad_lhs_scale if needs_rhs else None,
         )
         spec = plan.spec.fwd
-        if plan.method("fwd") == "as_is":  # torch.matmul folds a batch into rows where the batch carries a gradient
+        if (
+            plan.method("fwd") == "as_is" and not torch.compiler.is_compiling()
+        ):  # torch.matmul folds a batch into rows where the batch carries a gradient
             fwd_lhs = fwd_lhs.detach().requires_grad_(needs_lhs)
             fwd_rhs = fwd_rhs.detach().requires_grad_(needs_rhs)
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
-        return _fwd(plan, a, b, bias, state).to(lhs.dtype)
+        if _is_opaque(plan, "fwd"):
+            return opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
+        return multiply_fwd(plan, a, b, bias, state).to(lhs.dtype)
 
     @staticmethod
     @once_differentiable
@@ -228,28 +247,38 @@ class _Gemm(torch.autograd.Function):
         bwd, grad = plan.spec.bwd, plan.spec.grad
         dx = dw = db = dy_cast = None
         if needs_lhs:
-            dy_cast = _cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD)
+            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD)
             w = (
                 Operand(bwd_rhs, bwd_rhs_scale, bwd.rhs)
                 if bwd_rhs is not None
                 else cast(rhs, bwd.rhs, state, plan.site, _WEIGHT_BWD)
             )
-            dx = _bwd(plan, dy_cast, w, ctx.lhs_shape, state).to(ctx.dtypes[0])
+            if _is_opaque(plan, "bwd"):
+                dx = opaque.multiply("bwd", plan.attributes, dy_cast.pair, w.pair, ctx.lhs_shape, ctx.dtypes[0], state)
+            else:
+                dx = multiply_bwd(plan, dy_cast, w, ctx.lhs_shape, state).to(ctx.dtypes[0])
         if needs_rhs:
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
-                dy_cast = _cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
+                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
             x = Operand(grad_lhs, grad_lhs_scale, grad.rhs)
             if needs_bias and grad.is_identity and isinstance(plan.contraction, Conv | ConvTranspose):
                 dw, db = plan.contraction.grad_and_bias_grad(dy, x.grid, ctx.rhs_shape)
+            elif _is_opaque(plan, "grad"):
+                dw = opaque.multiply("grad", plan.attributes, dy_cast.pair, x.pair, ctx.rhs_shape, ctx.dtypes[1], state)
             else:
-                dw = _grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
+                dw = multiply_grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
         if needs_bias and db is None:
             # torch flattens a contiguous input before it adds the bias, and then sums dy flattened too
             db = plan.contraction.bias_grad(dy.contiguous() if ctx.is_flat else dy).to(ctx.dtypes[2])
         return dx, dw, db, *(None,) * 10
 
 
-def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: RunState) -> Tensor:
+def _is_opaque(plan: GemmPlan, role: Role) -> bool:
+    """Whether the role is one op of runtime/traced.py; torch's own op is left to the compiler."""
+    return torch.compiler.is_compiling() and plan.method(role) != "as_is"
+
+
+def multiply_fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: RunState) -> Tensor:
     spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction_of("fwd")
     x, w = _foldable(plan, "fwd", x, w)
     unscaled = x.scale is None and w.scale is None
@@ -271,21 +300,21 @@ def _fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: Run
     return y
 
 
-def _bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, state: RunState) -> Tensor:
+def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, state: RunState) -> Tensor:
     spec, method = plan.spec.bwd, plan.method("bwd")
     dy, w = _foldable(plan, "bwd", dy, w)
-    lhs, rhs, multiply = _load(dy.grid, method), _load(w.grid, method), _product(plan, "bwd", dy, w, state)
+    lhs, rhs = _load(dy.grid, method), _load(w.grid, method)
     if isinstance(plan.contraction, Matmul) and len(lhs_shape) == 2 < lhs.dim() and dy.scale is w.scale is None:
-        dx = plan.contraction.bwd_folded(lhs, rhs, multiply)
+        dx = plan.contraction.bwd_folded(lhs, rhs, _product(plan, "bwd", dy, w, state, is_swapped=True))
     else:
-        dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, multiply)
+        dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, _product(plan, "bwd", dy, w, state))
     return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
 
 
-def _grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size, state: RunState) -> Tensor:
+def multiply_grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size, state: RunState) -> Tensor:
     spec, method = plan.spec.grad, plan.method("grad")
     dy, x = _foldable(plan, "grad", dy, x)
-    multiply = _product(plan, "grad", dy, x, state)
+    multiply = _product(plan, "grad", dy, x, state, is_swapped=plan.contraction.grad_rows == "rhs")
     dw = plan.contraction_of("grad").grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, multiply)
     return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, method)
 
@@ -311,13 +340,17 @@ def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
     return y
 
 
-def _product(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand, state: RunState) -> Multiply:
-    """The backend's product, times the scales of its rows and columns."""
+def _product(
+    plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand, state: RunState, is_swapped: bool = False
+) -> Multiply:
+    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows."""
     spec, key = plan.spec.role(role), NO_KEY
+    rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
+    if is_swapped:
+        spec = replace(spec, lhs=spec.rhs, rhs=spec.lhs)
     if spec.accumulator.mode == "stochastic":
         key = RandomKey(state.seed, state.step, state.stream(plan.site, _ACCUMULATE[role]))
     multiply = multiplier(plan.method(role), spec, key)
-    rows, columns = (rhs, lhs) if role == "grad" and plan.contraction.grad_rows == "rhs" else (lhs, rhs)
     if plan.geometry is not None or (rows.scale is None and columns.scale is None):  # the result of a conv is scaled
         return multiply
     batched = plan.kind == "matmul"

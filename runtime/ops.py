@@ -5,37 +5,64 @@
     lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry the gradient, the casts carry the values
 
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
-attributes are keywords. The verifier checks nodes against OPS; passes look ops up by name.
+attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
+dialect and the table in docs/ir.md all read it through OPS; passes look ops up by name.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
+from runtime import traced
 from runtime.contractions import Side
 from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
+from runtime.op_types import (
+    VALUE,
+    OperandKind,
+    Operands,
+    QuantType,
+    ResultRule,
+    dequantize_result,
+    gemm_result,
+    quantize_result,
+    scale_result,
+    unknown_result,
+)
 from runtime.state import RunState
+
+Grid = Annotated[Tensor, "grid"]
+"""An operand that holds grid values."""
+Scale = Annotated[Tensor, "scale"]
+"""An operand that holds the scale of a cast, fp32."""
 
 
 def scale(x: Tensor, *, spec: str) -> Tensor | None:
     """The scale of one cast of x, fp32: 0-dim for `tensor`, else broadcastable to x (or one per tile). Carries no
     gradient.
     """
+    if torch.compiler.is_compiling():
+        return traced.scale(x, spec)
     return compute_scale(x.detach(), QuantSpec.parse(spec))
 
 
-def quantize(x: Tensor, s: Tensor | None, state: RunState | None, *, spec: str, site: int, slot: int) -> Tensor:
+def quantize(x: Tensor, s: Scale | None, state: RunState | None, *, spec: str, site: int, slot: int) -> Tensor:
     """Grid values of x / s. `q * s` is the cast value. Saturates; NaN stays NaN. `site` and `slot` key the stochastic
     bits.
     """
+    if torch.compiler.is_compiling():
+        return traced.quantize(x, s, state, spec, site, slot)
     return to_grid(x, s, QuantSpec.parse(spec), state, site, slot)
 
 
-def dequantize(q: Tensor, s: Tensor | None, *, spec: str) -> Tensor:
+def dequantize(q: Grid, s: Scale | None, *, spec: str) -> Tensor:
     """q * s in fp32."""
     parsed = QuantSpec.parse(spec)
     return q.float() if s is None else q.float() * expand_scale(s, q.shape, parsed)
@@ -45,14 +72,14 @@ def gemm(
     lhs: Tensor,
     rhs: Tensor,
     bias: Tensor | None,
-    fwd_lhs: Tensor,
-    fwd_lhs_scale: Tensor | None,
-    fwd_rhs: Tensor,
-    fwd_rhs_scale: Tensor | None,
-    bwd_rhs: Tensor | None,
-    bwd_rhs_scale: Tensor | None,
-    grad_lhs: Tensor,
-    grad_lhs_scale: Tensor | None,
+    fwd_lhs: Grid,
+    fwd_lhs_scale: Scale | None,
+    fwd_rhs: Grid,
+    fwd_rhs_scale: Scale | None,
+    bwd_rhs: Grid | None,
+    bwd_rhs_scale: Scale | None,
+    grad_lhs: Grid,
+    grad_lhs_scale: Scale | None,
     state: RunState,
     *,
     kind: str,
@@ -62,6 +89,9 @@ def gemm(
     geometry: str = "",
 ) -> Tensor:
     """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic."""
+    if torch.compiler.is_compiling():
+        operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
+        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry)
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
     layer = plan.spec
     casts = {
@@ -82,17 +112,79 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class TypeRule:
+    """A trait of an op that its operands' types decide too: the sentence is the error."""
+
+    sentence: str
+    holds: Callable[[Operands, dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class OperandDef:
+    """A positional parameter of an op's function. An optional one may be None."""
+
+    name: str
+    kind: OperandKind
+    is_optional: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}?" if self.is_optional else self.name
+
+
+@dataclass(frozen=True)
+class AttributeDef:
+    """A keyword parameter of an op's function; `kind` is str, int or bool. One with a default may be left out."""
+
+    name: str
+    kind: type
+    is_optional: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}?" if self.is_optional else self.name
+
+
+@dataclass(frozen=True)
 class OpDef:
-    """One op. `operands` in order, those ending in `?` may be None; `attributes` are the keyword arguments a node
-    must carry.
+    """One op, declared by its function: positional parameters are operands, keywords are attributes, and the docstring
+    says what it computes. `result` gives the type of its result, `rules` and `type_rules` what else must hold.
     """
 
     name: str
     run: Callable[..., Any]
-    operands: tuple[str, ...]
-    attributes: tuple[str, ...]
-    optional_attributes: tuple[str, ...] = ()
+    result: ResultRule = unknown_result
     rules: tuple[Rule, ...] = ()
+    type_rules: tuple[TypeRule, ...] = ()
+
+    @cached_property
+    def operands(self) -> tuple[OperandDef, ...]:
+        return tuple(
+            OperandDef(name, _operand_kind(hint), NoneType in get_args(hint))
+            for name, hint, parameter in self._parameters
+            if parameter.kind is not parameter.KEYWORD_ONLY
+        )
+
+    @cached_property
+    def attributes(self) -> tuple[AttributeDef, ...]:
+        return tuple(
+            AttributeDef(name, hint, parameter.default is not parameter.empty)
+            for name, hint, parameter in self._parameters
+            if parameter.kind is parameter.KEYWORD_ONLY
+        )
+
+    @property
+    def _parameters(self) -> list[tuple[str, Any, inspect.Parameter]]:
+        hints = get_type_hints(self.run, include_extras=True)
+        return [(name, hints[name], each) for name, each in inspect.signature(self.run).parameters.items()]
+
+
+def _operand_kind(hint: Any) -> OperandKind:
+    """Of `Tensor`, `Grid`, `Scale` or `RunState`, or one of them or None."""
+    for each in (hint, *get_args(hint)):
+        if metadata := getattr(each, "__metadata__", None):
+            return metadata[0]
+        if each in (Tensor, RunState):
+            return "tensor" if each is Tensor else "state"
+    raise TypeError(f"{hint} is no type of an operand")
 
 
 def _parses(attribute: str, parse: Callable[[str], Any]) -> Callable[[dict[str, Any]], bool]:
@@ -118,6 +210,35 @@ def _scales_leave_the_sum(attributes: dict[str, Any]) -> bool:
     return True
 
 
+def _has_scale_where_spec_has(operands: Operands, attributes: dict[str, Any]) -> bool:
+    return (operands["s"] is not None) == QuantSpec.parse(attributes["spec"]).has_scale
+
+
+def _casts_of(operands: Operands, attributes: dict[str, Any]) -> list[tuple[str, QuantSpec]]:
+    """The cast operands of an lp.gemm that are there, with what the spec says of each."""
+    spec = LayerSpec.parse(attributes["spec"])
+    wanted = (
+        ("fwd_lhs", spec.fwd.lhs),
+        ("fwd_rhs", spec.fwd.rhs),
+        ("bwd_rhs", spec.bwd.rhs),
+        ("grad_lhs", spec.grad.rhs),
+    )
+    return [(name, cast) for name, cast in wanted if operands[name] is not None]
+
+
+def _are_cast_as_spec_says(operands: Operands, attributes: dict[str, Any]) -> bool:
+    for name, cast in _casts_of(operands, attributes):
+        given, wanted = operands[name], QuantType.of(cast, VALUE)
+        if isinstance(given, QuantType) and (given.format, given.granularity) != (wanted.format, wanted.granularity):
+            return False
+    return True
+
+
+def _have_scales_where_spec_has(operands: Operands, attributes: dict[str, Any]) -> bool:
+    casts = _casts_of(operands, attributes)
+    return all((operands[f"{name}_scale"] is not None) == cast.has_scale for name, cast in casts)
+
+
 _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
 
 _GEMM_RULES = (
@@ -130,25 +251,23 @@ _GEMM_RULES = (
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
 )
 
+_HAS_SCALE = Rule("`spec` must have a scale", lambda a: QuantSpec.parse(a["spec"]).has_scale)
+_SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there", _has_scale_where_spec_has)
+
+_GEMM_TYPE_RULES = (
+    TypeRule("a cast must have the format and granularity that `spec` names", _are_cast_as_spec_says),
+    TypeRule("a cast must have a scale where `spec` has one, and only there", _have_scales_where_spec_has),
+)
+
 OPS: dict[str, OpDef] = {
     op.name: op
     for op in (
-        OpDef("lp.scale", scale, ("x",), ("spec",), rules=(_CAST_PARSES,)),
-        OpDef("lp.quantize", quantize, ("x", "s?", "state?"), ("spec", "site", "slot"), rules=(_CAST_PARSES,)),
-        OpDef("lp.dequantize", dequantize, ("q", "s?"), ("spec",), rules=(_CAST_PARSES,)),
-        OpDef(
-            "lp.gemm",
-            gemm,
-            (
-                "lhs", "rhs", "bias?", "fwd_lhs", "fwd_lhs_scale?", "fwd_rhs", "fwd_rhs_scale?",
-                "bwd_rhs?", "bwd_rhs_scale?", "grad_lhs", "grad_lhs_scale?", "state",
-            ),
-            ("kind", "spec", "methods", "site"),
-            ("geometry",),
-            _GEMM_RULES,
-        ),
+        OpDef("lp.scale", scale, scale_result, (_CAST_PARSES, _HAS_SCALE)),
+        OpDef("lp.quantize", quantize, quantize_result, (_CAST_PARSES,), (_SCALED,)),
+        OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),
+        OpDef("lp.gemm", gemm, gemm_result, _GEMM_RULES, _GEMM_TYPE_RULES),
     )
-}  # fmt: skip
+}
 """Every op of the dialect by name."""
 
 OP_OF: dict[Callable[..., Any], OpDef] = {op.run: op for op in OPS.values()}

@@ -1,18 +1,23 @@
 """RunState: what changes while a compiled model trains, apart from its weights. One per model, shared by its ops."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor
 
 from runtime.errors import LpError
 
 
 @dataclass
 class RunState:
-    """The clock, the random streams and the overflow flag of one compiled model. Holds no tensors.
+    """The clock, the random streams and the overflow flag of one compiled model.
 
     `step` counts optimizer steps and `micro_batch` the forward passes since the last one; `phase` is the entry of the
     policy's schedule that is in force. `overflow` is set when a gradient operand exceeded its format's largest value
-    (it saturates all the same); whoever owns the loss scale reads and clears it. `gemm_calls` counts executed forward
-    GEMMs, for tests and reports.
+    (it saturates all the same), as a bool tensor (), so that nobody waits for a GPU before whoever owns the loss scale
+    reads and clears it. `gemm_calls` counts executed forward GEMMs, for tests and reports.
     """
 
     seed: int = 0
@@ -21,8 +26,23 @@ class RunState:
     micro_batch: int = 0
     phase: int = 0
     watch_overflow: bool = False
-    overflow: bool = False
+    overflow: bool | Tensor = False
     gemm_calls: int = 0
+    key: int = field(default=-1, init=False, compare=False, repr=False)
+    """By which compiled code, which holds no objects, finds this state: `find_state`."""
+
+    def __post_init__(self) -> None:
+        self.key = next(_KEYS)
+        _STATES[self.key] = self
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        self.__post_init__()
+
+    def note_overflow(self, beyond: Tensor) -> None:
+        """Set `overflow` where `beyond`, bool (), is True; on the device of the last gradient noted."""
+        seen = self.overflow
+        self.overflow = beyond | (seen.to(beyond.device, non_blocking=True) if isinstance(seen, Tensor) else seen)
 
     def stream(self, site: int, slot: int) -> int:
         """A 48-bit stream number that no two (rank, micro-batch, site, operand slot) share: 16 + 10 + 18 + 4 bits.
@@ -45,5 +65,14 @@ class RunState:
                     got=str(value),
                     hint=hint,
                 )
-            number = number << bits | value
+            number = number * (1 << bits) + value
         return number
+
+
+def find_state(key: int) -> RunState | None:
+    """The state with this key, while it lives."""
+    return _STATES.get(key)
+
+
+_KEYS = itertools.count()
+_STATES: WeakValueDictionary[int, RunState] = WeakValueDictionary()

@@ -20,36 +20,105 @@ class PythonState:
     """A shallow copy of the __dict__ of modules, of the containers in it and of plain objects (configurations)."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._saved = [(module, dict(vars(module)), _contents(module)) for module in modules]
-        self._random = random.getstate()
-        self._numpy = np.random.get_state(legacy=True)
+        self._saved = [_Saved(module) for module in modules]
+        self._generators = _Generators()
+
+    def restore(self) -> None:
+        for saved in self._saved:
+            saved.restore()
+        self._generators.restore()
+
+
+class Watch:
+    """What a forward changes on the Python side between two of its calls of children.
+
+    Looked at are the module itself, whatever user's container or configuration it or a descendant holds, and each
+    descendant from the moment that the forward first reads or writes one of its attributes (`add`): to look at all of
+    them at each call would cost the square of a model's depth.
+    """
+
+    def __init__(self, module: nn.Module, subtree: Sequence[nn.Module]) -> None:
+        self._module = module
+        self._members = {id(each) for each in subtree}
+        self._held: dict[int, tuple[nn.Module, str, Any]] = {}
+        for each in subtree:
+            for name, value in vars(each).items():
+                if name not in FRAMEWORK and id(value) not in self._held and _content(value) is not None:
+                    self._held[id(value)] = each, name, value
+        self.start()
+
+    def start(self) -> None:
+        self._touched: dict[int, _Saved] = {}
+        self._contents = [(*held, _content(held[2]).copy()) for held in self._held.values()]
+        self._generators = _Generators()
+        self.add(self._module)
+
+    def add(self, module: nn.Module) -> None:
+        """Look at a descendant from now on; other modules are not looked at."""
+        if id(module) not in self._touched and id(module) in self._members:
+            self._touched[id(module)] = _Saved(module)
 
     def first_change(self) -> tuple[nn.Module, str] | None:
         """The first module whose state differs by now, and the name of the attribute."""
-        for module, entries, contents in self._saved:
-            now = vars(module)
-            for name in (*entries, *now):
-                if name not in now or name not in entries or not _is_same(now[name], entries[name]):
-                    return module, name
-            for name, holder, saved in contents:
-                if not _is_same_content(_content(holder), saved):
-                    return module, name
+        for saved in self._touched.values():
+            changed = saved.first_change()
+            if changed is not None:
+                return saved.module, changed
+        for module, name, holder, content in self._contents:
+            if not _is_same_content(_content(holder), content):
+                return module, name
         return None
 
     def has_drawn(self) -> bool:
         """Whether Python's or numpy's global generator moved."""
+        return self._generators.have_moved()
+
+
+class _Saved:
+    """A shallow copy of the __dict__ of a module, of the containers in it and of plain objects."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._entries = dict(vars(module))
+        self._contents = [
+            (name, value, content.copy())
+            for name, value in self._entries.items()
+            if (content := _content(value)) is not None
+        ]
+
+    def first_change(self) -> str | None:
+        """The first attribute that differs by now."""
+        now = vars(self.module)
+        for name in (*self._entries, *now):
+            if name not in now or name not in self._entries or not _is_same(now[name], self._entries[name]):
+                return name
+        for name, holder, saved in self._contents:
+            if not _is_same_content(_content(holder), saved):
+                return name
+        return None
+
+    def restore(self) -> None:
+        for _, holder, saved in self._contents:
+            if not _is_same_content(_content(holder), saved):
+                _refill(holder, saved)
+        if not _is_same_content(vars(self.module), self._entries):
+            vars(self.module).clear()
+            vars(self.module).update(self._entries)
+
+
+class _Generators:
+    """The states of Python's and numpy's global random generators."""
+
+    def __init__(self) -> None:
+        self._random = random.getstate()
+        self._numpy = np.random.get_state(legacy=True)
+
+    def have_moved(self) -> bool:
         return random.getstate() != self._random or _position(np.random.get_state(legacy=True)) != _position(
             self._numpy
         )
 
     def restore(self) -> None:
-        for module, entries, contents in self._saved:
-            for _, holder, saved in contents:
-                if not _is_same_content(_content(holder), saved):
-                    _refill(holder, saved)
-            if not _is_same_content(vars(module), entries):
-                vars(module).clear()
-                vars(module).update(entries)
         random.setstate(self._random)
         np.random.set_state(self._numpy)
 
@@ -119,20 +188,13 @@ def held_objects(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in held.items() if _content(value) is not None}
 
 
-def _contents(module: nn.Module) -> list[tuple[str, Any, Any]]:
-    """(attribute, container or object, shallow copy of what it holds) for each attribute that holds something."""
-    found = []
-    for name, value in vars(module).items():
-        content = _content(value)
-        if content is not None:
-            found.append((name, value, content.copy()))
-    return found
-
-
 def _content(value: Any) -> Any:
-    if isinstance(value, (dict, list, set)):
+    kind = type(value)
+    if kind in _PLAIN_KINDS:
+        return None
+    if kind in _CONTAINERS or isinstance(value, (dict, list, set)):
         return value
-    if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or type(value).__module__.startswith("torch."):
+    if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or kind.__module__.startswith("torch."):
         return None
     return getattr(value, "__dict__", None)
 
@@ -166,3 +228,11 @@ def _storage(tensor: Tensor) -> int | None:
         return tensor.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):
         return None
+
+
+FRAMEWORK = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+_CONTAINERS = frozenset({dict, list, set})
+
+_PLAIN_KINDS = frozenset({type(None), bool, int, float, str, tuple})

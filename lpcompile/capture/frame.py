@@ -19,8 +19,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from lpcompile.capture.bystanders import PythonState, held_objects
-from lpcompile.capture.graph_code import compile_graph
+from lpcompile.capture.bystanders import FRAMEWORK, Watch, held_objects
+from lpcompile.capture.graph_code import compile_graph, is_same_graph
 from lpcompile.capture.guards import (
     Fact,
     Guard,
@@ -34,8 +34,10 @@ from lpcompile.capture.guards import (
     plain_copy,
     with_article,
 )
+from lpcompile.capture.precedents import Precedent, Precedents
 from lpcompile.capture.recording import Opaque, Recording
-from lpcompile.capture.shapes import Shapes, concrete
+from lpcompile.capture.script import look_outside
+from lpcompile.capture.shapes import Shapes, concrete, hint
 
 
 class Refusal(Exception):
@@ -69,10 +71,12 @@ class Frame:
         *,
         caller: "Frame | None" = None,
         is_symbolic: bool = True,
+        precedents: Precedents | None = None,
+        signature: int | None = None,
     ) -> None:
-        """Arguments that are sizes become sizes of this call: run the forward on `arguments`."""
+        """Arguments that are sizes become sizes of this call: run the forward on `arguments`. `signature` is the
+        module's, for finding a call in `precedents` to follow."""
         self.module, self.path = module, path
-        self._shapes = Shapes() if is_symbolic else None
         self.opaque: Opaque | None = None
         self.reads_data = False
         self.reads_strides = False
@@ -96,13 +100,20 @@ class Frame:
         self._held = {id(held): name for name, held in held_objects(module).items()}
         self._subtree = list(module.modules())
         leaves, self._in_spec = flatten_arguments(args, kwargs)
+        self._precedents = precedents
+        self._precedent: Precedent | None = None
+        key = None if precedents is None or not is_symbolic else _key(leaves, caller)
+        self._key = None if key is None else (signature, self._ambient, key)
+        if precedents is not None and self._key is not None:
+            self._precedent = precedents.find(module, self._key, self._in_spec)
+        self._shapes = Shapes(self._precedent.script if self._precedent else None) if is_symbolic else None
         self._leaves = self._take_sizes(leaves, caller)
         self.arguments: tuple[Any, Any] = (args, kwargs)
         if any(now is not before for now, before in zip(self._leaves, leaves)):
             self.arguments = pytree.tree_unflatten(self._leaves, self._in_spec)
         self._names = _leaf_names(forward, args, kwargs)
         self._facts = argument_facts(self._leaves)
-        self._python = PythonState(self._subtree)
+        self._watch = Watch(module, self._subtree)
         self._note_unwatched()
         self._add_placeholders()
 
@@ -176,17 +187,43 @@ class Frame:
 
     def note_read(self, owner: object, name: str, value: object) -> None:
         """The forward read an attribute of the module, a descendant or an object the module holds."""
+        self.touch(owner)
+        if name == "__dict__":
+            return
         copied = plain_copy(value)
         if copied is None and value is not None:
             return
         if owner is self.module:
-            path = "" if name not in _FRAMEWORK and not is_checkpoint_flag(owner, name) else None
+            path = "" if name not in FRAMEWORK and not is_checkpoint_flag(owner, name) else None
         elif isinstance(owner, nn.Module):
-            path = self.child_path(owner) if name == "training" or name not in _FRAMEWORK else None
+            path = self.child_path(owner) if name == "training" or name not in FRAMEWORK else None
         else:
             path = self._held.get(id(owner))
         if path is not None:
             self._attributes.setdefault(f"{path}.{name}" if path else name, ValueFact(type(value), copied))
+
+    def note_kind_read(self, tensor: Tensor) -> None:
+        """The forward read dtype or device of a tensor. Those of an argument are in the guard; those of a parameter
+        are its own; those of whatever else follow from both, and for the module's parameters stands the first of each
+        dtype and device: a model is moved as a whole."""
+        if self.opaque is not None or any(tensor is leaf for leaf in self._leaves):
+            return
+        path = self._own_path(tensor)
+        for each in self._kinds() if path is None else [path]:
+            own = operator.attrgetter(each)(self.module)
+            for name, value in (("dtype", own.dtype), ("device", own.device)):
+                self._attributes.setdefault(f"{each}.{name}", ValueFact(type(value), value))
+
+    def _kinds(self) -> list[str]:
+        """The first parameter or buffer of each floating dtype and device in the module."""
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
+        kinds = {(own.dtype, own.device): path for path, own in reversed(named) if own.is_floating_point()}
+        return list(kinds.values())
+
+    def touch(self, owner: object) -> None:
+        """The forward is at an attribute of a module, which it may go on to change."""
+        if self.opaque is None and isinstance(owner, nn.Module):
+            self._watch.add(owner)
 
     def _note_unwatched(self) -> None:
         """Of an object whose class cannot be watched, every attribute counts as read."""
@@ -201,19 +238,19 @@ class Frame:
         """A child runs next: what changed until here, this forward changed."""
         if self.opaque is not None:
             return
-        change = self._python.first_change()
+        change = self._watch.first_change()
         if change is not None:
             owner, name = change
             path = self.child_path(owner)
             label = f"{path}.{name}" if path else name
             self.fail(f"changes the attribute {label}", where=self._written_at(owner, name))
-        elif self._python.has_drawn():
+        elif self._watch.has_drawn():
             self.fail("draws from Python's or numpy's global random generator", where=self.definition)
 
     def resume(self) -> None:
         """The child is done: what it changed is its own affair."""
         if self.opaque is None:
-            self._python = PythonState(self._subtree)
+            self._watch.start()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -249,12 +286,38 @@ class Frame:
         for node in reversed(self._graph.nodes):
             if node.target is operator.getitem and not node.users:
                 self._graph.erase_node(node)
+        recording = self._like_precedent(out_spec)
+        if recording is not None:
+            return recording
         try:
             compile_graph(self._graph)
         except (RuntimeError, SyntaxError, AttributeError) as error:
             self.fail(f"has no source text: {error}", where=self.definition)
             return None
-        return Recording(self.path, self._graph, self._guard(), out_spec, self.switches_grad_mode)
+        recording = Recording(self.path, self._graph, self._guard(), out_spec, self.switches_grad_mode)
+        self._become_precedent(recording)
+        return recording
+
+    def _like_precedent(self, out_spec: pytree.TreeSpec) -> Recording | None:
+        """The recording with the graph of the call that was followed; None if the two are not the same throughout."""
+        if self._precedent is None:
+            return None
+        assert self._shapes is not None
+        guard, twin = self._guard(), self._precedent.recording
+        if self._shapes.script.state != self._precedent.state:
+            self._shapes.forbid_following()  # this call made a condition that those after it need not obey
+        if not self._shapes.follows or out_spec != twin.out_spec or not is_same_graph(self._graph, twin.graph):
+            return None
+        switches = self.switches_grad_mode
+        return Recording(self.path, twin.graph, twin.guard if guard == twin.guard else guard, twin.out_spec, switches)
+
+    def _become_precedent(self, recording: Recording) -> None:
+        if self._precedents is None or self._key is None or self._precedent is not None or self._shapes is None:
+            return
+        script = self._shapes.script
+        if script.is_good:
+            precedent = Precedent(script, self._in_spec, recording, script.state)
+            self._precedents.add(self.module, self._key, precedent)
 
     def _guard(self) -> Guard:
         if self.reads_strides and self._shapes is not None:
@@ -368,14 +431,18 @@ class Frame:
                 number = self._graph.call_function(function, (number, other))
         return number
 
-    def _own_tensor(self, tensor: Tensor) -> fx.Node:
+    def _own_path(self, tensor: Tensor) -> str | None:
+        """Path of a parameter or buffer of the module or a descendant."""
         if self._own_tensors is None:
             named = [
                 *self.module.named_parameters(remove_duplicate=False),
                 *self.module.named_buffers(remove_duplicate=False),
             ]
             self._own_tensors = {id(own): path for path, own in reversed(named)}
-        path = self._own_tensors.get(id(tensor))
+        return self._own_tensors.get(id(tensor))
+
+    def _own_tensor(self, tensor: Tensor) -> fx.Node:
+        path = self._own_path(tensor)
         if path is None:
             raise Refusal(
                 "a tensor that is no argument, parameter or buffer of it and was made by no recorded operation"
@@ -458,6 +525,33 @@ def _ambient() -> tuple[Any, ...]:
     )
 
 
+def _key(leaves: Sequence[Any], caller: Frame | None) -> Any:
+    """What two calls must share for their sizes to begin as the same symbols; None for arguments no graph can take."""
+    known = caller.shapes if caller is not None else None
+    expressions: dict[sympy.Basic, int] = {}
+    seen: dict[int, int] = {}
+
+    def name(size: int | torch.SymInt, real: int, is_free: bool) -> Any:
+        if real in (0, 1) or (isinstance(size, int) and not is_free):
+            return real
+        return real, "free" if is_free else expressions.setdefault(size.node.expr, len(expressions))  # type: ignore[union-attr]
+
+    keys: list[Any] = []
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            is_free = known is None or (caller is not None and caller.is_tainted([leaf]))
+            given = tuple(leaf.shape) if is_free or known is None else known.sizes(leaf)
+            sizes = tuple(name(size, real, is_free) for size, real in zip(given, leaf.shape))
+            keys.append((seen.setdefault(id(leaf), index), sizes, leaf.requires_grad, look_outside(leaf)))
+        elif isinstance(leaf, torch.SymInt):
+            keys.append((torch.SymInt, name(leaf, hint(leaf), known is None)))
+        elif is_plain(leaf):
+            keys.append((type(leaf), repr(leaf)))
+        else:
+            return None
+    return tuple(keys)
+
+
 def _definition(forward: Callable[..., Any]) -> str:
     code = getattr(inspect.unwrap(forward), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "<unknown>:0"
@@ -492,8 +586,6 @@ def _target_name(target: Any) -> str:
 
 
 CHECKPOINT_FLAG = "gradient_checkpointing"
-
-_FRAMEWORK = frozenset(vars(nn.Module()))
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 

@@ -5,6 +5,7 @@ The module is an argument and not captured, so a copied model calls its own chil
 """
 
 import importlib
+import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ class GraphCode:
         return _load, (_to_rows(self.graph), self.switches_grad_mode)
 
 
+def dumps(value: object) -> bytes:
+    """Pickle in which graphs, wherever they are, are rows as in a GraphCode; `pickle.loads` reads it."""
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        return (_load_graph, (_to_rows(value),)) if isinstance(value, fx.Graph) else NotImplemented
+
+
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as `function(module, *operands)`.
 
@@ -68,6 +81,38 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     namespace = dict(code.globals)
     exec(compile(source, "<lpcompile graph>", "exec"), namespace)
     return namespace["forward"]
+
+
+def is_same_graph(left: fx.Graph, right: fx.Graph) -> bool:
+    """Whether two graphs are the same node by node: operations, operands, constants and recorded metadata."""
+    if left is right:
+        return True
+    if len(left.nodes) != len(right.nodes):
+        return False
+    twins: dict[fx.Node, fx.Node] = {}
+    for a, b in zip(left.nodes, right.nodes):
+        if a.op != b.op or a.target != b.target or a.name != b.name:
+            return False
+        if not _is_same_operand(a.args, b.args, twins) or not _is_same_operand(a.kwargs, b.kwargs, twins):
+            return False
+        if a.meta.get("tensor_meta") != b.meta.get("tensor_meta"):
+            return False
+        twins[a] = b
+    return True
+
+
+def _is_same_operand(a: Any, b: Any, twins: dict[fx.Node, fx.Node]) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, fx.Node):
+        return twins.get(a) is b
+    if isinstance(a, Sequence) and not isinstance(a, (str, bytes, range)):
+        return len(a) == len(b) and all(_is_same_operand(x, y, twins) for x, y in zip(a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_is_same_operand(a[key], b[key], twins) for key in a)
+    if type(a) is slice:
+        return all(_is_same_operand(getattr(a, s), getattr(b, s), twins) for s in ("start", "stop", "step"))
+    return a is b or bool(a == b and repr(a) == repr(b))  # repr: 0.0 is not -0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +151,10 @@ def _to_rows(graph: fx.Graph) -> list[_Row]:
 
 
 def _load(rows: list[_Row], switches_grad_mode: bool) -> GraphCode:
+    return GraphCode(_load_graph(rows), switches_grad_mode=switches_grad_mode)
+
+
+def _load_graph(rows: list[_Row]) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
 
@@ -117,7 +166,7 @@ def _load(rows: list[_Row], switches_grad_mode: bool) -> GraphCode:
         node = graph.create_node(op, found, map_aggregate(args, replace), map_aggregate(kwargs, replace), name=name)
         node.meta.update(meta)
         nodes[name] = node
-    return GraphCode(graph, switches_grad_mode=switches_grad_mode)
+    return graph
 
 
 def _plain_copy(value: Any) -> Any:

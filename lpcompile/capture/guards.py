@@ -6,6 +6,7 @@ read: grad mode, strides, plain attributes of the module, its children and its c
 why.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -58,14 +59,15 @@ class Guard:
     leaves: tuple[Fact, ...]
     names: tuple[str, ...]
     """How a sentence calls each leaf."""
-    training: bool
+    training: bool | None
+    """None: recorded in both modes, and the graph is the same."""
     grad_enabled: bool | None
     """None: the forward neither switched nor read grad mode, so the graph holds in both."""
     autocast: tuple[tuple[str, torch.dtype | None], ...]
     """Per device type the dtype, or None where autocast is off."""
     attributes: tuple[tuple[str, ValueFact], ...] = ()
     """Plain attributes that the forward read, as dotted paths from the module (`scaling`, `attn_dropout.p`,
-    `config.use_cache`): a schedule or a user may change them between steps."""
+    `config.use_cache`, `wte.weight.dtype`): a schedule or a user may change them between steps."""
     conditions: tuple[str, ...] = ()
     """On the named sizes, as Python source: `s1 > 8`, `s0*s1 == s2`."""
     _plan: Any = field(init=False, repr=False, compare=False)
@@ -81,7 +83,8 @@ class Guard:
         object.__setattr__(
             self, "_attribute_rows", tuple((tuple(steps), name, f.value, f.kind) for (*steps, name), f in paths)
         )
-        object.__setattr__(self, "_broken_size", _compile_sizes(self.leaves, self.conditions))
+        sizes = tuple(None if isinstance(fact, ValueFact) else _sizes(fact) for fact in self.leaves)
+        object.__setattr__(self, "_broken_size", _compile_sizes(sizes, self.conditions))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the compiled rows are no state: made again on loading
@@ -97,13 +100,22 @@ class Guard:
         self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> list[Tensor | int] | str:
         """The graph's operands, or what differs. About 5 us for eight leaves."""
-        if module.training is not self.training:
+        if self.training is not None and module.training is not self.training:
             return f"training is {module.training}, recorded {self.training}"
         if self.grad_enabled is not None and torch.is_grad_enabled() is not self.grad_enabled:
             return f"grad mode is {torch.is_grad_enabled()}, recorded {self.grad_enabled}"
         for device_type, dtype in self.autocast:
             if autocast_dtype(device_type) is not dtype:
                 return f"autocast on {device_type} is {autocast_dtype(device_type)}, recorded {dtype}"
+        if self._attribute_rows and (differing := self.differing_attribute(module)) is not None:
+            return differing
+        leaves: list[Any] = []
+        if not _collect(self._plan, (tuple(args), kwargs), leaves):
+            return "the structure of the arguments differs"
+        return self._operands(leaves)
+
+    def differing_attribute(self, module: nn.Module) -> str | None:
+        """What differs among the attributes that the forward read, if anything."""
         for steps, name, value, kind in self._attribute_rows:
             owner: Any = module
             for step in steps:
@@ -111,10 +123,7 @@ class Guard:
             now = getattr(owner, name, None)
             if now is not value and (type(now) is not kind or now != value):
                 return f"attribute {'.'.join((*steps, name))} is {_describe(now)}, recorded {value!r}"
-        leaves: list[Any] = []
-        if not _collect(self._plan, (tuple(args), kwargs), leaves):
-            return "the structure of the arguments differs"
-        return self._operands(leaves)
+        return None
 
     def _operands(self, leaves: list[Any]) -> list[Tensor | int] | str:
         operands: list[Any] = []
@@ -239,14 +248,18 @@ def _row(fact: Fact) -> tuple[Any, ...]:
     return ValueFact, fact.value, fact.kind, None, None, None
 
 
-def _compile_sizes(facts: Sequence[Fact], conditions: Sequence[str]) -> Callable[..., tuple[int | None, str] | None]:
-    """One function of every size in the arguments, in order: None, or (leaf, condition) of the first that is broken."""
-    wanted = [
-        (index, size)
-        for index, fact in enumerate(facts)
-        if not isinstance(fact, ValueFact)
-        for size in (fact.shape if isinstance(fact, TensorFact) else (fact.size,))
-    ]
+def _sizes(fact: TensorFact | SizeFact) -> tuple[int | str, ...]:
+    return fact.shape if isinstance(fact, TensorFact) else (fact.size,)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile_sizes(
+    sizes: tuple[tuple[int | str, ...] | None, ...], conditions: tuple[str, ...]
+) -> Callable[..., tuple[int | None, str] | None]:
+    """One function of every size in the arguments, in order: None, or (leaf, condition) of the first that is broken.
+    `sizes` are those of each leaf, None where a leaf is no tensor and no size.
+    """
+    wanted = [(index, size) for index, each in enumerate(sizes) for size in each or ()]
     seen: set[str] = set()
     lines = []
     for number, (index, size) in enumerate(wanted):

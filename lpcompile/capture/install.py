@@ -70,16 +70,19 @@ class CapturedForward:
 
     def run(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """The forward: the first variant whose guard holds, else the original."""
-        reason: str | None = None
-        for variant in self.variants:
+        variants = self.variants
+        for variant in variants:
             operands = variant.guard.match(module, args, kwargs)
             if not isinstance(operands, str):
-                self.num_hits += 1
+                if not torch.compiler.is_compiling():  # where a counter would become a guard
+                    self.num_hits += 1
                 return variant.run(module, operands)
-            reason = reason or operands
-        if reason is not None:
+        if variants and not torch.compiler.is_compiling():
             self.num_misses += 1
-            self.first_miss = self.first_miss or reason
+            if self.first_miss is None:
+                # what another variant says of the same training mode tells more than that the mode is another
+                nearest = next((v for v in variants if v.guard.training in (None, module.training)), variants[0])
+                self.first_miss = nearest.guard.check(module, args, kwargs)
         return original(module, *args, **kwargs)
 
     @property

@@ -5,9 +5,9 @@
                                   "h.0.attn": x -> call_module c_attn -> split -> view -> matmul -> softmax -> output
 
 The forward runs on the tensors it is given, in the mode the model is in, and leaves no trace; the sizes it reads are
-symbols (shapes.py). On the meta device nothing is computed, and a truth value that it asks of a tensor is False.
-Children stay calls of the child, so weights, hooks and wrappers stay where they are. A module whose forward a graph
-cannot stand for is named with the reason and the line.
+symbols (shapes.py). On the meta device nothing is computed; a truth value that it asks of a tensor is False, and other
+data are ones. Children stay calls of the child, so weights, hooks and wrappers stay where they are. A module whose
+forward a graph cannot stand for is named with the reason and the line.
 """
 
 import threading
@@ -26,7 +26,9 @@ from lpcompile.capture.bystanders import Bystanders, held_objects, restored
 from lpcompile.capture.frame import CHECKPOINT_FLAG, Frame, FunctionCall, is_checkpoint_flag, is_watchable
 from lpcompile.capture.guards import flatten_arguments, with_article
 from lpcompile.capture.install import original_forward
+from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recording import Opaque, Recording, RecordResult
+from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete
 
 
@@ -36,16 +38,19 @@ def record(
     kwargs: dict[str, Any],
     *,
     is_leaf: Callable[[nn.Module], bool],
+    precedents: Precedents | None = None,
 ) -> RecordResult:
     """Run `model(*args, **kwargs)` once, in the caller's grad mode, and record the forward of every module it calls.
 
-    Leaves are kept as one call and not entered: what `is_leaf` names, and torch's own layers.
+    Leaves are kept as one call and not entered: what `is_leaf` names, and torch's own layers. Modules that do the same
+    share one graph, also with an earlier recording that was given the same `precedents`.
     """
+    precedents = Precedents() if precedents is None else precedents
     leaves, _ = flatten_arguments(args, kwargs)
 
     def run(is_symbolic: bool) -> RecordResult:
         with restored(model, leaves) as bystanders:
-            recorder = _Recorder(model, is_leaf, bystanders, is_symbolic)
+            recorder = _Recorder(model, is_leaf, bystanders, is_symbolic, precedents)
             with recorder.listening():
                 model(*args, **kwargs)
         return recorder.result()
@@ -69,18 +74,26 @@ class _Recorder:
     """The stack of frames of the running forward, and what the finished ones gave."""
 
     def __init__(
-        self, model: nn.Module, is_leaf: Callable[[nn.Module], bool], bystanders: Bystanders, is_symbolic: bool
+        self,
+        model: nn.Module,
+        is_leaf: Callable[[nn.Module], bool],
+        bystanders: Bystanders,
+        is_symbolic: bool,
+        precedents: Precedents,
     ) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
         self._is_leaf = is_leaf
         self._bystanders = bystanders
         self._is_symbolic = is_symbolic
+        self._precedents = precedents
+        self._signatures = precedents.signatures(model)
         self._stack: list[Frame] = []
         self._suspended = False
         self._thread = threading.get_ident()
         self._recordings: dict[str, list[Recording]] = {}
         self._opaque: dict[str, Opaque] = {}
+        self._reached: set[str] = set()
 
     def result(self) -> RecordResult:
         """In the order of registration, the model first."""
@@ -88,6 +101,7 @@ class _Recorder:
         return RecordResult(
             {path: self._recordings[path] for path in paths if path in self._recordings and path not in self._opaque},
             {path: self._opaque[path] for path in paths if path in self._opaque},
+            frozenset(self._reached),
         )
 
     # -- listening ---------------------------------------------------------------------------------------------------
@@ -104,22 +118,33 @@ class _Recorder:
         original_is_grad_enabled = torch.is_grad_enabled
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if id(module) in self._paths:
+                self._reached.add(self._paths[id(module)])
             if not self._is_listening():
                 return original_call(module, *args, **kwargs)
             return self._on_call(original_call, module, args, kwargs)
 
         def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+            frame = self._frame
+            if frame is not None:
+                with self._suspend():
+                    frame.touch(module)
+                    frame.note_write(module, name)
             original_setattr(module, name, value)
-            if self._frame is not None:
-                self._frame.note_write(module, name)
 
         def watched(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
             def get_attribute(owner: Any, name: str) -> Any:
                 value = original(owner, name)
+                if not self._stack or self._suspended:  # most reads: torch's own
+                    return value
                 frame = self._frame
                 # what a property computes shows in the attributes it reads
-                if frame is not None and name in object.__getattribute__(owner, "__dict__"):
-                    frame.note_read(owner, name, value)
+                if frame is not None and (name == "__dict__" or name in object.__getattribute__(owner, "__dict__")):
+                    self._suspended = True
+                    try:
+                        frame.note_read(owner, name, value)
+                    finally:
+                        self._suspended = False
                 return value
 
             return get_attribute
@@ -207,12 +232,12 @@ class _Recorder:
         if id(module) not in self._paths:
             # a loss or an activation made on the way: its operations are the caller's
             return original_call(module, *args, **kwargs)
-        caller.pause()
-        path = caller.child_path(module)
-        if path is None:
-            caller.fail(f"calls a {type(module).__name__} that is not one of its children")
-        before = flatten_arguments(args, kwargs)
-        with torch._C.DisableTorchFunction():
+        with self._suspend(), torch._C.DisableTorchFunction():
+            caller.pause()
+            path = caller.child_path(module)
+            if path is None:
+                caller.fail(f"calls a {type(module).__name__} that is not one of its children")
+            before = flatten_arguments(args, kwargs)
             node = caller.prepare("call_module", path or "", args, kwargs)
         result, has_raised_sizes = self._call(original_call, module, args, kwargs)
         after = flatten_arguments(args, kwargs)
@@ -220,7 +245,7 @@ class _Recorder:
             caller.fail(f"hands {path} a container that {path} writes to")
         with self._suspend(), torch._C.DisableTorchFunction():
             result = caller.bind(node, path, result)
-        caller.resume()
+            caller.resume()
         if caller.shapes is not None and not has_raised_sizes:
             # a leaf that torch's functions do not show (TorchScript): nothing says what it makes of sizes
             with torch._C.DisableTorchFunction():
@@ -248,7 +273,17 @@ class _Recorder:
             caller = self._stack[-1] if self._stack else None
             path = self._paths[id(module)]
             with torch._C.DisableTorchFunction():
-                frame = Frame(module, path, forward, args, kwargs, caller=caller, is_symbolic=self._is_symbolic)
+                frame = Frame(
+                    module,
+                    path,
+                    forward,
+                    args,
+                    kwargs,
+                    caller=caller,
+                    is_symbolic=self._is_symbolic,
+                    precedents=self._precedents,
+                    signature=self._signatures[id(module)],
+                )
             if override is not None:
                 frame.fail("is replaced on the instance, where the class's forward does not run")
             result = self._run(frame, forward, *frame.arguments)
@@ -289,7 +324,7 @@ class _Recorder:
         twin = next((variant for variant in variants if variant.guard == outcome.guard), None)
         if twin is None:
             variants.append(outcome)
-        elif str(twin.graph) != str(outcome.graph):
+        elif twin.graph is not outcome.graph and str(twin.graph) != str(outcome.graph):
             reason = "runs differently in two calls that no guard can tell apart"
             self._opaque.setdefault(path, Opaque(reason, frame.definition))
 
@@ -314,29 +349,37 @@ class _Recorder:
                 shapes.fix(args)
         frame = self._frame
         given, options = concrete(args), concrete(dict(kwargs))
+        written = [leaf for leaf in pytree.tree_leaves(list(args)) if _is_tensor(leaf)] if writes else []
+        layouts = [look_outside(tensor) for tensor in written]
         if frame is None:
             result = func(*given, **options)
             if shapes is not None:
                 with self._suspend():
                     shapes.follow(func, args, kwargs, result)
+                    if layouts != [look_outside(tensor) for tensor in written]:
+                        shapes.forbid_following()
             return result
         if func is torch._C._set_grad_enabled:
             frame.switches_grad_mode = True
         tainted = frame.is_tainted((args, kwargs))
         reads = name in _SIZE_READS or name in _STATIC_READS
-        node = None if reads else frame.prepare("call_function", target, operands, kwargs)
         with self._suspend():
+            node = None if reads else frame.prepare("call_function", target, operands, kwargs)
             try:
                 result = func(*given, **options)
             except Exception:
                 frame.withdraw(node)
-                if name != "__bool__" or not args[0].is_meta:
+                if name not in _DATA_READS or not args[0].is_meta:
                     raise
                 # any answer will do: the frame has no graph now, and what its children record is guarded
-                self._fail_on_data(frame, "depends on data, which meta tensors lack: __bool__ was taken for False")
-                return False
+                answer = False if name == "__bool__" else func(_ones_like(args[0]), *map(_ones_like, given[1:]))
+                taken = repr(answer) if isinstance(answer, (bool, int, float)) else "ones"
+                self._fail_on_data(frame, f"depends on data, which meta tensors lack: {name} was taken for {taken}")
+                return answer
             if reads:
                 frame.reads_strides |= name in _STRIDE_READS
+                if name in _STATIC_READS and isinstance(args[0], Tensor):
+                    frame.note_kind_read(args[0])
                 if tainted and name in _SIZE_READS:
                     self._fail_on_data(frame, f"reads {name} of a tensor whose size depends on data")
                 return result
@@ -348,6 +391,8 @@ class _Recorder:
                 self._fail_on_data(frame, f"depends on data: {name} gives {with_article(result)}")
             if shapes is not None and not _has_sizes_from_data(name, args, kwargs):
                 shapes.follow(func, args, kwargs, result)
+                if layouts != [look_outside(tensor) for tensor in written]:
+                    shapes.forbid_following()
             result = frame.bind(node, target, result, writes=writes)
         if tainted or _has_sizes_from_data(name, args, kwargs):
             frame.taint(result)
@@ -369,7 +414,7 @@ class _Recorder:
             frame.fail("checkpoints a part of itself, which a graph would not recompute")
             return run(*args, **kwargs)
         target = FunctionCall(function)
-        with torch._C.DisableTorchFunction():
+        with self._suspend(), torch._C.DisableTorchFunction():
             node = frame.prepare("call_function", target, args, kwargs)
         with self._suspend():
             result = run(*concrete(args), **concrete(kwargs))
@@ -428,6 +473,10 @@ def _normalise(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+def _ones_like(value: Any) -> Any:
+    return torch.ones(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
 
 
 def _writes(name: str, options: Mapping[str, Any]) -> bool:
@@ -492,6 +541,9 @@ _STATIC_READS = frozenset(
 """Reads that give Python values which follow from the dtypes and devices the guard holds."""
 
 _AUTOGRAD_READS = frozenset({"requires_grad", "grad_fn", "is_leaf", "grad", "_version", "data_ptr"})
+
+_DATA_READS = frozenset({"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "equal"})
+"""Reads of a tensor's data that give Python values, for which meta tensors have none to give."""
 
 _WRITERS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"})
 

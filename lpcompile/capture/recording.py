@@ -1,10 +1,12 @@
 """What recording a model yields: per module, the graphs of its forward, or the reason why there is none."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
+from lpcompile.capture.graph_code import is_same_graph
 from lpcompile.capture.guards import Guard
 
 
@@ -49,3 +51,27 @@ class RecordResult:
 
     recordings: dict[str, list[Recording]] = field(default_factory=dict)
     opaque: dict[str, Opaque] = field(default_factory=dict)
+    reached: frozenset[str] = frozenset()
+    """Every module that was called, leaves and what they call included."""
+
+
+def merged(earlier: Sequence[Recording], later: Sequence[Recording]) -> list[Recording]:
+    """Both, less what an earlier one stands for already; one that differs only in the training mode of its call, and
+    has the same graph, stands for the two.
+
+    A module that reads its training mode without passing it on to an operation (to count, say) is opaque already.
+    """
+    found = list(earlier)
+    for recording in later:
+        guard = replace(recording.guard, training=None)
+        for index, twin in enumerate(found):
+            if replace(twin.guard, training=None) != guard:
+                continue
+            if twin.guard.training in (None, recording.guard.training):
+                break
+            if is_same_graph(twin.graph, recording.graph):
+                found[index] = replace(twin, guard=guard)
+                break
+        else:
+            found.append(recording)
+    return found

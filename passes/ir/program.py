@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import fx
 
+from passes.finding import Finding
 from runtime.kernels.dispatch import Choice
 from runtime.numerics.specs import LayerSpec, Role
 from runtime.ops import OPS
@@ -27,6 +28,9 @@ REPEATED = "lp_repeated"
 """Key of `node.meta`: True on a GEMM that one forward runs many times, once per time step."""
 WEIGHT = "lp_weight"
 """Key of `node.meta`: True on a placeholder that is a weight, or a part of one."""
+NODE_META: dict[str, type] = {SITE: str, GROUP: int, SPEC: LayerSpec, REPEATED: bool, WEIGHT: bool}
+"""Every key of `node.meta` that the text form keeps, with what lies under it: a plain type, or one that prints and
+parses. An absent key and a false value mean the same."""
 STATE = "_lp_state"
 """The attribute under which every compiled module holds the model's RunState; graphs read it by get_attr."""
 CASTS = "lp_casts"
@@ -42,6 +46,10 @@ class Unit:
     kind: Literal["leaf", "module"]
     fed: fx.Graph | None = None
     """Of a leaf: the same graph, with the casts of its input taken from the caller. Made by share-casts."""
+    is_observed: bool = False
+    """Hooks see the module's input or output: no pass may leave the call out, or hand it other tensors."""
+    is_forward_only: bool = False
+    """A pass took the carriers of gradients out of the graph: it stands for the forward only where grad mode is off."""
 
 
 @dataclass
@@ -56,6 +64,12 @@ class Program:
     """Sites that the policy names and that run as the uncompiled model does, with the reason."""
     choices: dict[str, dict[Role, Choice]] = field(default_factory=dict)
     """The backend of every site and role."""
+    findings: list[Finding] = field(default_factory=list)
+    """What passes found wrong or risky in what the policy says."""
+    decisions: dict[str, dict[Role, str]] = field(default_factory=dict)
+    """What a pass decided about a site and role where the policy left it open, with the reason."""
+    passes: list[str] = field(default_factory=list)
+    """What has run on it, in order, as passes print: a file says it too."""
 
     def leaf(self, path: str) -> Unit | None:
         """The unit of the leaf module at `path`, if it is one."""

@@ -2,8 +2,8 @@
 
 The C++ kernel serves fp32, bf16 and fp16 tensors on the CPU (a strided one is copied first), every format within
 fp32's normal exponents, tables of up to 38 values, block formats, every rounding, every granularity of scale. All else
-takes the oracle, and so does a machine without a compiler. On CUDA the Triton kernel serves the same dtypes and scales
-and every format with a `cast_plan`; tables and block formats take the oracle there.
+takes the oracle, and so does a machine without a compiler. On CUDA Triton kernels serve the same dtypes and scales,
+block formats and every format with a `cast_plan`; tables take the oracle there. Nothing here waits for a CUDA device.
 """
 
 from functools import partial
@@ -23,13 +23,14 @@ from runtime.kernels.cpu.cast_library import (
     num_threads,
 )
 from runtime.kernels.cpu.philox import random_plan, signed_seed
-from runtime.kernels.triton import has_triton
+from runtime.kernels.traced_cast import Draw, is_traced, traced_to_grid
+from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.cast_plans import block_plan, cast_plan, table_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter
-from runtime.numerics.scaling import block_lanes, from_lanes, matrix_shape, tile_shape
+from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes, matrix_shape, tile_shape
 from runtime.numerics.specs import QuantSpec, ScaleSpec
 
 
@@ -39,10 +40,13 @@ def fast_to_grid(
 ) -> Tensor:  # fmt: skip
     """`casts.to_grid`, same values, held in `dtype`, which must have them all; x itself for the identity spec.
 
-    float32 (the default) is float64 for float64 x. bfloat16 is float32 for a block cast with values below its range.
+    float32 (the default) is float64 for float64 x. bfloat16 is float32 for a block cast with values below its range,
+    and for every block cast on CUDA, where only waiting for the device would tell.
     """
     if spec.is_identity:
         return x
+    if torch.compiler.is_compiling():
+        return _traced(x, spec, scale, dtype, Draw(seed, step, stream, offset))
     if spec.is_block:
         return _blocks_to_grid(x, spec, dtype, seed, step, stream, offset)[0]
     if not _is_served(x, spec, scale):
@@ -53,35 +57,52 @@ def fast_to_grid(
     return out
 
 
+def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
+    """The cast in code that is compiled: operations that fuse, or the opaque op of runtime/traced.py."""
+    if spec.is_block or not is_traced(x, spec.format, spec.rounding):
+        result: Tensor = torch.ops.lp.to_grid(x, scale, str(spec), dtype, signed_seed(draw.seed), *draw[1:])
+        return result
+    divisor = None if scale is None else expand_scale(scale, x.shape, spec)
+    return traced_to_grid(x, spec.format, spec.rounding, divisor, draw).to(dtype)
+
+
 def fast_to_grid_checked(
     x: Tensor, spec: QuantSpec, scale: Tensor | None, *, dtype: torch.dtype = torch.float32,
     seed: int = 0, step: int = 0, stream: int = 0, offset: int = 0,
-) -> tuple[Tensor, bool]:  # fmt: skip
-    """`fast_to_grid` and whether any element overflowed: |x / scale| non-finite, or above max once rounded.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`fast_to_grid` and whether any element overflowed, bool (): |x / scale| non-finite, or above max once rounded.
 
     Once rounded, as IEEE 754 defines overflow: under an amax scale the largest element is max (1 +- 2^-23) before
     rounding and would count as overflow half of the time. For the identity spec, and for a block spec, which scales
     every block into range: whether x holds an Inf or NaN.
     """
     if spec.is_identity:
-        return x, bool(x.numel()) and not bool(torch.stack(torch.aminmax(x)).isfinite().all())
+        return x, _has_nonfinite(x)
     if spec.is_block:
         return _blocks_to_grid(x, spec, dtype, seed, step, stream, offset)
     if not _is_served(x, spec, scale):
         cast = partial(to_grid, x, spec, scale, seed=seed, step=step, stream=stream, offset=offset)
         row = get_format(spec.format)
         unbounded = cast(overflow="unbounded")
-        return _held(cast(), dtype), not bool(((unbounded >= row.min) & (unbounded <= row.max)).all())
+        return _held(cast(), dtype), ~((unbounded >= row.min) & (unbounded <= row.max)).all()
     out, beyond = torch.ops.lp.cast_to_grid(
         x.detach().contiguous(), scale, str(spec), dtype, signed_seed(seed), step, stream, offset
     )
-    return out, bool(beyond)
+    return out, beyond
+
+
+def _has_nonfinite(x: Tensor) -> Tensor:
+    if not x.numel():
+        return torch.zeros((), dtype=torch.bool, device=x.device)
+    return ~torch.stack(torch.aminmax(x)).isfinite().all()
 
 
 def _blocks_to_grid(
     x: Tensor, spec: QuantSpec, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> tuple[Tensor, bool]:
-    """The grid values of a block spec, in float32 if `dtype` has not all of them, and whether x holds an Inf or NaN."""
+) -> tuple[Tensor, Tensor]:
+    """The grid values of a block spec, in float32 if `dtype` may not have all of them, and whether x holds an Inf or
+    NaN.
+    """
     plan, is_stochastic = block_plan(get_block_format(spec.format), spec.rounding), spec.rounding == "stochastic"
     if is_stochastic:
         check_counter(step, stream, offset)
@@ -90,16 +111,19 @@ def _blocks_to_grid(
         fast_blocks, lanes, plan, is_divided=False, is_stochastic=is_stochastic,
         seed=seed, step=step, stream=stream, offset=offset,
     )  # fmt: skip
-    fast = cast(dtype=dtype)
+    fast = cast(dtype=torch.float32 if x.is_cuda and dtype == torch.bfloat16 else dtype)
     if fast is None:
         grid = to_grid(x, spec, None, seed=seed, step=step, stream=stream, offset=offset)
+        is_bad = grid.isnan().any()
+        if x.is_cuda:
+            return grid.float(), is_bad
         held = _held(grid, dtype)
-        return held if bool(((held == grid) | grid.isnan()).all()) else grid.float(), bool(grid.isnan().any())
-    said = int(fast.said)
-    if said & 2 and dtype == torch.bfloat16:
+        return held if bool(((held == grid) | grid.isnan()).all()) else grid.float(), is_bad
+    is_bad = fast.said & 1 != 0
+    if not x.is_cuda and dtype == torch.bfloat16 and int(fast.said) & 2:
         fast = cast(dtype=torch.float32)
         assert fast is not None
-    return from_lanes(fast.values, x.shape, spec.along), bool(said & 1)
+    return from_lanes(fast.values, x.shape, spec.along), is_bad
 
 
 def _held(grid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,8 +149,7 @@ def _is_served(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> bool:
 
 def _is_readable_on_cuda(x: Tensor, spec: QuantSpec) -> bool:
     """Whether the Triton kernel can read x; it has no tables."""
-    is_dense = x.is_cuda and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0
-    return is_dense and has_triton() and cast_plan(spec.format, spec.rounding) is not None
+    return is_readable_by_triton(x) and cast_plan(spec.format, spec.rounding) is not None
 
 
 def _cast_to_grid_cuda(

@@ -3,10 +3,12 @@ declines with a reason.
 
 Fidelity of an accepted GEMM:
 
-    bitwise       equal to the reference, bit for bit format-exact  operands embed, same accumulator and output format;
-    only the order of additions differs (bound in the reason) bounded       a stated cause makes it differ by a stated
-    bound emulated      runs in the emulation kernel, which rounds after every add refused       runs as the uncompiled
-    model does; the reason says why
+    bitwise       equal to the reference, bit for bit
+    format-exact  operands embed, same accumulator and output format; only the order of additions differs (bound in
+                  the reason)
+    bounded       a stated cause makes it differ by a stated bound
+    emulated      runs in the emulation kernel, which rounds after every add
+    refused       runs as the uncompiled model does; the reason says why
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from runtime.contractions import Linear, LinearKN, Matmul, Side
 from runtime.errors import NotSupported
 from runtime.kernels import cuda, reference, torch_native
 from runtime.kernels.cpu import accumulate as cpu_accumulate
@@ -22,7 +25,7 @@ from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, embeds, get_format
-from runtime.numerics.specs import FP32_SUMS, AccumulateSpec, GemmSpec, Role
+from runtime.numerics.specs import FP32_SUMS, AccumulateSpec, GemmSpec, QuantSpec, Role
 
 Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
 
@@ -77,7 +80,7 @@ def _consider_cpu(request: GemmRequest) -> Choice | Declined:
     lhs, rhs = grid_format(spec.lhs.format), grid_format(spec.rhs.format)
     if request.device != "cpu" or request.kind not in ("linear", "linear_kn"):
         return Declined(name, f"it has no {request.kind} on {request.device}")
-    if spec.accumulator == _INT32 and spec.lhs.format == spec.rhs.format == "int8" and cpu_gemm.int8_library():
+    if _is_int8(request) and cpu_gemm.int8_library():
         return Choice(name, "cpu_int8", "bitwise", "int8 products add exactly in int32, on AMX tiles")
     if spec.accumulator != FP32_SUMS:
         return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
@@ -94,33 +97,36 @@ def _consider_cpu(request: GemmRequest) -> Choice | Declined:
 
 
 def _consider_cuda(request: GemmRequest) -> Choice | Declined:
-    """FP8 or bf16 units with fp32 results, for the matrices of linear layers."""
+    """The narrowest matrix unit that holds both operands, with fp32 results, for the matrices of linear layers."""
     name, spec, device = cuda.NAME, request.spec, cuda.current_capability()
     lhs, rhs = grid_format(spec.lhs.format), grid_format(spec.rhs.format)
-    operands = f"{spec.lhs.format} and {spec.rhs.format}"
     if device is None:
         return Declined(name, "no CUDA device is here")
     if spec.is_identity or request.kind not in ("linear", "linear_kn"):
         return Declined(name, f"torch's own {request.kind} runs it")
-    if spec.accumulator != FP32_SUMS or spec.out != "fp32":
-        return Declined(name, f"it sums in fp32 to fp32, not in {_sum_of(spec)} to {spec.out}")
-    if not (embeds(lhs, "bf16") and embeds(rhs, "bf16")):
-        return Declined(name, f"{operands} do not embed in bf16")
-    if not device.has_bf16:
-        return Declined(name, f"{device.device} has no bf16 units")
-    if not device.has_fp8:
-        why = f"{device.device} has no FP8 units"
-    elif not (embeds(lhs, "e4m3") and embeds(rhs, "e4m3")):
-        why = f"{operands} do not embed in e4m3"
-    elif _may_fold(spec):
-        why = "a power-of-two scale that varies along the sum is multiplied into the values, which leave e4m3"
-    elif device.is_short_sum:
-        short = f"{device.device} adds FP8 products in about 14 bits, |error| <= (K-1) 2^-13 sum|a b|"
-        return Choice(name, "cuda_fp8", "bounded", f"{operands} embed in e4m3; {short}")
-    else:
-        return Choice(name, "cuda_fp8", "format-exact", f"{operands} embed in e4m3, fp32 sums; {_ORDER_BOUND}")
-    fidelity: Fidelity = "bounded" if _can_underflow(spec) else "format-exact"
-    return Choice(name, "cuda_bf16", fidelity, f"{why}; both embed in bf16, fp32 sums; {_ORDER_BOUND}")
+    casts = "" if device.has_triton else "; casts are torch ops: triton is not installed"
+    if _is_int8(request) and device.has_int8:
+        return Choice(name, "cuda_int8", "bitwise", f"int8 products add exactly in int32{casts}")
+    if spec.accumulator != FP32_SUMS:
+        return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
+    operands, folds = f"{spec.lhs.format} x {spec.rhs.format}", _folds(request)
+    containers = cuda.fp8_containers(lhs, rhs)
+    if containers and device.has_fp8 and not folds:
+        held = " x ".join(f"{c.name} shifted by 2^{c.shift}" if c.shift else c.name for c in containers)
+        return Choice(name, "cuda_fp8", "bounded", f"{operands} embeds in {held}; {device.fp8_sum}{casts}")
+    why = "no FP8 pair holds " + operands if not containers else f"{device.device} has no FP8 units"
+    if containers and device.has_fp8:
+        why = "a power-of-two scale that varies along the sum is multiplied into the values, which leave FP8"
+    units = (("bf16", device.has_bf16, False), ("fp16", device.has_fp16, folds))
+    unit = next((u for u, is_here, leaves in units if is_here and not leaves and embeds(lhs, u) and embeds(rhs, u)), "")
+    if not unit:
+        return Declined(name, f"{why}; {device.device} has no unit that holds both operands")
+    if spec.out == "bf16" == unit:
+        return Declined(name, f"{why}; torch's own bf16 GEMM has this output")
+    if not device.has_mm_out_dtype:
+        return Declined(name, f"{why}; this torch rounds {unit} sums to {unit}: its mm has no out_dtype")
+    bound = cuda.product_bound(23)
+    return Choice(name, f"cuda_{unit}", "bounded", f"{why}; both embed in {unit}, whose unit cuts sums, {bound}{casts}")
 
 
 def _consider_cpu_emulation(request: GemmRequest) -> Choice | Declined:
@@ -134,10 +140,21 @@ def _consider_cpu_emulation(request: GemmRequest) -> Choice | Declined:
     return Choice("cpu_emulation", "cpu_accumulate", "emulated", how)
 
 
-def _may_fold(spec: GemmSpec) -> bool:
-    """Whether an operand has a scale that can vary along the sum, and is then multiplied into its grid values."""
-    scales = (spec.lhs.scale, spec.rhs.scale)
-    return any(scale and scale.rule == "pow2" and scale.granularity != "tensor" for scale in scales)
+def _folds(request: GemmRequest) -> bool:
+    """Whether a scale varies along the sum, and is then multiplied into the grid values of its operand."""
+    axes = _FREE_AXES.get(request.kind)
+    operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", request.spec.lhs), ("rhs", request.spec.rhs))
+    for side, operand in operands:
+        free = ("tensor", axes[request.role, side]) if axes else ("tensor",)
+        if operand.scale is not None and operand.scale.granularity not in free:
+            return True
+    return False
+
+
+def _is_int8(request: GemmRequest) -> bool:
+    """Whether int8 matrices are multiplied into int32 sums."""
+    spec = request.spec
+    return spec.accumulator == _INT32 and spec.lhs.format == spec.rhs.format == "int8" and not _folds(request)
 
 
 def _can_underflow(spec: GemmSpec) -> bool:
@@ -164,19 +181,29 @@ def _consider_torch(request: GemmRequest) -> Choice | Declined:
     if spec.accumulator == _INT32:
         if spec.lhs.format != "int8" or spec.rhs.format != "int8":
             return Declined(name, f"int32 sums need int8 operands, not {spec.lhs.format} x {spec.rhs.format}")
-        if request.kind not in ("linear", "linear_kn"):
-            return Declined(name, f"torch has no int8 {request.kind}")
+        if _folds(request):
+            return Declined(name, "a scale inside the sum leaves the integers")
+        if request.kind not in ("linear", "linear_kn") or request.device != "cpu":
+            return Declined(name, f"torch has no int8 {request.kind} of any size on {request.device}")
         return Choice(name, "int8", "bitwise", "int8 products add exactly in int32")
     if spec.accumulator != FP32_SUMS:
         return Declined(name, f"hardware sums in fp32, not {_sum_of(spec)}")
     bf16, fp32 = get_format("bf16"), get_format("fp32")
+    on_cuda = request.device == "cuda"
     if spec.out == "bf16" and embeds(lhs, bf16) and embeds(rhs, bf16):
         return Choice(
             name,
             "bf16",
             "bounded",
-            f"bf16 GEMM, fp32 sums rounded once to bf16; subnormal bf16 operands may count as 0; {_ORDER_BOUND}",
+            "bf16 GEMM, fp32 sums rounded once to bf16"
+            + (", parts of a sum too where torch splits K (allow_bf16_reduced_precision_reduction)" if on_cuda else "")
+            + f"; subnormal bf16 operands may count as 0; {_ORDER_BOUND}",
         )
+    if on_cuda and (device := cuda.current_capability()) and device.allows_tf32[request.kind == "conv"]:
+        if not (embeds(lhs, "tf32") and embeds(rhs, "tf32")):
+            return Declined(name, "torch may round fp32 operands to tf32: torch.backends has allow_tf32 set")
+        how = f"{spec.lhs.format} and {spec.rhs.format} embed in tf32, which torch may use and whose unit cuts sums"
+        return Choice(name, "fp32", "bounded", f"{how}, {cuda.product_bound(23)}")
     if embeds(lhs, fp32) and embeds(rhs, fp32):
         return Choice(
             name, "fp32", "format-exact", f"{spec.lhs.format} and {spec.rhs.format} embed in fp32; {_ORDER_BOUND}"
@@ -196,6 +223,8 @@ def _unit_of(spec: GemmSpec) -> str:
 
 
 _INT32 = AccumulateSpec("int32")
+_FREE_AXES = {"linear": Linear().free_axis, "linear_kn": LinearKN().free_axis, "matmul": Matmul().free_axis}
+"""Along which axis a scale leaves the sum; of a convolution along none."""
 _ORDER_BOUND = "order of additions differs, |error| <= (K-1) 2^-24 sum|a b|"
 
 BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (
@@ -211,7 +240,9 @@ EMULATED = ("cpu_accumulate", "sequential")
 
 
 def multiplier(method: str, spec: GemmSpec, key: RandomKey = NO_KEY) -> Callable[[Tensor, Tensor], Tensor]:
-    """The product of two matrices of grid values by `method` of a Choice; `key` is for stochastic sums."""
+    """The product of two matrices of grid values by `method` of a Choice: a of `spec.lhs`, b of `spec.rhs`; `key` is
+    for stochastic sums.
+    """
     if method == "cpu_accumulate":
         return lambda a, b: cpu_accumulate.multiply(a, b, spec, key)
     if method == "cpu_bf16":
@@ -219,9 +250,13 @@ def multiplier(method: str, spec: GemmSpec, key: RandomKey = NO_KEY) -> Callable
     if method == "cpu_int8":
         return cpu_gemm.multiply_int8
     if method == "cuda_fp8":
-        return cuda.multiply_fp8
-    if method == "cuda_bf16":
-        return cuda.multiply_bf16
+        containers = cuda.fp8_containers(grid_format(spec.lhs.format), grid_format(spec.rhs.format))
+        assert containers is not None
+        return lambda a, b: cuda.multiply_fp8(a, b, containers)
+    if method in ("cuda_bf16", "cuda_fp16"):
+        return cuda.multiply_half
+    if method == "cuda_int8":
+        return cuda.multiply_int8
     if method == "sequential":
         return lambda a, b: reference.multiply(a, b, spec, key)
     return torch_native.multiply

@@ -6,7 +6,7 @@
     bf16    bf16         fp32     bf16     every operand format embeds in bf16, and the policy's output is bf16
     int8    int8         int32    fp32     integers below 2^31 add exactly, in any order
 
-It serves where the cpu backend declines: without AVX512-BF16 or a compiler, on CUDA, for convolutions and batches.
+It serves where the cpu and cuda backends decline: without AVX512-BF16 or a compiler, for convolutions and batches.
 """
 
 import torch
@@ -21,7 +21,9 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "int8": torch.int8,
     "cpu_int8": torch.int8,
+    "cuda_int8": torch.int8,
     "cuda_bf16": torch.bfloat16,
+    "cuda_fp16": torch.float16,
     "cuda_fp8": torch.bfloat16,  # narrowed by the method; exact in both
 }
 """The dtype that a method multiplies, where it is one."""

@@ -40,7 +40,8 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
         return 1.0 / two_level_divisor(block_lanes(x, spec.along), get_block_format(spec.format).block)
     assert spec.scale is not None
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
-    fast = fast_scale(x, tile_shape(x.shape, spec.scale), largest, is_pow2)
+    is_compiling = torch.compiler.is_compiling()  # then operations that fuse
+    fast = None if is_compiling else fast_scale(x, tile_shape(x.shape, spec.scale), largest, is_pow2)
     if fast is not None:
         return fast.reshape(scale_shape(x.shape, spec.scale))
     amax = group_amax(x, spec.scale)

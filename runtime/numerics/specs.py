@@ -137,6 +137,7 @@ class QuantSpec:
 
 
 IDENTITY = QuantSpec()
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class AccumulateSpec:
 
     runtime/kernels/reference.py defines the order of additions and every rounding. `rounding` None is the row's own
     (`mode`); naming the row's own is the same spec. An integer accumulator adds exactly and has no rounding: it
-    saturates at the row's ends, or wraps as two's complement of its bits.
+    saturates at the row's ends, or wraps as two's complement of its bits. AUTO for a format leaves it open.
     """
 
     format: str = "fp32"
@@ -156,7 +157,7 @@ class AccumulateSpec:
     overflow: AccumulateOverflow = "saturate"
 
     def __post_init__(self) -> None:
-        row = get_format(self.format)
+        row = get_format("fp32" if self.is_open else self.format)
         _check("product", self.product, PRODUCTS)
         _check("model of accumulation", self.model, ACCUMULATE_MODELS)
         _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
@@ -185,7 +186,12 @@ class AccumulateSpec:
 
     @property
     def is_integer(self) -> bool:
-        return isinstance(get_format(self.format), IntFormat)
+        return not self.is_open and isinstance(get_format(self.format), IntFormat)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the format is still to be chosen (the pass choose-accumulator): such a spec runs nowhere."""
+        return self.format == AUTO
 
     def __str__(self) -> str:
         chunk = f"/{self.chunk}" if self.chunk else ""

@@ -79,7 +79,7 @@ def test_under_torchrun_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("verb", ["opt", "quantize", "search", "export", "reproduce"])
+@pytest.mark.parametrize("verb", ["quantize", "search", "export", "reproduce"])
 def test_planned_verbs_are_refused_by_name(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert f'"{verb}"' in refuse(capsys, verb, "--any", "thing")
 

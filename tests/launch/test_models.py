@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launch.config import ConfigError, RunConfig
-from launch.models import build_model, sites_for_check
+from launch.models import build_model, model_for_check
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
@@ -25,10 +25,10 @@ def test_dtype_is_that_of_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_sites_for_check_end_with_the_head(family: str) -> None:
-    assert sites_for_check(family)[-1].name == "lm_head"
+def test_a_model_for_check_ends_with_the_head(family: str) -> None:
+    assert list(dict(model_for_check(family).named_modules()))[-1] == "lm_head"
 
 
 def test_an_unknown_model_is_told_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r'"gtp" is not a model. Did you mean "gpt"'):
-        sites_for_check("gtp")
+        model_for_check("gtp")

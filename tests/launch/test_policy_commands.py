@@ -94,7 +94,7 @@ def test_a_narrow_terminal_does_not_cut_the_names_of_gemms(
 
 
 def test_a_rule_that_matches_nothing_is_told_and_refused_if_strict(capsys: pytest.CaptureFixture[str]) -> None:
-    sentence = "unmatched.yaml:6: rules[1] (name no_such_layer) matched none of the 13 GEMMs"
+    sentence = "unmatched.yaml:6: rules[1]: (name no_such_layer) matched none of the 13 GEMMs"
     assert f"warning: {sentence}" in say(capsys, "check", "unmatched.yaml", "--model", "gpt")
     assert sentence in refuse(capsys, "check", "unmatched.yaml", "--model", "gpt", "--strict")
 

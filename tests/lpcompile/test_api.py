@@ -368,6 +368,41 @@ def test_a_replaced_functional_linear_hides_no_gemm(monkeypatch: pytest.MonkeyPa
     assert all(row.runs_as_policy_says for row in rows)
 
 
+class _Zero3Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, 3 * grad.t() @ x  # unlike what autograd would do: a lost backward shows
+
+
+def test_a_functional_linear_that_is_an_autograd_function_is_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ZeRO-3: its backward is kept, and the certificate says that no graph shows its product."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": (nn.functional.linear(x, self.weight) @ self.weight).sum()}
+
+    plain = report(lpcompile(Functional(), "fp32-emulated", (torch.ones(2, 4),), strict=True))
+    assert {row.name for row in plain.gemms} == {"linear_0", "matmul_0"}
+    assert plain.unreached == {}
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, b=None: _Zero3Linear.apply(x, w))
+    model, call = Functional(), {"x": torch.randn(2, 4)}
+    original = copy.deepcopy(model)
+    found = report(lpcompile(model, "fp32-emulated", example_kwargs=call, strict=True))
+    assert {row.name for row in found.gemms} == {"matmul_0"}
+    assert "calls _Zero3Linear, an autograd.Function" in found.unreached[""]
+    assert _same(_loss_and_grads(model, call)[1], _loss_and_grads(original, call)[1])
+
+
 def test_a_named_gemm_that_no_graph_holds_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("passes.annotate.read_gemm", lambda node: None)
     model = nn.Sequential(nn.Linear(8, 8))

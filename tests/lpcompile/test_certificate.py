@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lpcompile import lpcompile, report
+from tests.models_for_tests import tiny_llama, token_batch
 
 POLICY = """
 version: 1
@@ -59,3 +61,41 @@ def test_html_is_one_page_with_every_row_escaped(tmp_path: Path) -> None:
     assert page.count('<tr class="refused">') == 3
     assert "<script" not in page
     assert "&lt;= (K-1)" in page, "reasons hold <= signs"
+
+
+class HalfCalled(nn.Module):
+    """`skipped` is a leaf whose weight is multiplied by an operation of the module, as Mamba's mixer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.skipped = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x) @ self.skipped.weight
+
+
+def test_leaf_that_the_recorded_forward_never_called() -> None:
+    model = lpcompile(HalfCalled(), "fp32-emulated", (torch.ones(2, 8),), strict=True)
+    found = report(model)
+    assert found.uncalled == ["skipped"]
+    by_name = {row.name: row for row in found.gemms if row.role == "fwd"}
+    assert by_name["skipped"].backend == "none"
+    assert by_name["skipped"].fidelity == "not-called"
+    assert by_name["skipped"].reason.startswith("not called by the recorded forward")
+    assert by_name["called"].fidelity == by_name["matmul_0"].fidelity == "format-exact"
+    text = found.to_text()
+    assert "6 of 6 named GEMMs run so" in text
+    assert "never called: skipped: not called by the recorded forward" in text
+    assert found.by_backend()["none/not-called"] == 3
+
+    unknown = report(lpcompile(HalfCalled(), "fp32-emulated"))
+    assert unknown.uncalled == [], "no forward was recorded"
+    assert {row.fidelity for row in unknown.gemms} == {"format-exact"}
+
+
+def test_tied_head_and_leaves_of_opaque_modules_are_called() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    call = {**token_batch(), "use_cache": True}  # a cache among the arguments: attention is opaque
+    found = report(lpcompile(model, "fp32-emulated", example_kwargs=call))
+    assert found.opaque
+    assert found.uncalled == []

@@ -1,4 +1,7 @@
-"""Block cast: the values of runtime/numerics/block_casts.py, bit for bit, in one pass of C++ (nvfp4: two)."""
+"""Block cast: the values of runtime/numerics/block_casts.py, bit for bit, in one pass of C++ (nvfp4: two).
+
+The same ops run on CUDA as Triton kernels.
+"""
 
 import ctypes
 from typing import NamedTuple
@@ -9,6 +12,7 @@ from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.cast_library import DTYPES, OUT_DTYPES, BlockPlan, cast_library, is_readable, num_threads
 from runtime.kernels.cpu.philox import random_plan, signed_seed
+from runtime.kernels.triton import is_readable_by_triton
 
 
 class BlockValues(NamedTuple):
@@ -28,7 +32,7 @@ def fast_blocks(
 
     The random counters are in their ranges: the caller has checked them.
     """
-    if plan is None or not is_readable(x) or cast_library() is None:
+    if plan is None or not _is_served(x):
         return None
     x, is_two_level = x.detach().contiguous(), plan.rule == TWO_LEVEL
     divisor = torch.ops.lp.block_divisor(x) if is_two_level else torch.ones((), device=x.device)
@@ -41,9 +45,13 @@ def fast_blocks(
 
 def fast_divisor(x: Tensor) -> Tensor | None:
     """S of nvfp4, fp32, (); None if x is not served."""
-    if not is_readable(x) or cast_library() is None:
+    if not _is_served(x):
         return None
     return torch.ops.lp.block_divisor(x.detach().contiguous())
+
+
+def _is_served(x: Tensor) -> bool:
+    return is_readable_by_triton(x) or (is_readable(x) and cast_library() is not None)
 
 
 def divisor_of_amax(amax: Tensor) -> Tensor:
@@ -80,6 +88,23 @@ def _cast_blocks(
     return out, torch.tensor(said, dtype=torch.uint8)
 
 
+def _block_divisor_cuda(x: Tensor) -> Tensor:
+    from runtime.kernels.triton.block_cast import launch_finite_amax  # imports triton
+
+    return divisor_of_amax(launch_finite_amax(x, 16))
+
+
+def _cast_blocks_cuda(
+    x: Tensor, divisor: Tensor, plan: list[int], is_divided: bool, is_stochastic: bool, dtype: torch.dtype, seed: int,
+    step: int, stream: int, offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from runtime.kernels.triton.block_cast import launch_block_cast  # imports triton
+
+    words = BlockPlan.from_buffer_copy((ctypes.c_int32 * len(plan))(*plan))
+    draw = (seed, step, stream, offset) if is_stochastic else None
+    return launch_block_cast(x, words, divisor, is_divided, dtype, draw)
+
+
 def _cast_blocks_shape(
     x: Tensor, divisor: Tensor, plan: list[int], is_divided: bool, is_stochastic: bool, dtype: torch.dtype, seed: int,
     step: int, stream: int, offset: int,
@@ -92,10 +117,12 @@ TWO_LEVEL = 4
 _OPS = Library("lp", "FRAGMENT")
 _OPS.define("block_divisor(Tensor x) -> Tensor")
 _OPS.impl("block_divisor", _block_divisor, "CPU")
+_OPS.impl("block_divisor", _block_divisor_cuda, "CUDA")
 register_fake("lp::block_divisor", lambda x: x.new_empty((), dtype=torch.float32), lib=_OPS)
 _OPS.define(
     "cast_blocks(Tensor x, Tensor divisor, int[] plan, bool is_divided, bool is_stochastic, ScalarType dtype, "
     "int seed, int step, int stream, int offset) -> (Tensor, Tensor)"
 )
 _OPS.impl("cast_blocks", _cast_blocks, "CPU")
+_OPS.impl("cast_blocks", _cast_blocks_cuda, "CUDA")
 register_fake("lp::cast_blocks", _cast_blocks_shape, lib=_OPS)

@@ -164,7 +164,10 @@ constexpr int kOutBytes[] = {4, 2, 2, 1};
 void narrow(const float* __restrict from, void* to, int64_t at, int64_t count, int type) {
   if (type == kBf16) {
     uint16_t* __restrict out = static_cast<uint16_t*>(to) + at;
-    for (int64_t i = 0; i < count; ++i) out[i] = uint16_t(bits_of(from[i]) >> 16);
+    // A NaN gets the quiet bit: one whose payload lies in the low half alone would be cut to Inf.
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = uint16_t((bits_of(from[i]) | (from[i] != from[i] ? 0x400000u : 0u)) >> 16);
+    }
   } else if (type == kFp16) {
     uint16_t* __restrict out = static_cast<uint16_t*>(to) + at;
     for (int64_t i = 0; i < count; ++i) {

@@ -126,6 +126,22 @@ def test_gradient_checkpointing_recomputes_with_captured_code(
     assert_same(train_step(model, example.batch), train_step(original, example.batch))
 
 
+@pytest.mark.parametrize("name", ["gpt2-eager", "llama-eager"])
+def test_under_autocast_and_after_a_change_of_dtype_the_original_runs(name: str) -> None:
+    """Graphs recorded in fp32 hold fp32 constants and dtypes: neither is a call that they stand for."""
+    example = build(name)
+    original = copy.deepcopy(example.model)
+    model = capture(example.model, **example.batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = train_step(model, example.batch), train_step(original, example.batch)
+    assert actual[1].dtype == expected[1].dtype
+    assert_same(actual, expected)
+    assert num_hits(model) == 0
+    model.to(torch.bfloat16), original.to(torch.bfloat16)
+    assert_same(train_step(model, example.batch), train_step(original, example.batch))
+    assert not any(found.num_hits for path, found in records(model).items() if path.endswith("mlp"))
+
+
 def test_two_phases_follow_the_clock() -> None:
     @dataclass
     class Steps:

@@ -287,6 +287,40 @@ def test_side_effects_on_others_are_opaque_too() -> None:
     assert torch.equal(model.table, torch.arange(4.0))
 
 
+def test_side_effects_on_a_descendant_are_opaque_by_whatever_way() -> None:
+    history: list[int] = []
+
+    def through_vars(self: nn.Module, x: Tensor) -> Tensor:
+        vars(self.child.child)["calls"] = 7
+        return self.child(x) * 2
+
+    def through_an_alias(self: nn.Module, x: Tensor) -> Tensor:
+        history.append(1)
+        return self.child(x) * 2
+
+    def between_two_calls(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.child(x)
+        self.child.child.calls = 3
+        return self.child(y)
+
+    def buffers_by_hand(self: nn.Module, x: Tensor) -> Tensor:
+        self.child.child._buffers["table"] = x
+        return self.child(x) * 2
+
+    for function, name in (
+        (through_vars, "child.child.calls"),
+        (through_an_alias, "child.child.history"),
+        (between_two_calls, "child.child.calls"),
+        (buffers_by_hand, "child.child._buffers"),
+    ):
+        inner = Wrapped(lambda self, x: x * 2)
+        inner.calls, inner.history = 0, history
+        model = Wrapped(function, child=Wrapped(lambda self, x: self.child(x), child=inner))
+        assert name in reason_of(model, torch.randn(4))
+        assert inner.calls == 0
+        assert history == []
+
+
 def test_configuration_written_by_the_forward_is_opaque_and_restored() -> None:
     class Settings:
         calls = 0
@@ -481,4 +515,4 @@ def test_recording_a_captured_model_records_the_original() -> None:
 
 
 def test_signature_of_record() -> None:
-    assert list(inspect.signature(record).parameters) == ["model", "args", "kwargs", "is_leaf"]
+    assert list(inspect.signature(record).parameters) == ["model", "args", "kwargs", "is_leaf", "precedents"]

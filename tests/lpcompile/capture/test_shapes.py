@@ -234,3 +234,41 @@ def test_truth_of_a_meta_tensor_is_false_and_the_children_are_recorded() -> None
     result = record(model, (torch.empty(3, 4, device="meta"),), {}, is_leaf=lambda module: False)
     assert "__bool__ was taken for False" in result.opaque[""].reason
     assert list(result.recordings) == ["child"]
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "taken"),
+    [
+        (lambda x: x.sum().item(), "item", "1.0"),
+        (lambda x: int(x.sum()), "__int__", "1"),
+        (lambda x: float(x.sum()), "__float__", "1.0"),
+        (lambda x: x.long().sum().tolist(), "tolist", "1"),
+        (lambda x: x[0].tolist()[1], "tolist", "ones"),
+        (lambda x: len(range(x.long().sum())), "__index__", "1"),
+        (lambda x: 2.0 if torch.equal(x, x) else 1.0, "equal", "True"),
+    ],
+)
+def test_data_of_a_meta_tensor_is_taken_for_ones_and_told_with_its_line(read: Forward, name: str, taken: str) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        factor = read(x)
+        return self.child(x) * factor
+
+    model = Wrapped(forward, child=Wrapped(lambda self, x: x @ self.weight)).to("meta")
+    result = record(model, (torch.empty(3, 4, device="meta"),), {}, is_leaf=lambda module: False)
+    assert result.opaque[""].reason == f"depends on data, which meta tensors lack: {name} was taken for {taken}"
+    line = forward.__code__.co_firstlineno + 1
+    assert result.opaque[""].where == f"{__file__}:{line}"
+    assert list(result.recordings) == ["child"]
+
+
+def test_operation_without_a_meta_kernel_fixes_the_sizes_and_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """torch logs two tracebacks for each call of grouped_mm in fp32 on tensors without data."""
+
+    def grouped(self: nn.Module, x: Tensor) -> Tensor:
+        ends = torch.tensor([1, x.shape[0]], dtype=torch.int32)
+        return F.grouped_mm(x, self.weight.expand(2, 4, 4), offs=ends)
+
+    model = Wrapped(grouped)
+    result = record(model, (torch.randn(3, 4),), {}, is_leaf=lambda module: False)
+    assert "" in result.recordings or "" in result.opaque
+    assert not [entry for entry in caplog.records if entry.name.startswith("torch._subclasses")]

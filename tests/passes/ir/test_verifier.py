@@ -52,7 +52,15 @@ def _operand(position: int, value: Any) -> Callable[[fx.Node], None]:
 MUTATIONS: dict[str, tuple[str, Callable[[fx.Node], None], str]] = {
     "unknown format": ("lp.quantize", _attribute("spec", "e4m4 nearest_even"), "must be a cast"),
     "unknown rounding": ("lp.quantize", _attribute("spec", "e4m3 upward"), "must be a cast"),
-    "another format than the GEMM's": ("lp.quantize", _attribute("spec", "e5m2 nearest_even"), "cast to another spec"),
+    "another format than the GEMM's": (
+        "lp.quantize",
+        _attribute("spec", "e5m2 nearest_even row/amax"),
+        "cast to another spec",
+    ),
+    "a scale that the cast has not": ("lp.quantize", _attribute("spec", "e4m3 nearest_even"), "there where `spec` has"),
+    "a scale of nothing": ("lp.scale", _attribute("spec", "e4m3 nearest_even"), "`spec` must have a scale"),
+    "a number as text": ("lp.quantize", _attribute("site", "1"), "attribute site has another type"),
+    "a GEMM without a scale": ("lp.gemm", _operand(4, None), "must have a scale where `spec` has one"),
     "cast without spec": ("lp.quantize", _without("spec"), "wrong attributes"),
     "cast without site": ("lp.quantize", _without("site"), "wrong attributes"),
     "unknown attribute": ("lp.scale", _attribute("colour", "red"), "wrong attributes"),

@@ -128,23 +128,23 @@ def test_checked_tells_what_rounded_beyond_the_largest_value(use_kernel: bool, m
         x = torch.full((100,), 0.5)
         x[77] = value
         got, flag = fast_to_grid_checked(x, spec, None)
-        assert flag is expected, value
+        assert bool(flag) == expected, value
         assert same_bits(got, to_grid(x, spec, None))
-    assert fast_to_grid_checked(torch.tensor([127.4]), QuantSpec("int8"), None)[1] is False
-    assert fast_to_grid_checked(torch.tensor([127.6]), QuantSpec("int8"), None)[1] is True
+    assert not fast_to_grid_checked(torch.tensor([127.4]), QuantSpec("int8"), None)[1]
+    assert fast_to_grid_checked(torch.tensor([127.6]), QuantSpec("int8"), None)[1]
     for seed in range(50):  # amax / scale is max (1 +- 2^-23): no overflow
         x = torch.randn(64, generator=torch.Generator().manual_seed(seed))
         scaled = QuantSpec("e4m3", scale=ScaleSpec())
-        assert fast_to_grid_checked(x, scaled, compute_scale(x, scaled))[1] is False
+        assert not fast_to_grid_checked(x, scaled, compute_scale(x, scaled))[1]
 
 
 def test_identity_returns_its_argument_and_checks_it() -> None:
     x = torch.ones(3, dtype=torch.bfloat16)
     assert fast_to_grid(x, QuantSpec(), None) is x
     assert fast_to_grid_checked(x, QuantSpec(), None) == (x, False)
-    assert fast_to_grid_checked(torch.tensor([1.0, math.nan]), QuantSpec(), None)[1] is True
-    assert fast_to_grid_checked(torch.tensor([1.0, -math.inf]), QuantSpec(), None)[1] is True
-    assert fast_to_grid_checked(torch.empty(0), QuantSpec(), None)[1] is False
+    assert fast_to_grid_checked(torch.tensor([1.0, math.nan]), QuantSpec(), None)[1]
+    assert fast_to_grid_checked(torch.tensor([1.0, -math.inf]), QuantSpec(), None)[1]
+    assert not fast_to_grid_checked(torch.empty(0), QuantSpec(), None)[1]
 
 
 def test_strided_tensors_draw_in_c_order() -> None:
@@ -244,3 +244,15 @@ def test_every_rounding_of_every_row_has_a_plan_but_of_the_256_powers_of_two() -
     pairs = {(name, mode) for name in FORMATS for mode in modes}
     served = {pair for pair in pairs if cast_plan(*pair) or table_plan(*pair)}
     assert pairs - served == {("e8m0", mode) for mode in modes} | {("int1", "toward_zero")}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("e5m2", torch.bfloat16), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("mxfp8", torch.bfloat16)],
+)
+def test_a_nan_of_any_payload_stays_one(name: str, dtype: torch.dtype) -> None:
+    """A payload in the low 16 bits alone would be cut to Inf."""
+    payloads = torch.tensor([1 << bit for bit in range(23)] + [0x7FFFFF, 0x0FFFF], dtype=torch.int32)
+    x = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).view(torch.float32)
+    assert bool(x.isnan().all())
+    assert bool(fast_to_grid(x, QuantSpec.parse(name), None, dtype=dtype).isnan().all())

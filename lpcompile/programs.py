@@ -1,0 +1,114 @@
+"""Programs: a model as the program that passes work on, and the program of a text as what a model runs.
+
+    program_of(model, "hfp8", ...)          what lpcompile() starts from, before any pass
+    install_text(model, text, ...)          what lpcompile() ends with, from a file instead of a policy
+
+A text holds graphs and no guards: when a module's graph holds is learned again from the example inputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from lpcompile.api import build_program, find_sites, install_compiled, restore
+from lpcompile.capture.calls import Calls, record_call
+from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
+from lpcompile.capture.leaves import find_leaves
+from lpcompile.compiled import Compiled, PhaseCode
+from lpcompile.errors import LpError
+from lpcompile.policy import Policy, Resolution
+from lpcompile.policy_file import load_policy
+from passes.ir.parser import parse_program
+from passes.ir.program import Program, Unit, num_op
+from runtime.ops import OP_OF
+from runtime.state import RunState
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def program_of(
+    model: nn.Module,
+    policy: str | Path | Policy,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    mode: Literal["train", "infer"] = "train",
+    phase: int = 0,
+) -> Program:
+    """Every graph of the model and what the policy's phase says of its sites; the model itself is left as it is."""
+    policy = load_policy(policy).phases[phase][1]
+    restore(model)
+    close_fast_paths(model)
+    try:
+        calls = _calls(model, example_inputs, example_kwargs, mode)
+    finally:
+        reopen_fast_paths(model)
+    leaves, _ = find_leaves(model)
+    program = build_program(model, leaves, calls.recordings)
+    specs = policy.resolve(find_sites(leaves, calls.recordings)).specs
+    program.specs = {name: spec for name, spec in specs.items() if spec is not None}
+    return program
+
+
+def install_text(
+    model: Model,
+    text: str,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    mode: Literal["train", "infer"] = "train",
+    seed: int = 0,
+    file: str = "<text>",
+) -> Model:
+    """Let the graphs of a text be what `model` runs, in place; returns it, compiled as by lpcompile().
+
+    The passes up to select-kernels must have run on the text. Example inputs are needed where a module's graph, and not
+    only those of leaves, holds lp ops; they are those that the text was made with. Raises ParseError, or LpError where
+    the text is not of this model.
+    """
+    program = parse_program(text, file)
+    restore(model)
+    close_fast_paths(model)
+    leaves, unreached = find_leaves(model)
+    named: list[str] = []
+    try:
+        calls = _calls(model, example_inputs, example_kwargs, mode)
+        _check_fits(program, build_program(model, leaves, calls.recordings), file)
+        policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls.recordings)
+        resolution = Resolution({**program.specs}, {}, [])
+        phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))
+        compiled = Compiled(policy, state, sites, [phase], leaves, unreached, calls, mode, strict=False)
+        install_compiled(model, compiled)
+        named = [leaf.path for leaf in leaves if leaf.name in program.choices]
+    finally:
+        reopen_fast_paths(model, compiled=named)
+    return model
+
+
+def _calls(
+    model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, mode: Literal["train", "infer"]
+) -> Calls:
+    if args is None and kwargs is None:
+        return Calls()
+    return record_call(model, tuple(args or ()), dict(kwargs or {}), mode)
+
+
+def _check_fits(program: Program, own: Program, file: str) -> None:
+    """Every graph of the text that lp ops are in stands for a graph of the model with the same inputs."""
+    for name, unit in program.units.items():
+        is_touched = any(node.op == "call_function" and node.target in OP_OF for node in unit.graph.nodes)
+        if name not in own.units and is_touched:
+            hints = {"module": "the example inputs that the text was made with", "leaf": "the model of the text"}
+            raise LpError(f'the model has no graph "{name}"', where=file, hint=hints[unit.kind])
+        if name in own.units:
+            wanted, got = _inputs(own.units[name]), _inputs(unit)
+            if wanted != got:
+                what = f'the graph "{name}" takes other inputs than the model\'s'
+                raise LpError(what, where=file, expected=", ".join(wanted), got=", ".join(got))
+    missing = [name for name in own.units if name not in program.units]
+    if missing:
+        raise LpError("the text has no graph for a module", where=file, expected=", ".join(missing))
+
+
+def _inputs(unit: Unit) -> list[str]:
+    return [str(node.target) for node in unit.graph.find_nodes(op="placeholder")]

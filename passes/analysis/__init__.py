@@ -1,0 +1,1 @@
+"""Analyses: what a graph, a cost or a theorem says, with nothing rewritten."""

@@ -1,0 +1,131 @@
+"""choose-accumulator: `accumulate: auto` becomes the narrowest accumulator under which no sum swamps, and an
+accumulator that the policy states and that would swamp is told.
+
+By the variance retention ratio (passes/analysis/vrr.py), from the length of each sum (passes/analysis/lengths.py) and
+the mantissa bits of a product of its operands: v < 50. The theorem speaks of mantissas and of nearest rounding, so
+
+    the format chosen is 1-E-M with E bits of exponent, 8 by default: the range of fp32
+    sums rounded stochastically keep their mean and are not judged, nor are sums of integers, which add exactly
+    a sum of unknown length (no example inputs) is left in fp32, which is told
+
+It reads and writes `program.specs`, so it runs before annotate, and before an attention is taken apart, whose operands
+have their shapes.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from passes.analysis.lengths import Lengths, sum_lengths
+from passes.analysis.vrr import MAX_LOG_LOSS, log_loss, min_accumulator, vrr
+from passes.finding import Finding, names_of
+from passes.ir.program import Program
+from passes.manager import Pass
+from runtime.numerics.block_formats import grid_format
+from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
+from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec
+
+_FP32_BITS = 23
+
+
+@dataclass(frozen=True)
+class ChooseAccumulator(Pass):
+    """`exponent`: bits of exponent of a chosen format. `nonzero`: share of the products that are not 0, which shortens
+    every sum, as the paper measures it; 1 is safe.
+    """
+
+    name: ClassVar[str] = "choose-accumulator"
+    requires: ClassVar[tuple[str, ...]] = ("unannotated",)
+    exponent: int = 8
+    nonzero: float = 1.0
+
+    def run(self, program: Program) -> bool:
+        lengths = sum_lengths(program)
+        told: dict[Finding, list[str]] = defaultdict(list)
+        changed = False
+        for site, layer in program.specs.items():
+            chosen = {role: layer.role(role) for role in ROLES}
+            for role, gemm in chosen.items():
+                n = lengths.get(site, Lengths()).get(role)
+                if gemm.accumulator.is_open:
+                    chosen[role], why = self._close(gemm, n)
+                    program.decisions.setdefault(site, {})[role] = why
+                    if n is None:
+                        told[_OPEN].append(f"{site} {role}")
+                elif n is not None and (finding := self._judge(gemm, n)):
+                    told[finding].append(f"{site} {role}")
+            program.specs[site] = LayerSpec(**chosen)
+            changed |= program.specs[site] != layer
+        program.findings += [replace(finding, where=names_of(sites)) for finding, sites in told.items()]
+        return changed
+
+    def _close(self, gemm: GemmSpec, n: int | None) -> tuple[GemmSpec, str]:
+        """The GEMM with an accumulator, and why this one."""
+        if n is None:
+            return replace(gemm, accumulator=AccumulateSpec()), "auto: fp32, as the length of the sum is not known"
+        m_p, terms, chunk = _sum_of(gemm, n)
+        bits = min_accumulator(m_p, terms, chunk, self.nonzero)
+        format = f"1-{self.exponent}-{bits}" if bits < _FP32_BITS else "fp32"
+        accumulator = replace(gemm.accumulator, format=format)
+        return replace(gemm, accumulator=accumulator), f"auto: {accumulator} for {n} products of {m_p} bits, by VRR"
+
+    def _judge(self, gemm: GemmSpec, n: int) -> Finding | None:
+        how, row = gemm.accumulator, get_format(gemm.accumulate)
+        if not isinstance(row, FloatFormat) or how.mode == "stochastic":
+            return None
+        m_p, terms, chunk = _sum_of(gemm, n)
+        loss = log_loss(row.mantissa, m_p, terms, chunk, self.nonzero)
+        if loss < MAX_LOG_LOSS:
+            return None
+        kept = vrr(row.mantissa, m_p, terms, chunk, self.nonzero)
+        whole, chunked = (min_accumulator(m_p, n, each, self.nonzero) for each in (None, 64))
+        return Finding(
+            "accumulator-swamps",
+            "",
+            f"sums of {n} products of {m_p} mantissa bits keep {kept:.2f} of their variance in {how}, by VRR; ln v = "
+            f"{loss:.1f} is not below ln 50 = {MAX_LOG_LOSS:.1f}",
+            f"an accumulator of {whole} mantissa bits, one of {chunked} in chunks of 64, or accumulate: auto",
+        )
+
+
+def _sum_of(gemm: GemmSpec, n: int) -> tuple[int, int, int | None]:
+    """(mantissa bits of a term, terms, chunk) of the sum that is rounded after every add.
+
+    Under per_chunk, whose chunks are summed in fp32, the terms are the chunks, which have grown by log2 of their size.
+    """
+    m_p, how = product_bits(gemm.lhs.format, gemm.rhs.format), gemm.accumulator
+    if how.model == "per_mac":
+        return m_p, n, how.chunk
+    size = min(how.chunk or n, n)
+    return m_p + round(math.log2(size)), math.ceil(n / size), None
+
+
+def product_bits(lhs: str, rhs: str) -> int:
+    """Mantissa bits of an exact product of two values, the leading one not counted: e5m2 times e5m2 has 5."""
+    return (_largest_significand(lhs) * _largest_significand(rhs)).bit_length() - 1
+
+
+def _largest_significand(name: str) -> int:
+    """The significand of most bits as an integer, all ones; of a block format, that of its grid values."""
+    row = grid_format(name)
+    if isinstance(row, FloatFormat):
+        return int(2 ** (row.mantissa + 1)) - 1
+    if isinstance(row, IntFormat):
+        return int(2 ** int(max(row.max, -row.min)).bit_length()) - 1
+    assert isinstance(row, LookupFormat)
+    return int(max(_odd_part(abs(value)) for value in row.grid if value))
+
+
+def _odd_part(value: float) -> int:
+    """The integer without factor 2 that value is a power of two of."""
+    numerator, _ = value.as_integer_ratio()
+    return numerator // (numerator & -numerator)
+
+
+_OPEN = Finding(
+    "accumulator-open",
+    "",
+    "accumulate: auto needs the length of the sum, which no shape says; fp32 is used",
+    "example_inputs, or a stated accumulator",
+)

@@ -1,0 +1,178 @@
+"""Static checks: what of a policy does not fit a model is found, named, listed in every form, and refused if wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lpcompile import Policy, lpcompile, report
+from lpcompile.api import check_model
+from lpcompile.errors import LoweringError
+from passes.finding import Finding, names_of
+from runtime.numerics import quantize
+
+
+def _policy(*rules: dict) -> Policy:  # type: ignore[type-arg]
+    return Policy(name="p", rules=rules)  # type: ignore[arg-type]
+
+
+def _only(model: nn.Module, *rules: dict) -> Finding:  # type: ignore[type-arg]
+    (finding,) = check_model(model, _policy(*rules))[1]
+    return finding
+
+
+def _linear(value: float | torch.Tensor, n: int = 32, k: int = 64) -> nn.Module:
+    model = nn.Sequential(nn.Linear(k, n, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.as_tensor(value).expand(n, k))
+    return model
+
+
+def _tied() -> nn.Module:
+    model = nn.ModuleDict({"embed_out": nn.Linear(8, 8), "body": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+    model["head"].weight = model["embed_out"].weight
+    return model
+
+
+E4M3, E5M2 = {"fwd": {"x": "e4m3", "w": "e4m3"}}, {"fwd": {"x": "e4m3", "w": "e5m2"}}
+
+
+def test_tied_weights_under_two_policies_name_both_sites_and_rules() -> None:
+    finding = _only(_tied(), {"match": {"name": "head"}, **E5M2}, E4M3)
+    assert (finding.code, finding.where, finding.is_wrong) == ("tied-weights", "embed_out and head", True)
+    assert "as `e4m3 nearest_even` forward" in finding.what
+    assert "in embed_out (rules[1])" in finding.what
+    assert "`e5m2 nearest_even` forward" in finding.what
+    assert "in head (rules[0])" in finding.what
+
+
+def test_tied_weights_of_which_one_is_left_alone() -> None:
+    finding = _only(_tied(), {"match": {"name": "head"}, **E4M3})
+    assert "as it is in embed_out (no rule)" in finding.what
+
+
+def test_tied_weights_under_one_policy_are_fine() -> None:
+    assert check_model(_tied(), _policy(E4M3))[1] == []
+    lpcompile(_tied(), _policy(E4M3), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("match", "hint"),
+    [
+        ({"name": "*.boddy"}, "a name such as body"),
+        ({"op": "conv2d"}, "an op of this model: linear"),
+        ({"op": "matmul"}, "products of activations are found with example_inputs"),
+        ({"name": "zzz"}, "lpcompile inspect"),
+        ({"shape": {"k": ">=100000"}}, "a wider condition"),
+    ],
+)
+def test_a_rule_that_matches_nothing_says_what_would(match: dict, hint: str) -> None:  # type: ignore[type-arg]
+    model = nn.ModuleDict({"body": nn.Linear(8, 8)})
+    finding = _only(model, {"match": match, **E4M3})
+    assert (finding.code, finding.where, finding.is_wrong) == ("rule-matches-nothing", "rules[0]", True)
+    assert "matched none of the 1 GEMMs" in finding.what
+    assert hint in finding.hint
+
+
+def test_strict_refuses_what_is_wrong_and_not_what_is_risky() -> None:
+    with pytest.raises(LoweringError, match="tied-weights"):
+        lpcompile(_tied(), _policy({"match": {"name": "head"}, **E5M2}, E4M3), strict=True)
+    risky = lpcompile(_linear(1000.0), _policy(E4M3), strict=True)
+    assert [finding.code for finding in report(risky).warnings] == ["weight-saturates"]
+
+
+@pytest.mark.parametrize(
+    ("format", "value", "code"),
+    [
+        ("e4m3", 448.0, None),
+        ("e4m3", 449.0, "weight-saturates"),
+        ("e4m3", 2.0**-10 * 1.01, None),
+        ("e4m3", 2.0**-10 * 0.99, "weight-vanishes"),
+        ("int8", 0.3, "weight-vanishes"),
+        ("e2m1", 0.02, "weight-vanishes"),
+        ({"format": "int8", "scale": {"granularity": "row"}}, 0.3, None),
+        ({"format": "int8", "scale": {"rule": "pow2"}}, 1e-30, None),
+        ({"format": "e4m3", "scale": {"rule": "pow2"}}, 1e-36, "weight-vanishes"),
+        ({"format": "e4m3", "rounding": "stochastic"}, 1e-4, None),
+        ("mxfp4", 1e-30, None),
+        ("mxfp4", 2.0**-126, "weight-vanishes"),
+        ("bf16", 1e-30, None),
+    ],
+)
+def test_a_scale_that_does_not_reach_the_weights(format: str | dict, value: float, code: str | None) -> None:  # type: ignore[type-arg]
+    rule = {"fwd": {"x": "e4m3", "w": format}, "bwd": {"dy": "e5m2", "w": format}}
+    findings = check_model(_linear(value), _policy(rule))[1]
+    assert [finding.code for finding in findings] == ([code] if code else [])
+    assert all(finding.is_wrong == (code == "weight-vanishes") and finding.where == "0" for finding in findings)
+    if code and isinstance(format, str) and not format.startswith("mx"):
+        kept = float(quantize(torch.tensor(value), format))
+        assert kept == 0 if code == "weight-vanishes" else kept < value
+
+
+def test_most_of_a_weight_rounds_to_zero() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(32, 64) * 0.3
+    finding = _only(_linear(w), {"fwd": {"w": "e2m1"}, "bwd": {"w": "e2m1"}})
+    share = float((quantize(w, "e2m1") == 0).float().mean())
+    assert finding.code == "weight-mostly-zero"
+    assert finding.what.startswith(f"{share:.0%} of the elements round to 0")
+    assert not finding.is_wrong
+
+
+def test_nvfp4_blocks_whose_scale_vanishes() -> None:
+    w = torch.ones(32, 64)
+    w[0, :16] = 1e-7
+    finding = _only(_linear(w), {"fwd": {"w": "nvfp4"}})
+    assert finding.code == "block-vanishes"
+    assert finding.what.startswith("1 of 128 blocks become 0")
+    assert int((quantize(w, "nvfp4") == 0).sum()) == 16
+    assert check_model(_linear(torch.ones(32, 64)), _policy({"fwd": {"w": "nvfp4"}}))[1] == []
+
+
+def test_layers_alike_are_told_once() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    for layer in model:
+        nn.init.constant_(layer.weight, 1e-6)
+    finding = _only(model, {"fwd": {"w": "e4m3"}, "bwd": {"w": "e4m3"}})
+    assert finding.where == "0 and 3 more"
+    assert names_of(["a"]) == "a"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_weight_of_no_finite_size_is_not_judged(value: float) -> None:
+    assert check_model(_linear(value), _policy({"fwd": {"w": "int8"}}))[1] == []
+
+
+def test_a_weight_that_is_not_here_is_not_judged() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    assert check_model(model, _policy({"fwd": {"w": "int8"}}))[1] == []
+
+
+def test_every_form_of_the_certificate_lists_them(tmp_path: Path) -> None:
+    model = _linear(1000.0, k=4096)
+    rule = {"fwd": {"x": "e4m3", "w": "e4m3", "accumulate": "bf16"}}
+    found = report(lpcompile(model, _policy(rule, {"match": {"name": "nothing"}, **E4M3})))
+    codes = ["rule-matches-nothing", "weight-saturates", "accumulator-swamps"]
+    assert [finding.code for finding in found.warnings] == codes
+    told = json.loads(found.to_json())["warnings"]
+    assert [set(each) for each in told] == [{"code", "where", "what", "hint", "is_wrong"}] * 3
+    page = found.to_html(tmp_path / "c.html").read_text(encoding="utf-8")
+    for finding in found.warnings:
+        assert f"warning: {finding}" in found.to_text()
+        assert finding.code in page
+
+
+def test_phases_are_checked_apart() -> None:
+    policy = Policy.model_validate(
+        {
+            "rules": [{"fwd": {"w": "int8"}}],
+            "schedule": [{"from_step": 0, "policy": {"name": "fp32", "rules": []}}, {"from_step": 5}],
+        }
+    )
+    model = lpcompile(_linear(0.1), policy)
+    assert report(model).warnings == []
+    with pytest.raises(LoweringError, match="weight-vanishes"):
+        lpcompile(_linear(0.1), policy, strict=True)

@@ -1,0 +1,93 @@
+"""Targets: a function's name leads back to it, in torch's namespaces, ours and a user's."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lpcompile.capture.frame import FunctionCall
+from passes.ir.gemm_nodes import _READERS
+from passes.ir.targets import find_target, name_of
+from runtime import attention
+from runtime.contractions import linear_kn
+from runtime.ops import OPS
+
+
+class Double(torch.autograd.Function):
+    """A function of a user's own."""
+
+
+NAMES: dict[str, Any] = {
+    "torch.nn.functional.gelu": F.gelu,
+    "torch.nn.functional.max_pool2d": F.max_pool2d,
+    "torch.nn.functional.cross_entropy": F.cross_entropy,
+    "torch._C._nn.linear": torch._C._nn.linear,
+    "torch.Tensor.view": torch.Tensor.view,
+    "torch.Tensor.__getitem__": torch.Tensor.__getitem__,
+    "torch._C._set_grad_enabled": torch._C._set_grad_enabled,
+    "torch.matmul": torch.matmul,
+    "operator.getitem": operator.getitem,
+    "math.sqrt": math.sqrt,
+    "builtins.getattr": getattr,
+    "runtime.contractions.linear_kn": linear_kn,
+    "runtime.attention.scaled_query": attention.scaled_query,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_leads_to_the_function_and_back(name: str) -> None:
+    assert name_of(NAMES[name]) == name
+    assert find_target(name) is NAMES[name]
+
+
+@pytest.mark.parametrize("target", [*_READERS, *(op.run for op in OPS.values())], ids=str)
+def test_every_function_that_passes_know_has_a_name(target: Any) -> None:
+    name = name_of(target)
+    assert name is not None
+    assert find_target(name) is target
+
+
+def test_an_autograd_function_is_named_with_what_calls_it() -> None:
+    import sys
+
+    sys.modules["functions_of_mine"] = sys.modules[__name__]
+    Double.__module__ = "functions_of_mine"
+    try:
+        name = name_of(FunctionCall(Double))
+        assert name == "lpcompile.capture.frame.FunctionCall(functions_of_mine.Double)"
+        assert find_target(name) == FunctionCall(Double)
+    finally:
+        del sys.modules["functions_of_mine"]
+
+
+def test_what_no_name_leads_back_to_has_none() -> None:
+    @dataclass(frozen=True)
+    class Local:
+        function: Any
+
+    def local() -> None: ...
+
+    assert name_of(local) is None
+    assert name_of(lambda: None) is None
+    assert name_of(Local(torch.matmul)) is None
+    assert name_of(FunctionCall(type("Inner", (torch.autograd.Function,), {}))) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("torch.nn.functional.gelv", "torch.nn.functional.gelu"),
+        ("torch.Tensor.veiw", "torch.Tensor.view"),
+        ("tocrh.add", "torch"),
+        ("a b", "a dotted name"),
+        ("", "a dotted name"),
+        ("torch..add", "a dotted name"),
+    ],
+)
+def test_a_wrong_name_gets_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(LookupError, match=hint):
+        find_target(name)

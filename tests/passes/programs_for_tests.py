@@ -1,0 +1,98 @@
+"""Programs as text, for tests of the IR and of passes: what a person would write as the input of one pass."""
+
+E4M3 = "e4m3 nearest_even"
+ROW, COLUMN = "e4m3 nearest_even row/amax", "e4m3 nearest_even column/amax"
+
+
+def layer(fwd: str, bwd: str | None = None, grad: str | None = None) -> str:
+    """A LayerSpec with the same cast of both operands in each role, fp32 sums and outputs."""
+    return "; ".join(
+        f"{role}: {cast} * {cast} -> fp32 -> fp32"
+        for role, cast in (("fwd", fwd), ("bwd", bwd or fwd), ("grad", grad or fwd))
+    )
+
+
+SCALED = (
+    f"fwd: {ROW} * {ROW} -> fp32 -> fp32; bwd: {ROW} * {COLUMN} -> fp32 -> fp32; "
+    f"grad: {COLUMN} * {COLUMN} -> fp32 -> fp32"
+)
+
+
+def linear(spec: str = SCALED) -> str:
+    """y = x w^T + b as the graph of a leaf called `fc`, x (8, 4), w (16, 4)."""
+    return f"""
+"builtin.module"() ({{
+  "lp.site"() {{name = "fc", spec = "{spec}"}} : () -> ()
+  "torch.graph"() <{{sym_name = "fc", path = "fc", kind = "leaf"}}> ({{
+  ^bb0(%x : tensor<8x4xf32>):
+    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<16x4xf32>
+    %b = "torch.get_attr"() {{target = "bias"}} : () -> tensor<16xf32>
+    %y = "torch.call_function"(%x, %w, %b) {{target = "torch._C._nn.linear", lp.site = "fc"}}
+      : (tensor<8x4xf32>, tensor<16x4xf32>, tensor<16xf32>) -> tensor<8x16xf32>
+    "torch.return"(%y) : (tensor<8x16xf32>) -> ()
+  }}) : () -> ()
+}}) : () -> ()
+"""
+
+
+def attention(spec: str = layer(E4M3)) -> str:
+    """Fused attention of a module called `attn`, q, k and v (2, 4, 8, 16), both products named."""
+    return f"""
+"builtin.module"() ({{
+  "lp.site"() {{name = "attn.sdpa_0.qk", spec = "{spec}"}} : () -> ()
+  "lp.site"() {{name = "attn.sdpa_0.pv", spec = "{spec}"}} : () -> ()
+  "torch.graph"() <{{sym_name = "attn#0", path = "attn", kind = "module"}}> ({{
+  ^bb0(%q : tensor<2x4x8x16xf32>, %k : tensor<2x4x8x16xf32>, %v : tensor<2x4x8x16xf32>):
+    %y = "torch.call_function"(%q, %k, %v)
+      {{target = "torch.nn.functional.scaled_dot_product_attention", args = "_, _, _, is_causal=True",
+        lp.site = "attn.sdpa_0"}}
+      : (tensor<2x4x8x16xf32>, tensor<2x4x8x16xf32>, tensor<2x4x8x16xf32>) -> tensor<2x4x8x16xf32>
+    "torch.return"(%y) : (tensor<2x4x8x16xf32>) -> ()
+  }}) : () -> ()
+}}) : () -> ()
+"""
+
+
+def einsum(spec: str = layer(E4M3)) -> str:
+    """einsum("bqd,bkd->bqk", a, b) of a module called `m`."""
+    return f"""
+"builtin.module"() ({{
+  "lp.site"() {{name = "m.einsum_0", spec = "{spec}"}} : () -> ()
+  "torch.graph"() <{{sym_name = "m#0", path = "m", kind = "module"}}> ({{
+  ^bb0(%a : tensor<2x3x4xf32>, %b : tensor<2x5x4xf32>):
+    %y = "torch.call_function"(%a, %b) {{target = "torch.einsum", args = "'bqd,bkd->bqk', _, _",
+      lp.site = "m.einsum_0"}} : (tensor<2x3x4xf32>, tensor<2x5x4xf32>) -> tensor<2x3x5xf32>
+    "torch.return"(%y) : (tensor<2x3x5xf32>) -> ()
+  }}) : () -> ()
+}}) : () -> ()
+"""
+
+
+def two_leaves(spec: str = layer(E4M3), between: str = "") -> str:
+    """z = a(x) + b(x): a module called `block` that calls two linear leaves; `between` is put between the calls."""
+    leaves = "".join(
+        f"""
+  "torch.graph"() <{{sym_name = "block.{name}", path = "block.{name}", kind = "leaf"}}> ({{
+  ^bb0(%x : tensor<8x4xf32>):
+    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<4x4xf32>
+    %y = "torch.call_function"(%x, %w) {{target = "torch._C._nn.linear", lp.site = "block.{name}"}}
+      : (tensor<8x4xf32>, tensor<4x4xf32>) -> tensor<8x4xf32>
+    "torch.return"(%y) : (tensor<8x4xf32>) -> ()
+  }}) : () -> ()"""
+        for name in ("a", "b")
+    )
+    return f"""
+"builtin.module"() ({{
+  "lp.site"() {{name = "block.a", spec = "{spec}"}} : () -> ()
+  "lp.site"() {{name = "block.b", spec = "{spec}"}} : () -> (){leaves}
+  "torch.graph"() <{{sym_name = "block#0", path = "block", kind = "module"}}> ({{
+  ^bb0(%x : tensor<8x4xf32>):
+    %a = "torch.call_module"(%x) {{target = "a"}} : (tensor<8x4xf32>) -> tensor<8x4xf32>
+    {between}
+    %b = "torch.call_module"(%x) {{target = "b"}} : (tensor<8x4xf32>) -> tensor<8x4xf32>
+    %z = "torch.call_function"(%a, %b) {{target = "operator.add"}}
+      : (tensor<8x4xf32>, tensor<8x4xf32>) -> tensor<8x4xf32>
+    "torch.return"(%z) : (tensor<8x4xf32>) -> ()
+  }}) : () -> ()
+}}) : () -> ()
+"""
