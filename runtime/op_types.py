@@ -121,6 +121,13 @@ def dequantize_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
     return TensorType(storage.shape, torch.float32) if isinstance(storage, TensorType) else VALUE
 
 
+def stand_in_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
+    """The shape of q, in the dtype named."""
+    q = operands["q"]
+    storage = q.storage if isinstance(q, QuantType) else q
+    return TensorType(storage.shape, getattr(torch, attributes["dtype"])) if isinstance(storage, TensorType) else VALUE
+
+
 def gemm_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
     """The shape of lhs . rhs, in the dtype of lhs."""
     lhs, rhs = operands["lhs"], operands["rhs"]

@@ -3,6 +3,7 @@
     lp.scale       x -> s            the scale of a cast lp.quantize    x, s -> q         grid values: x / s rounded to
     the format, in the format's storage dtype lp.dequantize  q, s -> x         grid values times their scale lp.gemm
     lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry the gradient, the casts carry the values
+    lp.stand_in    q -> x        what stands where a carrier of the gradient stood, and holds no values
 
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
 attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
@@ -34,6 +35,7 @@ from runtime.op_types import (
     gemm_result,
     quantize_result,
     scale_result,
+    stand_in_result,
     unknown_result,
 )
 from runtime.state import RunState
@@ -68,6 +70,13 @@ def dequantize(q: Grid, s: Scale | None, *, spec: str) -> Tensor:
     return q.float() if s is None else q.float() * expand_scale(s, q.shape, parsed)
 
 
+def stand_in(q: Grid, *, dtype: str) -> Tensor:
+    """A tensor of q's shape and of `dtype` in place of the one that q was cast from, where no gradient flows and no
+    value is read: one NaN, seen everywhere, so that whatever reads it after all is noticed. Four bytes, not a copy.
+    """
+    return torch.full((), torch.nan, dtype=getattr(torch, dtype), device=q.device).expand(q.shape)
+
+
 def gemm(
     lhs: Tensor,
     rhs: Tensor,
@@ -78,7 +87,7 @@ def gemm(
     fwd_rhs_scale: Scale | None,
     bwd_rhs: Grid | None,
     bwd_rhs_scale: Scale | None,
-    grad_lhs: Grid,
+    grad_lhs: Grid | None,
     grad_lhs_scale: Scale | None,
     state: RunState,
     *,
@@ -88,7 +97,10 @@ def gemm(
     site: int,
     geometry: str = "",
 ) -> Tensor:
-    """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic."""
+    """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic.
+
+    Without `grad_lhs` there is no GRAD: backward raises.
+    """
     if torch.compiler.is_compiling():
         operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
         return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry)
@@ -98,7 +110,7 @@ def gemm(
         "fwd_lhs": Operand(fwd_lhs, fwd_lhs_scale, layer.fwd.lhs),
         "fwd_rhs": Operand(fwd_rhs, fwd_rhs_scale, layer.fwd.rhs),
         "bwd_rhs": None if bwd_rhs is None else Operand(bwd_rhs, bwd_rhs_scale, layer.bwd.rhs),
-        "grad_lhs": Operand(grad_lhs, grad_lhs_scale, layer.grad.rhs),
+        "grad_lhs": None if grad_lhs is None else Operand(grad_lhs, grad_lhs_scale, layer.grad.rhs),
     }
     return run_gemm(lhs, rhs, bias, casts, state, plan)
 
@@ -251,6 +263,10 @@ _GEMM_RULES = (
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
 )
 
+_IS_DTYPE = Rule(
+    "`dtype` must be a floating-point dtype of torch",
+    lambda a: getattr(getattr(torch, a["dtype"], None), "is_floating_point", False),
+)
 _HAS_SCALE = Rule("`spec` must have a scale", lambda a: QuantSpec.parse(a["spec"]).has_scale)
 _SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there", _has_scale_where_spec_has)
 
@@ -265,6 +281,7 @@ OPS: dict[str, OpDef] = {
         OpDef("lp.scale", scale, scale_result, (_CAST_PARSES, _HAS_SCALE)),
         OpDef("lp.quantize", quantize, quantize_result, (_CAST_PARSES,), (_SCALED,)),
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),
+        OpDef("lp.stand_in", stand_in, stand_in_result, (_IS_DTYPE,)),
         OpDef("lp.gemm", gemm, gemm_result, _GEMM_RULES, _GEMM_TYPE_RULES),
     )
 }

@@ -35,7 +35,11 @@ class _LeafPhase:
     @staticmethod
     def of(unit: Unit) -> "_LeafPhase":
         fed = None if unit.fed is None else GraphCode(unit.fed, switches_grad_mode=False)
-        return _LeafPhase(GraphCode(unit.graph, switches_grad_mode=False), fed)
+        floor = GraphCode(unit.graph, switches_grad_mode=False)
+        for code in (floor, fed):
+            if code is not None:
+                code.compiled()  # torch.compile traces through a function, and not through the making of one
+        return _LeafPhase(floor, fed)
 
 
 @dataclass

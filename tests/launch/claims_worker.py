@@ -146,12 +146,12 @@ def _tampering(swap: Swap | None) -> Iterator[None]:
 @contextmanager
 def _zeroed_grad() -> Iterator[None]:
     """While open, the GRAD product of every GEMM that the policy names is zero."""
-    product = runtime.gemms._grad
+    product = runtime.gemms.multiply_grad
 
     def zeros(*arguments: Any) -> Tensor:
         return torch.zeros_like(product(*arguments))
 
-    with patch.object(runtime.gemms, "_grad", zeros):
+    with patch.object(runtime.gemms, "multiply_grad", zeros):
         yield
 
 
