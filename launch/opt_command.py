@@ -38,11 +38,13 @@ def opt(
     passes: Annotated[
         str | None,
         typer.Option(
-            help="As a,b{option=1}, or the name of a pipeline. Default: the default pipeline, of a file what it has not"
-            ' run yet. "" runs none.'
+            help="As a,b{option=1}, or the name of a pipeline. Default: the pipeline of the mode, of a file what it has"
+            ' not run yet. "" runs none.'
         ),
     ] = None,
-    mode: Annotated[str, typer.Option(metavar="[train|infer]", help="What of a model is recorded.")] = "train",
+    mode: Annotated[
+        str, typer.Option(metavar="[train|infer]", help="What of a model is recorded, and which pipeline runs.")
+    ] = "train",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the text here and not to stdout.")
     ] = None,
@@ -59,7 +61,7 @@ def opt(
       lpcompile opt --list-passes
       lpcompile opt gpt --policy hfp8 --passes "" -o gpt.lpir
       lpcompile opt gpt.lpir --passes "decompose-attention,decompose-products,annotate,insert-casts" --stats
-      lpcompile opt gpt.lpir --passes "default" --print-ir-after-all
+      lpcompile opt gpt.lpir --passes "train" --print-ir-after-all
       lpcompile opt LlamaForCausalLM --policy fp8-rowwise --dot llama.dot -o llama.lpir
       lpcompile opt my_package.models:tiny --policy my_policy.yaml --mode infer
       lpcompile opt gpt.lpir --verify
@@ -70,6 +72,8 @@ def opt(
         return
     if source is None:
         raise LpError("nothing to work on", where="opt", expected="FILE_OR_MODEL", hint="lpcompile opt --help")
+    if mode not in PIPELINES:
+        raise LpError("not a mode", where="--mode", expected=" or ".join(PIPELINES), got=mode)
     program = read_program(source, policy, mode)
     if verify_only:
         verify(program)
@@ -81,7 +85,7 @@ def opt(
         if print_ir_after_all:
             print(f"// ----- after {done} -----\n{print_program(program)}", file=sys.stderr)
 
-    records = run_passes(program, choose_passes(passes, program), after_each)
+    records = run_passes(program, choose_passes(passes, program, mode), after_each)
     text = print_program(program)
     if output:
         output.write_text(text)
@@ -103,8 +107,6 @@ def read_program(source: str, policy: str | None, mode: str = "train") -> Progra
             return parse_program(path.read_text(), source)
         except OSError as error:
             raise LpError("cannot read the file", where=source, got=error.strerror or str(error)) from error
-    if mode not in ("train", "infer"):
-        raise LpError("not a mode", where="--mode", expected="train or infer", got=mode)
     if policy is None:
         raise LpError("a model needs a policy", where=source, expected="--policy NAME_OR_FILE", hint="--policy hfp8")
     from launch.example_models import example_model  # here: transformers and the compiler take seconds to import
@@ -114,12 +116,12 @@ def read_program(source: str, policy: str | None, mode: str = "train") -> Progra
     return program_of(example.model, policy, example.args, example.kwargs, mode)  # type: ignore[arg-type]
 
 
-def choose_passes(text: str | None, program: Program) -> list[Pass]:
-    """What the user asked for; else of the default pipeline what comes after all that has run."""
+def choose_passes(text: str | None, program: Program, mode: str = "train") -> list[Pass]:
+    """What the user asked for; else of the mode's pipeline what comes after all that has run."""
     if text is not None:
         return parse_passes(PIPELINES.get(text, text), PASSES)
     names = [each.partition("{")[0] for each in program.passes]
-    items = split_items(PIPELINES["default"])
+    items = split_items(PIPELINES[mode])
     done = [number for number, item in enumerate(items, 1) if item.partition("{")[0] in names]
     return parse_passes(",".join(items[max(done, default=0) :]), PASSES)
 

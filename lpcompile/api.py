@@ -124,7 +124,8 @@ def _compile(model: nn.Module, policy: Policy, state: RunState, calls: Calls, mo
     leaves, unreached = find_leaves(model)
     sites = find_sites(leaves, calls.recordings)
     phases = [
-        _compile_phase(model, from_step, each, leaves, calls.recordings, sites) for from_step, each in policy.phases
+        _compile_phase(model, from_step, each, leaves, calls.recordings, sites, mode)
+        for from_step, each in policy.phases
     ]
     unreached += _own_functions(calls)
     compiled = Compiled(policy, state, sites, phases, leaves, unreached, calls, mode, strict)
@@ -233,7 +234,13 @@ def _functional_gemms(path: str, graph: fx.Graph) -> list[tuple[str, Reading, An
 
 
 def _compile_phase(
-    model: nn.Module, from_step: int, policy: Policy, leaves: Sequence[Leaf], recordings: Recordings, sites: list[Site]
+    model: nn.Module,
+    from_step: int,
+    policy: Policy,
+    leaves: Sequence[Leaf],
+    recordings: Recordings,
+    sites: list[Site],
+    mode: str,
 ) -> PhaseCode:
     resolution = policy.resolve(sites)
     program = _named_program(model, policy, leaves, recordings, sites, resolution)
@@ -243,7 +250,7 @@ def _compile_phase(
         if done.name == "insert-casts":
             counted["lp.quantize"] = num_op(program, "lp.quantize")
 
-    records = run_passes(program, parse_passes(PIPELINES["default"], PASSES), after_each=count_casts)
+    records = run_passes(program, parse_passes(PIPELINES[mode], PASSES), after_each=count_casts)
     for name in program.specs.keys() - program.choices.keys() - program.refusals.keys():
         program.refusals[name] = "no graph of the model holds this GEMM"
     return PhaseCode(from_step, policy, program, resolution, records, counted["lp.quantize"])

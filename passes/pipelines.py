@@ -17,7 +17,9 @@ PASSES: dict[str, type[Pass]] = {
 }  # fmt: skip
 
 PIPELINES: dict[str, str] = {
-    "default": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
+    "train": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
+    "select-kernels",
+    "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
     "select-kernels",
 }
-"""Text that `passes.manager.parse_passes` reads."""
+"""By mode of lpcompile(), text that `passes.manager.parse_passes` reads."""

@@ -30,27 +30,27 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_goes_through_the_default_pipeline_to_stdout(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["opt", str(file)]) == 0
     out, err = capsys.readouterr()
-    assert out == run_text(linear(), PIPELINES["default"])
+    assert out == run_text(linear(), PIPELINES["train"])
     assert not err
 
 
 def test_passes_one_by_one_are_the_pipeline(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file says what has run on it; without --passes the rest of the pipeline runs."""
     half = tmp_path / "half.lpir"
-    passes = PIPELINES["default"].partition("insert-casts")[0] + "insert-casts"
+    passes = PIPELINES["train"].partition("insert-casts")[0] + "insert-casts"
     assert run(["opt", str(file), "--passes", passes, "-o", str(half)]) == 0
     assert run(["opt", str(half)]) == 0
-    assert capsys.readouterr().out == run_text(linear(), PIPELINES["default"])
+    assert capsys.readouterr().out == run_text(linear(), PIPELINES["train"])
 
 
 def test_a_pipeline_is_called_by_its_name_and_none_by_nothing() -> None:
     program = Program({}, {})
-    assert [each.name for each in choose_passes("default", program)] == [
-        item.partition("{")[0] for item in re.sub(r"\{[^}]*\}", "", PIPELINES["default"]).split(",")
+    assert [each.name for each in choose_passes("train", program)] == [
+        item.partition("{")[0] for item in re.sub(r"\{[^}]*\}", "", PIPELINES["train"]).split(",")
     ]
     assert choose_passes("", program) == []
     program.passes = ["annotate", "insert-casts"]
-    assert choose_passes(None, program) == choose_passes(PIPELINES["default"].partition("insert-casts,")[2], program)
+    assert choose_passes(None, program) == choose_passes(PIPELINES["train"].partition("insert-casts,")[2], program)
 
 
 def test_print_ir_after_all_and_stats_go_to_stderr(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +97,7 @@ def test_list_passes_names_every_pass_with_its_options(capsys: pytest.CaptureFix
     assert out.splitlines() == describe_passes()
     assert all(re.search(rf"^{name}\b", out, re.M) for name in PASSES)
     assert "share-casts{across=modules}\n    one cast where several GEMMs cast the same tensor alike" in out
-    assert f"pipeline default: {PIPELINES['default']}" in out
+    assert f"pipeline train: {PIPELINES['train']}" in out
 
 
 def test_verify_only_verifies(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def _text(example: Example, policy: str) -> str:
     program = program_of(example.model, policy, example_kwargs=example.batch)
-    run_passes(program, parse_passes(PIPELINES["default"], PASSES))
+    run_passes(program, parse_passes(PIPELINES["train"], PASSES))
     return print_program(program)
 
 

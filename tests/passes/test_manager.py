@@ -30,7 +30,7 @@ def test_unknown_names_get_the_nearest_one(text: str, sentence: str) -> None:
 def test_records_name_every_pass() -> None:
     seen: list[str] = []
     records = run_passes(
-        Program({}, {}), parse_passes(PIPELINES["default"], PASSES), lambda each, _: seen.append(each.name)
+        Program({}, {}), parse_passes(PIPELINES["train"], PASSES), lambda each, _: seen.append(each.name)
     )
     assert seen == [record.name.partition("{")[0] for record in records] == list(PASSES)
     assert not any(record.changed for record in records)

@@ -16,7 +16,7 @@ from tests.passes.programs_for_tests import linear, two_leaves
 
 
 def _text() -> str:
-    return run(linear(), PIPELINES["default"])
+    return run(linear(), PIPELINES["train"])
 
 
 MUTATIONS: dict[str, tuple[str, str, str]] = {

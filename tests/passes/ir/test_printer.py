@@ -71,7 +71,7 @@ def test_print_parse_print_is_the_identity_before_and_after_every_pass(name: str
         verify_text(text)
 
     holds(program)
-    run_passes(program, parse_passes(PIPELINES["default"], PASSES), lambda _, program: holds(program))
+    run_passes(program, parse_passes(PIPELINES["train"], PASSES), lambda _, program: holds(program))
 
 
 def test_every_pass_gives_the_same_on_the_parsed_program() -> None:
@@ -79,10 +79,10 @@ def test_every_pass_gives_the_same_on_the_parsed_program() -> None:
     model, batch = _model("gpt2-eager")
     program = program_of(model, "hfp8", example_kwargs=batch)
     parsed = program
-    for item in PIPELINES["default"].split(","):
+    for item in PIPELINES["train"].split(","):
         parsed = parse_program(print_program(parsed))
         run_passes(parsed, parse_passes(item, PASSES))
-    run_passes(program, parse_passes(PIPELINES["default"], PASSES))
+    run_passes(program, parse_passes(PIPELINES["train"], PASSES))
     assert print_program(parsed) == print_program(program)
 
 

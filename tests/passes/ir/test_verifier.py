@@ -29,7 +29,7 @@ def _program() -> Program:
         if read_gemm(node):
             node.meta[SITE] = "leaf"
     program = Program({"leaf": Unit("leaf", graph, "leaf")}, {"leaf": LayerSpec.parse(_SPEC)})
-    run_passes(program, parse_passes(PIPELINES["default"], PASSES))
+    run_passes(program, parse_passes(PIPELINES["train"], PASSES))
     return program
 
 
