@@ -1,7 +1,6 @@
-"""decompose-products: einsum, addmm, baddbmm and grouped products that the policy names become plain products.
+"""decompose-products: einsum and grouped products that the policy names become plain products.
 
     einsum(eq, %a, %b)        ->  from_matrices(matmul(left_matrices(%a), right_matrices(%b)))
-    addmm(%c, %a, %b)         ->  %c + matmul(%a, %b)                                   and baddbmm
     grouped_mm(%x, %w, offs)  ->  join_groups([linear(%x_g, %w_g) for each group g])    one site, a GEMM per group
 
 Bit for bit what torch computes on a CPU in fp32, forward and backward.
@@ -58,13 +57,6 @@ def _rewrite_einsum(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return graph.call_function(einsum.from_matrices, (product, left, right, equation))
 
 
-def _rewrite_addmm(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    names = ("mat1", "mat2") if "baddbmm" not in str(node.target) else ("batch1", "batch2")
-    added, a, b = node.args[0], argument(node, 1, names[0]), argument(node, 2, names[1])
-    product = _product(graph, node.meta[SITE], torch.matmul, a, b)
-    return graph.call_function(torch.add, (added, product))
-
-
 def _rewrite_grouped(graph: fx.Graph, node: fx.Node) -> fx.Node:
     x, offs = node.args[0], argument(node, 2, "offs")
     weight = argument(node, 1, "mat_b")
@@ -92,7 +84,5 @@ def _is_transpose(node: fx.Node) -> bool:
 
 _REWRITES: dict[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
     "einsum": _rewrite_einsum,
-    "addmm": _rewrite_addmm,
-    "baddbmm": _rewrite_addmm,
     "grouped_mm": _rewrite_grouped,
 }

@@ -64,7 +64,9 @@ class AbstractContraction(Protocol):
 
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor: ...
 
-    def bias_grad(self, dy: Tensor) -> Tensor: ...
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        """What sums to the gradient of the bias in the bias's shape (`sum_to_size`)."""
+        ...
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -131,7 +133,9 @@ class LinearKN:
 
 @dataclass(frozen=True)
 class Matmul:
-    """y = a b with broadcast batch dims; both operands have at least two dims."""
+    """y = a b with broadcast batch dims; both operands have at least two dims. With a bias, which is of any shape that
+    broadcasts to y, they have two or three dims, equal ones.
+    """
 
     @property
     def free_axis(self) -> dict[tuple[Role, Side], Axis]:
@@ -142,7 +146,9 @@ class Matmul:
         return "rhs"
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.matmul(lhs, rhs)
+        if bias is None:
+            return torch.matmul(lhs, rhs)
+        return torch.addmm(bias, lhs, rhs) if lhs.dim() == 2 else torch.baddbmm(bias, lhs, rhs)
 
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         return multiply(lhs, rhs)
@@ -150,17 +156,13 @@ class Matmul:
     def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return multiply(dy, rhs.transpose(-1, -2)).sum_to_size(lhs_shape)
 
-    def bwd_folded(self, dy: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
-        """da of one matrix for the whole batch as one GEMM, as torch.matmul folds it; for operands without scale."""
-        return multiply(_matrix(rhs.transpose(-1, -2)).t(), _matrix(dy.transpose(-1, -2))).t()
-
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         if len(rhs_shape) == 2:  # one matrix for the whole batch: a single GEMM over all rows, as torch.matmul folds it
             return multiply(_matrix(lhs).t(), _matrix(dy))
         return multiply(lhs.transpose(-1, -2), dy).sum_to_size(rhs_shape)
 
     def bias_grad(self, dy: Tensor) -> Tensor:
-        raise AssertionError("a product of activations has no bias")
+        return dy
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,6 @@ class Conv:
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         return dy.sum((0, *range(2, dy.dim())))
-
-    def grad_and_bias_grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """GRAD and the bias gradient in one call: torch sums both in one kernel, in an order that `bias_grad` does
-        not have.
-        """
-        rhs = dy.new_empty((1,)).expand(rhs_shape)
-        return self._backward(dy, lhs, rhs, (False, True, True))[1:]
 
     def _backward(
         self, dy: Tensor, lhs: Tensor, rhs: Tensor, mask: tuple[bool, bool, bool]
@@ -251,11 +246,6 @@ class ConvTranspose:
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         return dy.sum((0, *range(2, dy.dim())))
-
-    def grad_and_bias_grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """GRAD and the bias gradient in one call, as torch sums them."""
-        rhs = dy.new_empty((1,)).expand(rhs_shape)
-        return self._backward(dy, lhs, rhs, (False, True, True))[1:]
 
     def _backward(
         self, dy: Tensor, lhs: Tensor, rhs: Tensor, mask: tuple[bool, bool, bool]

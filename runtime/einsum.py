@@ -5,7 +5,8 @@ around it.
 
 The labels of a group are in the order of the output, those of the sum in the order of the alphabet (capitals first), as
 torch.einsum has it: the same products are summed in the same order and give the same bits. Where the output begins
-with labels of the right operand, torch multiplies right by left, and gradients may differ in the order of their sums.
+with labels of the right operand, torch multiplies right by left: a policy's `a` stays the left operand, and the order
+of the sums may differ, by the machine's library.
 """
 
 from dataclasses import dataclass

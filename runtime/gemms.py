@@ -184,7 +184,14 @@ def run_gemm(
 ) -> Tensor:
     """One site, differentiable in lhs, rhs and bias. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast again in
     backward), grad_lhs.
+
+    Where no role casts or rounds anything, it is torch's own op with torch's own backward: no bit changes, whatever
+    order of additions the machine's library has for which transposition.
     """
+    if plan.spec.is_identity:
+        if not torch.compiler.is_compiling():
+            state.gemm_calls += 1
+        return plan.contraction.native(lhs, rhs, bias)
     flat: list[Tensor | None] = []
     for name in CAST_NAMES:
         operand = casts[name]
@@ -218,7 +225,7 @@ class _Gemm(torch.autograd.Function):
         needs_lhs, needs_rhs = ctx.needs_input_grad[:2]
         ctx.state, ctx.plan = state, plan
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
-        ctx.is_flat = lhs.is_contiguous()
+        ctx.bias_shape = None if bias is None else bias.shape
         ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(
             rhs if needs_lhs and bwd_rhs is None else None,
@@ -228,11 +235,6 @@ class _Gemm(torch.autograd.Function):
             grad_lhs_scale if needs_rhs else None,
         )
         spec = plan.spec.fwd
-        if (
-            plan.method("fwd") == "as_is" and not torch.compiler.is_compiling()
-        ):  # torch.matmul folds a batch into rows where the batch carries a gradient
-            fwd_lhs = fwd_lhs.detach().requires_grad_(needs_lhs)
-            fwd_rhs = fwd_rhs.detach().requires_grad_(needs_rhs)
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
         if _is_opaque(plan, "fwd"):
             return opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
@@ -261,15 +263,12 @@ class _Gemm(torch.autograd.Function):
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
             x = Operand(grad_lhs, grad_lhs_scale, grad.rhs)
-            if needs_bias and grad.is_identity and isinstance(plan.contraction, Conv | ConvTranspose):
-                dw, db = plan.contraction.grad_and_bias_grad(dy, x.grid, ctx.rhs_shape)
-            elif _is_opaque(plan, "grad"):
+            if _is_opaque(plan, "grad"):
                 dw = opaque.multiply("grad", plan.attributes, dy_cast.pair, x.pair, ctx.rhs_shape, ctx.dtypes[1], state)
             else:
                 dw = multiply_grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
-        if needs_bias and db is None:
-            # torch flattens a contiguous input before it adds the bias, and then sums dy flattened too
-            db = plan.contraction.bias_grad(dy.contiguous() if ctx.is_flat else dy).to(ctx.dtypes[2])
+        if needs_bias:
+            db = plan.contraction.bias_grad(dy).sum_to_size(ctx.bias_shape).to(ctx.dtypes[2])
         return dx, dw, db, *(None,) * 10
 
 
@@ -286,7 +285,7 @@ def multiply_fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, st
         return kind.native(
             _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
         )
-    if method == "cpu_bf16" and unscaled and spec.out == "fp32":
+    if method == "cpu_bf16" and unscaled and spec.out == "fp32" and (bias is None or bias.dim() == 1):
         add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
         return kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias)
     if plan.geometry is not None:
@@ -304,10 +303,7 @@ def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size,
     spec, method = plan.spec.bwd, plan.method("bwd")
     dy, w = _foldable(plan, "bwd", dy, w)
     lhs, rhs = _load(dy.grid, method), _load(w.grid, method)
-    if isinstance(plan.contraction, Matmul) and len(lhs_shape) == 2 < lhs.dim() and dy.scale is w.scale is None:
-        dx = plan.contraction.bwd_folded(lhs, rhs, _product(plan, "bwd", dy, w, state, is_swapped=True))
-    else:
-        dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, _product(plan, "bwd", dy, w, state))
+    dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, _product(plan, "bwd", dy, w, state))
     return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
 
 

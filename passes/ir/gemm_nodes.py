@@ -2,7 +2,7 @@
 knowledge.
 
     GemmNode     one product, as runtime.gemms.KINDS lays it out
-    Composite    products among other operations (attention, einsum, addmm, grouped): a pass writes them as GEMM nodes
+    Composite    products among other operations (attention, einsum, grouped): a pass writes them as GEMM nodes
     Unreadable   a product that has no lp form, and why
 
 A node's site is named `STEM_NUMBER` after the function, counted in program order, and `.PART` where it holds several:
@@ -33,6 +33,8 @@ class GemmNode:
     rhs: fx.Node
     bias: fx.Node | None = None
     geometry: str = ""
+    stem: str = ""
+    """What the names of such sites begin with, where it is not the op."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ Reading = GemmNode | Composite | Unreadable
 
 def stem_of(gemm: Reading) -> str:
     """What the names of a node's sites begin with."""
-    return gemm.stem if isinstance(gemm, Composite) else gemm.op
+    return gemm.op if isinstance(gemm, Unreadable) else gemm.stem or gemm.op
 
 
 def site_names(gemm: Reading, name: str) -> list[str]:
@@ -130,12 +132,15 @@ def _read_einsum(node: fx.Node) -> Composite | Unreadable:
     return Unreadable("einsum", reason) if reason else Composite("matmul", "einsum", "decompose-products")
 
 
-def _read_addmm(stem: str) -> Callable[[fx.Node], Composite | Unreadable]:
-    def read(node: fx.Node) -> Composite | Unreadable:
+def _read_addmm(stem: str, names: tuple[str, str]) -> Callable[[fx.Node], GemmNode | Unreadable]:
+    def read(node: fx.Node) -> GemmNode | Unreadable:
         factors = (node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1))
         if len(node.args) > 3 or factors != (1, 1) or node.kwargs.get("out") is not None:
             return Unreadable(stem, "alpha and beta other than 1, or out=, have no lp form")
-        return Composite("matmul", stem, "decompose-products")
+        added, lhs, rhs = node.args[0], argument(node, 1, names[0]), argument(node, 2, names[1])
+        if not (isinstance(added, fx.Node) and isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)):
+            return Unreadable(stem, "an operand is not a tensor of the graph")
+        return GemmNode("matmul", "matmul", lhs, rhs, added, stem=stem)
 
     return read
 
@@ -215,10 +220,10 @@ _READERS: dict[Any, Callable[[fx.Node], Reading]] = {
     torch.Tensor.mm: _read_matmul,
     F.scaled_dot_product_attention: _read_attention,
     torch.einsum: _read_einsum,
-    torch.addmm: _read_addmm("addmm"),
-    torch.Tensor.addmm: _read_addmm("addmm"),
-    torch.baddbmm: _read_addmm("baddbmm"),
-    torch.Tensor.baddbmm: _read_addmm("baddbmm"),
+    torch.addmm: _read_addmm("addmm", ("mat1", "mat2")),
+    torch.Tensor.addmm: _read_addmm("addmm", ("mat1", "mat2")),
+    torch.baddbmm: _read_addmm("baddbmm", ("batch1", "batch2")),
+    torch.Tensor.baddbmm: _read_addmm("baddbmm", ("batch1", "batch2")),
     torch.nn.functional.grouped_mm: _read_grouped,
     torch._grouped_mm: _read_grouped,
     F.conv_transpose1d: _read_conv_transpose(1),

@@ -2,6 +2,7 @@
 bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,11 @@ from runtime.state import RunState
 _GEOMETRY = ConvGeometry((2, 1), (1, 0), (1, 2), 2)
 _ONE_D = ConvGeometry((1,), (2,), (1,), 1)
 
+
+def _plus(add: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return torch.matmul(x, w) if b is None else add(b, x, w)
+
+
 OPERATIONS = {
     "linear": (lambda x, w, b: F.linear(x, w, b), (3, 5, 16), (7, 16), (7,), None),
     "linear_kn": (linear_kn, (3, 5, 16), (16, 7), (7,), None),
@@ -38,6 +44,9 @@ OPERATIONS = {
     ),
     "conv1d": (lambda x, w, b: F.conv1d(x, w, b, 1, 2), (2, 4, 9), (6, 4, 3), (6,), _ONE_D),
     "matmul_folded_left": (lambda x, w, b: torch.matmul(x, w), (5, 16), (4, 16, 7), None, None),
+    "matmul_plus_matrix": (lambda x, w, b: _plus(torch.addmm, x, w, b), (5, 16), (16, 7), (5, 7), None),
+    "matmul_plus_row": (lambda x, w, b: _plus(torch.addmm, x, w, b), (5, 16), (16, 7), (7,), None),
+    "matmul_plus_batch": (lambda x, w, b: _plus(torch.baddbmm, x, w, b), (3, 5, 16), (3, 16, 7), (3, 1, 7), None),
     "conv_transpose2d": (
         lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 1), (1, 0), (1, 0), 2, (1, 2)),
         (2, 4, 5, 6),
@@ -94,7 +103,7 @@ def _run(name: str, layer: LayerSpec, seed: int = 0) -> tuple[dict[str, Tensor],
     w = torch.randn(w_shape, generator=generator, requires_grad=True)
     b = torch.randn(b_shape, generator=generator, requires_grad=True) if b_shape else None
     dy = torch.randn(operation(x, w, b).shape, generator=generator)
-    kind = "conv" if geometry else name.split("_broadcast")[0].split("_folded")[0]
+    kind = "conv" if geometry else name.split("_broadcast")[0].split("_folded")[0].split("_plus")[0]
     methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).method for role in ROLES)
     state = RunState(watch_overflow=True)
     plan = GemmPlan(kind, layer, methods, 0, geometry)  # type: ignore[arg-type]
@@ -130,8 +139,8 @@ def _expected(name: str, layer: LayerSpec, inputs: tuple[Tensor, ...], magnitude
     operation(cast_of["grad"][1], w64, None).backward(cast_of["grad"][0])
     out |= {"dx": x64.grad, "dw": w64.grad}
     if b is not None:
-        dims = (0, *range(2, dy.dim())) if name.startswith("conv") else tuple(range(dy.dim() - 1))
-        out["db"] = size(dy.double()).sum(dims)
+        dims = (0, *range(2, dy.dim())) if name.startswith("conv") else ()
+        out["db"] = size(dy.double()).sum(dims).view(b.shape) if dims else size(dy.double()).sum_to_size(b.shape)
     return out
 
 
