@@ -21,7 +21,7 @@ from lpcompile.capture.install import Variant, install, uninstall
 from lpcompile.capture.leaf_code import install_composite, install_leaf
 from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
-from lpcompile.capture.recording import Recording
+from lpcompile.capture.recording import Opaque, Recording
 from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
@@ -122,11 +122,8 @@ def capture_more(
 
 def _compile(model: nn.Module, policy: Policy, state: RunState, calls: Calls, mode: str, strict: bool) -> Compiled:
     leaves, unreached = find_leaves(model)
-    sites = find_sites(leaves, calls.recordings)
-    phases = [
-        _compile_phase(model, from_step, each, leaves, calls.recordings, sites, mode)
-        for from_step, each in policy.phases
-    ]
+    sites = find_sites(leaves, calls)
+    phases = [_compile_phase(model, from_step, each, leaves, calls, sites, mode) for from_step, each in policy.phases]
     unreached += _own_functions(calls)
     compiled = Compiled(policy, state, sites, phases, leaves, unreached, calls, mode, strict)
     if strict:
@@ -198,39 +195,53 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     Of a policy with a schedule, ask each phase. How long GRAD's sums are, only a recorded call says.
     """
     leaves, _ = find_leaves(model)
-    sites = find_sites(leaves, {})
+    sites = find_sites(leaves, Calls())
     resolution = policy.resolve(sites)
     program = _named_program(model, policy, leaves, {}, sites, resolution)
     run_passes(program, [ChooseAccumulator()])
     return resolution, program.findings
 
 
-def find_sites(leaves: Sequence[Leaf], recordings: Recordings) -> list[Site]:
+def find_sites(leaves: Sequence[Leaf], calls: Calls) -> list[Site]:
+    """Those of leaves, and those of operations, whether a graph holds them or not."""
     count = sum(leaf.index is not None for leaf in leaves)
     sites = [Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
-    seen = set()
-    for path, variants in recordings.items():
+    ops: dict[str, str] = {}
+    for path, variants in calls.recordings.items():
         for recording in variants:
             for base, gemm, _ in _functional_gemms(path, recording.graph):
-                for name in site_names(gemm, base):
-                    if name not in seen:
-                        seen.add(name)
-                        sites.append(Site(name, gemm.op, None, count, None, None))
-    return sites
+                ops |= dict.fromkeys(site_names(gemm, base), gemm.op)
+    for name, (op, _) in _lost_sites(calls).items():
+        ops.setdefault(name, op)
+    return sites + [Site(name, op, None, count, None, None) for name, op in ops.items()]
 
 
 def _functional_gemms(path: str, graph: fx.Graph) -> list[tuple[str, Reading, Any]]:
-    """(name, reading, node) of the GEMMs that a module writes as operations, counted per stem in program order."""
+    """(name, reading, node) of the GEMMs that a module writes as operations."""
+    found = [(gemm, node) for node in graph.nodes if (gemm := read_gemm(node)) is not None]
+    return [(name, *each) for name, each in zip(_number(path, [gemm for gemm, _ in found]), found)]
+
+
+def _lost_sites(calls: Calls) -> dict[str, tuple[str, str]]:
+    """(op, why it runs as in the original) by site, of the products that modules without a graph write."""
+    sites: dict[str, tuple[str, str]] = {}
+    for path, opaque in calls.opaque.items():
+        if isinstance(opaque, Opaque):
+            for base, product in zip(_number(path, [each.gemm for each in opaque.products]), opaque.products):
+                reason = f"{product.where}: {path or '(root)'} has no graph: {opaque.where}: it {opaque.reason}"
+                sites |= dict.fromkeys(site_names(product.gemm, base), (product.gemm.op, reason))
+    return sites
+
+
+def _number(path: str, gemms: Sequence[Reading]) -> list[str]:
+    """The names of a module's GEMMs, counted per stem in program order."""
     numbers: Counter[str] = Counter()
-    found = []
-    for node in graph.nodes:
-        gemm = read_gemm(node)
-        if gemm is not None:
-            stem = stem_of(gemm)
-            name = f"{stem}_{numbers[stem]}"
-            numbers[stem] += 1
-            found.append((f"{path}.{name}" if path else name, gemm, node))
-    return found
+    names = []
+    for gemm in gemms:
+        stem = stem_of(gemm)
+        names.append(f"{path}.{stem}_{numbers[stem]}".removeprefix("."))
+        numbers[stem] += 1
+    return names
 
 
 def _compile_phase(
@@ -238,12 +249,12 @@ def _compile_phase(
     from_step: int,
     policy: Policy,
     leaves: Sequence[Leaf],
-    recordings: Recordings,
+    calls: Calls,
     sites: list[Site],
     mode: str,
 ) -> PhaseCode:
     resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, recordings, sites, resolution)
+    program = _named_program(model, policy, leaves, calls.recordings, sites, resolution)
     counted = {"lp.quantize": 0}
 
     def count_casts(done: Pass, program: Program) -> None:
@@ -251,8 +262,9 @@ def _compile_phase(
             counted["lp.quantize"] = num_op(program, "lp.quantize")
 
     records = run_passes(program, parse_passes(PIPELINES[mode], PASSES), after_each=count_casts)
+    lost = _lost_sites(calls)
     for name in program.specs.keys() - program.choices.keys() - program.refusals.keys():
-        program.refusals[name] = "no graph of the model holds this GEMM"
+        program.refusals[name] = lost[name][1] if name in lost else "no graph of the model holds this GEMM"
     return PhaseCode(from_step, policy, program, resolution, records, counted["lp.quantize"])
 
 

@@ -143,7 +143,7 @@ def report(model: nn.Module) -> Report:
         unmatched_rules=phase.resolution.unmatched,
         warnings=phase.program.findings,
         unreached={item.path: item.reason for item in compiled.unreached},
-        opaque=dict(compiled.calls.opaque),
+        opaque={path: str(reason) for path, reason in compiled.calls.opaque.items()},
         uncalled=[site.name for site in compiled.sites if site.name in compiled.uncalled],
         guard_misses=misses,
         captured=compiled.calls.num > 0,

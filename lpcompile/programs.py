@@ -46,7 +46,7 @@ def program_of(
         reopen_fast_paths(model)
     leaves, _ = find_leaves(model)
     program = build_program(model, leaves, calls.recordings)
-    specs = policy.resolve(find_sites(leaves, calls.recordings)).specs
+    specs = policy.resolve(find_sites(leaves, calls)).specs
     program.specs = {name: spec for name, spec in specs.items() if spec is not None}
     return program
 
@@ -74,7 +74,7 @@ def install_text(
     try:
         calls = _calls(model, example_inputs, example_kwargs, mode)
         _check_fits(program, build_program(model, leaves, calls.recordings), file)
-        policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls.recordings)
+        policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls)
         resolution = Resolution({**program.specs}, {}, [])
         phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))
         compiled = Compiled(policy, state, sites, [phase], leaves, unreached, calls, mode, strict=False)

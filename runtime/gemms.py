@@ -185,10 +185,10 @@ def run_gemm(
     """One site, differentiable in lhs, rhs and bias. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast again in
     backward), grad_lhs.
 
-    Where no role casts or rounds anything, it is torch's own op with torch's own backward: no bit changes, whatever
-    order of additions the machine's library has for which transposition.
+    Where no role rounds anything and the casts are the carriers themselves, it is torch's own op with torch's own
+    backward: no bit changes, whatever order of additions the machine's library has for which transposition.
     """
-    if plan.spec.is_identity:
+    if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
             state.gemm_calls += 1
         return plan.contraction.native(lhs, rhs, bias)
@@ -197,6 +197,13 @@ def run_gemm(
         operand = casts[name]
         flat += [operand.grid, operand.scale] if operand else [None, None]
     return _Gemm.apply(lhs, rhs, bias, state, plan, *flat)
+
+
+def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, Operand | None]) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # an identity cast is traced as its input
+    carriers = {"fwd_lhs": lhs, "fwd_rhs": rhs, "bwd_rhs": rhs, "grad_lhs": lhs}
+    return all(cast is None or torch._C._is_alias_of(cast.grid, carriers[name]) for name, cast in casts.items())
 
 
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")

@@ -13,7 +13,7 @@ from torch import nn
 from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recorder import record
-from lpcompile.capture.recording import Recording, merged
+from lpcompile.capture.recording import Opaque, Recording, merged
 
 MAX_VARIANTS = 8
 """Per module. Each costs a check of a few microseconds in every call that an earlier one does not fit."""
@@ -25,7 +25,7 @@ class Calls:
 
     num: int = 0
     recordings: Mapping[str, list[Recording]] = field(default_factory=dict)
-    opaque: Mapping[str, str] = field(default_factory=dict)
+    opaque: Mapping[str, Opaque | str] = field(default_factory=dict)
     """Modules whose forward in some call no graph stands for, with the reason."""
     reached: frozenset[str] = frozenset()
     """Modules that were called, leaves included."""
@@ -56,8 +56,7 @@ def record_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             if model.training is not training:
                 model.train(training)
             result = record(model, args, kwargs, is_leaf=is_leaf, precedents=precedents)
-            opaque = {path: str(reason) for path, reason in result.opaque.items()}
-            calls += Calls(1, result.recordings, opaque, result.reached)
+            calls += Calls(1, result.recordings, result.opaque, result.reached)
     finally:
         for module, was_training in modes:
             module.training = was_training

@@ -35,9 +35,10 @@ from lpcompile.capture.guards import (
     with_article,
 )
 from lpcompile.capture.precedents import Precedent, Precedents
-from lpcompile.capture.recording import Opaque, Recording
+from lpcompile.capture.recording import LostProduct, Opaque, Recording
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete, hint
+from passes.ir.gemm_nodes import is_gemm, read_gemm
 
 
 class Refusal(Exception):
@@ -84,6 +85,7 @@ class Frame:
         self.switches_grad_mode = False
         self.writes: dict[tuple[int, str], str] = {}
         """Where an attribute was last set: (id of the module, attribute) -> file:line."""
+        self._products: list[LostProduct] = []
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._sizes: dict[sympy.Basic, fx.Node | int] = {}
@@ -134,6 +136,24 @@ class Frame:
         """End the graph. The first reason counts."""
         if self.opaque is None:
             self.opaque = Opaque(reason, where or self._line())
+
+    def note_product(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A function runs that may multiply matrices. If the frame ends without a graph, it is lost, and told."""
+        if not is_gemm(function):
+            return
+        scratch = fx.Graph()
+
+        def stand(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            node = scratch.placeholder("operand")
+            node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+            return node
+
+        operands = fx.node.map_aggregate(tuple(args), stand), fx.node.map_aggregate(dict(kwargs), stand)
+        gemm = read_gemm(scratch.call_function(function, *operands))
+        if gemm is not None:
+            self._products.append(LostProduct(gemm, self._line()))
 
     def prepare(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Node | None:
         """The node of an operation that is about to run; None once the frame has failed."""
@@ -269,7 +289,7 @@ class Frame:
         self.arguments = ((), {})
         if recording is None:
             assert self.opaque is not None
-            return self.opaque
+            return replace(self.opaque, products=tuple(self._products))
         return recording
 
     def returns_tainted(self, result: Any) -> bool:

@@ -13,6 +13,7 @@ graph and one site per product:
     RNN, LSTM, GRU             .ih_l0 .hh_l0 (.hr_l0) .ih_l0_reverse ...
     RNNCell, LSTMCell, GRUCell .ih .hh
     experts of transformers    .gate_up_proj .down_proj              one product per expert in each
+    CoreAttention              .qk .pv                               attention of transformers (attention_interface.py)
 
 A subclass counts only if it did not write a forward of its own. What holds GEMMs and is not here is listed as
 unreached, by name.
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from lpcompile.capture.attention_interface import CoreAttention, core_attention
 from lpcompile.capture.attention_leaf import multihead_attention
 from lpcompile.capture.experts_leaf import expert_weights, experts, is_experts
 from lpcompile.capture.recurrent_leaf import recurrent, recurrent_cell
@@ -290,6 +292,7 @@ _COMPOSITES = (
     _Composite(_has_forward_of(*_RECURRENT), _recurrent_parts, recurrent),
     _Composite(_has_forward_of(*_CELLS), _cell_parts, recurrent_cell),
     _Composite(is_experts, _expert_parts, experts),
+    _Composite(_has_forward_of(CoreAttention), lambda _: [Part("qk", "matmul"), Part("pv", "matmul")], core_attention),
 )
 
 

@@ -361,6 +361,8 @@ class _Recorder:
             return result
         if func is torch._C._set_grad_enabled:
             frame.switches_grad_mode = True
+        with self._suspend():
+            frame.note_product(func, args, kwargs)
         tainted = frame.is_tainted((args, kwargs))
         reads = name in _SIZE_READS or name in _STATIC_READS
         with self._suspend():

@@ -8,6 +8,7 @@ from torch.utils._pytree import TreeSpec
 
 from lpcompile.capture.graph_code import is_same_graph
 from lpcompile.capture.guards import Guard
+from passes.ir.gemm_nodes import Reading
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class LostProduct:
+    """A product of matrices that a module without a graph writes as an operation: it runs as in the original."""
+
+    gemm: Reading
+    where: str
+    """`file:line`."""
+
+
+@dataclass(frozen=True)
 class Opaque:
     """Why a module has no graph. Its original forward runs; its children are recorded all the same."""
 
@@ -40,6 +50,8 @@ class Opaque:
     """Completes "the forward of this module ..."."""
     where: str
     """`file:line` inside the forward, or of its definition where the cause has no line."""
+    products: tuple[LostProduct, ...] = ()
+    """In program order, those of the children left out."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"

@@ -70,9 +70,14 @@ def site_names(gemm: Reading, name: str) -> list[str]:
     return [name + part for part in gemm.parts] if isinstance(gemm, Composite) else [name]
 
 
+def is_gemm(function: Any) -> bool:
+    """Whether a function may multiply matrices."""
+    return function in _READERS
+
+
 def read_gemm(node: fx.Node) -> Reading | None:
     """What a node multiplies; None for a node that multiplies no matrices."""
-    if node.op != "call_function" or node.target not in _READERS:
+    if node.op != "call_function" or not is_gemm(node.target):
         return None
     return _READERS[node.target](node)
 
