@@ -57,6 +57,9 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
         loaded = copy.deepcopy(original)
         loaded.load_state_dict(torch.load(tmp_path / "model.pt"))
     batch = ZOO[name].batch(0)
-    assert list(loaded.state_dict()) == list(original.state_dict())
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(**batch)["logits"], original.eval()(**batch)["logits"])
+    saved, wanted = loaded.state_dict(), original.state_dict()
+    assert list(saved) == list(wanted)
+    assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
+    with torch.no_grad():  # not to the bit: a weight loaded elsewhere in memory may take another path of a library
+        found, expected = loaded.eval()(**batch)["logits"], original.eval()(**batch)["logits"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
