@@ -25,8 +25,9 @@ from lpcompile.capture.recording import Opaque, Recording
 from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
-from lpcompile.policy import Policy, Resolution, Site
+from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
+from lpcompile.policy_rules import Site
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
 from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of

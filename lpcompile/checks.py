@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lpcompile.capture.leaves import Leaf
-from lpcompile.policy import Policy, Resolution, Rule, Site
+from lpcompile.policy import Policy, Resolution
+from lpcompile.policy_rules import Rule, Site
 from passes.finding import Finding, names_of
 from runtime.numerics.block_casts import encode_blocks
 from runtime.numerics.block_formats import get_block_format

@@ -13,7 +13,8 @@ from torch import nn
 from lpcompile.capture.calls import Calls
 from lpcompile.capture.graph_code import dumps
 from lpcompile.capture.leaves import Leaf, Unreached
-from lpcompile.policy import Policy, Resolution, Site
+from lpcompile.policy import Policy, Resolution
+from lpcompile.policy_rules import Site
 from passes.ir.program import Program
 from passes.manager import PassRecord
 from runtime.errors import LpError

@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from lpcompile.errors import ParseError, PolicyError, did_you_mean, nearest_names
-from lpcompile.policy import Origin, Phase, PhasePolicy, Policy, Rule, Section, key_path
+from lpcompile.policy import Phase, PhasePolicy, Policy
+from lpcompile.policy_fields import Section, key_path
+from lpcompile.policy_rules import Origin, Rule
 
 KeyPath = tuple[str | int, ...]
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpcompile.errors import NotSupported, PolicyError
-from lpcompile.policy import Match, Policy, Site
+from lpcompile.policy import Policy
+from lpcompile.policy_rules import Match, Site
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, ScaleSpec
 
 FIRST = Site("stem.conv", "conv2d", 0, 4, 64, 27)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from lpcompile.errors import LpError, NotSupported, ParseError, PolicyError
-from lpcompile.policy import Policy, Site
+from lpcompile.policy import Policy
 from lpcompile.policy_file import load_policy, policy_schema, shipped_policies
+from lpcompile.policy_rules import Site
 from runtime.numerics.formats import FORMATS
 
 SITES = [

@@ -1,0 +1,192 @@
+"""Fields: the values of a policy file, checked as they are read; what is wrong becomes a sentence with its key."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from lpcompile.errors import FormatError, LpError, NotSupported, PolicyError, did_you_mean, nearest_names
+from runtime.numerics.block_formats import (
+    BLOCK_FORMATS,
+    get_block_format,
+    is_block_format,
+)
+from runtime.numerics.formats import FORMATS, get_format
+from runtime.numerics.specs import (
+    AUTO,
+)
+
+
+def refusal(what: str, *, expected: str = "", got: str = "", hint: str = "", key: str = "") -> PydanticCustomError:
+    """A PolicyError in the making: pydantic adds the key path, Policy the file and line."""
+    parts = {"what": what, "expected": expected, "got": got, "hint": hint, "key": key}
+    return PydanticCustomError("policy", "{what}", parts)
+
+
+def not_built(what: str, hint: str, key: str = "") -> PydanticCustomError:
+    """A NotSupported in the making."""
+    parts = {"what": what, "expected": "", "got": "", "hint": hint, "key": key}
+    return PydanticCustomError("not_supported", "{what}", parts)
+
+
+def _check_format(name: str) -> str:
+    try:
+        get_format(name)
+    except NotSupported as error:
+        raise not_built(error.what, error.hint) from None
+    except FormatError as error:
+        what = did_you_mean(error.what, error.hint) if error.hint else error.what
+        raise refusal(what, expected=error.expected, got=error.got) from None
+    return name
+
+
+def one_of(kind: str, known: tuple[str, ...], planned: tuple[str, ...] = ()) -> BeforeValidator:
+    """A check that a word is one of `known`; one of `planned` is NotSupported."""
+
+    def check(value: Any) -> Any:
+        if value in planned:
+            raise not_built(f'{kind} "{value}" is planned and not in this version', f"one of {', '.join(known)}")
+        if value not in known:
+            raise refusal(did_you_mean(f'"{value}" is not a {kind}', nearest_names(str(value), known)))
+        return value
+
+    return BeforeValidator(check)
+
+
+def words(kind: str, known: tuple[str, ...] = ()) -> BeforeValidator:
+    """A check and a widening: one word stands for a list of one, the list is not empty, each word is one of `known`."""
+
+    def check(value: Any) -> Any:
+        words = (value,) if isinstance(value, str) else value
+        if not isinstance(words, Sequence) or not words or not all(isinstance(word, str) for word in words):
+            raise refusal(f"not {_a(kind)} or a list of them", got=as_written(value))
+        for word in words:
+            if known and word not in known:
+                raise refusal(did_you_mean(f'"{word}" is not {_a(kind)}', nearest_names(word, known)))
+        return tuple(words)
+
+    return BeforeValidator(check)
+
+
+def words_schema(known: tuple[str, ...] = ()) -> WithJsonSchema:
+    word = {"type": "string", "enum": list(known)} if known else {"type": "string"}
+    return WithJsonSchema({"anyOf": [word, {"type": "array", "items": word, "minItems": 1}]})
+
+
+def _check_operand_format(name: str) -> str:
+    if not is_block_format(name):
+        return _check_format(name)
+    try:
+        get_block_format(name)
+    except FormatError as error:
+        raise refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+    return name
+
+
+FormatName = Annotated[
+    str,
+    AfterValidator(_check_format),
+    WithJsonSchema({"type": "string", "examples": list(FORMATS)}),
+]
+OperandFormatName = Annotated[
+    str,
+    AfterValidator(_check_operand_format),
+    WithJsonSchema({"type": "string", "examples": [*FORMATS, *BLOCK_FORMATS]}),
+]
+AccumulatorName = Annotated[
+    str,
+    AfterValidator(lambda name: name if name == AUTO else _check_format(name)),
+    WithJsonSchema({"type": "string", "examples": [AUTO, *FORMATS]}),
+]
+Count = Annotated[int, Field(strict=True, gt=0)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+def or_text(schema: dict[str, Any], handler: GetJsonSchemaHandler, text: dict[str, Any]) -> dict[str, Any]:
+    """Let the JSON Schema of a section also accept its shorthand."""
+    resolved = handler.resolve_ref_schema(schema)
+    section = dict(resolved)
+    description = section.pop("description", "")
+    resolved.clear()
+    resolved.update({"description": description, "anyOf": [text, section]})
+    return schema
+
+
+class Section(BaseModel):
+    """A mapping of the policy file: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    TWINS: ClassVar[dict[str, str]] = {}
+    """Second names of keys: {"a": "x"} reads `a` as `x`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            known = (*cls.model_fields, *(twin for twin, key in cls.TWINS.items() if key in cls.model_fields))
+            for key in value:
+                if key not in known:
+                    hint = cls._hint_for(str(key)) or nearest_names(str(key), known)
+                    raise refusal(did_you_mean(f'"{key}" is not a key here', hint), key=str(key))
+                if key in cls.TWINS and cls.TWINS[key] in value:
+                    raise refusal(f'"{key}" and "{cls.TWINS[key]}" name the same operand', hint="one of them", key=key)
+        elif not isinstance(value, cls):
+            raise refusal("not a mapping", expected=f"the keys {', '.join(cls.model_fields)}", got=as_written(value))
+        return value
+
+    @classmethod
+    def _hint_for(cls, key: str) -> str:
+        """What to say about an unknown key that people write on purpose."""
+        return ""
+
+
+def key_path(path: Sequence[str | int]) -> str:
+    """`("rules", 1, "fwd", "x")` as `rules[1].fwd.x`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def path_in(raw: Any, fault: ErrorDetails) -> tuple[str | int, ...]:
+    """The part of a fault's place that the user wrote: below a shorthand there is nothing to point at."""
+    path: list[str | int] = []
+    for part in (*fault["loc"], *filter(None, (fault.get("ctx", {}).get("key"),))):
+        if isinstance(raw, str) or not isinstance(raw, Mapping | Sequence):
+            break
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError):
+            break
+        path.append(part)
+    return tuple(path)
+
+
+def as_error(fault: ErrorDetails, where: str) -> LpError:
+    """Our own faults carry their sentence; pydantic's own are put into the same parts."""
+    context = fault.get("ctx", {})
+    if fault["type"] in ("policy", "not_supported"):
+        kind = PolicyError if fault["type"] == "policy" else NotSupported
+        parts = {key: context[key] for key in ("expected", "got", "hint")}
+        return kind(context["what"], where=where, **parts)
+    if fault["type"] == "missing":
+        return PolicyError(f'the key "{fault["loc"][-1]}" is missing', where=where)
+    expected = fault["msg"].removeprefix("Input should be ").replace("valid tuple", "list")
+    return PolicyError("not a value this key takes", where=where, expected=expected, got=as_written(fault["input"]))
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def as_written(value: Any) -> str:
+    """A value as a policy file writes it."""
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
