@@ -37,10 +37,12 @@ from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
 from passes.fed_leaves import QUANTIZE, SCALE, Pair, cast_like, casts_of_input, feed, leaf_of
 from passes.ir.program import CASTS, Program, Unit
+from passes.ir.types import META, tensor_meta, types_of
 from passes.manager import Pass
 from runtime.errors import PassError
 from runtime.gemms import storage_dtype
 from runtime.numerics.specs import QuantSpec
+from runtime.op_types import TensorType
 from runtime.ops import OPS
 
 _GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS["lp.dequantize"].run
@@ -76,7 +78,9 @@ class PlaceRegions(Pass):
 
 @dataclass(frozen=True)
 class _Key:
-    """What the casts of one problem share: the spec and, if it has a scale, the tensor that the scale is of."""
+    """What the casts of one problem share: the spec and, if it has a scale, the tensor that the scale is of, which
+    they all cast views of.
+    """
 
     spec: QuantSpec
     scaled: fx.Node | None
@@ -98,6 +102,9 @@ class _Regions:
     def __init__(self, program: Program, unit: Unit, is_dropping: bool, finite: bool) -> None:
         self.program, self.unit, self.graph = program, unit, unit.graph
         self.is_dropping, self.finite = is_dropping, finite
+        for node, kind in types_of(self.graph).items():  # what lp ops give, which nobody recorded
+            if isinstance(kind, TensorType) and META not in node.meta:
+                node.meta[META] = tensor_meta(kind)
 
     def leave_out_later_casts(self) -> bool:
         """Without gradients nobody reads the casts of BWD and GRAD that FWD does not read too."""
@@ -147,8 +154,14 @@ class _Regions:
                 is_own = isinstance(scale, fx.Node) and scale.target is SCALE and scale.args[0] is cast.args[0]
                 is_read = not (self.is_dropping and leaf is not None and _is_grad_only(cast))
                 if is_read and not spec.is_identity and (is_own or scale is None) and elements(x):
-                    found[_Key(spec, x if is_own else None)].append(_Demand(x, node, cast))
+                    found[_Key(spec, self._viewed(x, spec) if is_own else None)].append(_Demand(x, node, cast))
         return found
+
+    def _viewed(self, node: fx.Node, spec: QuantSpec) -> fx.Node:
+        """What a value is a view of, the scale of which follows."""
+        op = read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
+        is_view = op is not None and op.kind == "view" and moves_scale(op, spec, is_nonnegative=False)
+        return self._viewed(op.inputs[0], spec) if op is not None and is_view else node
 
     def move(self, key: _Key) -> bool:
         """Solve one problem and rewrite the graph, if that moves fewer bytes."""
@@ -217,7 +230,7 @@ class _Regions:
 
         low, values = storage_dtype(key.spec.format).itemsize, []
         for node in nodes:
-            op, size, high = ops.get(node), elements(node) or 0, node.meta["tensor_meta"].dtype.itemsize
+            op, size, high = ops.get(node), elements(node) or 0, node.meta[META].dtype.itemsize
             read = sum(elements(each) or 0 for each in op.inputs) if op else 0
             is_computed = op is not None and op.kind not in ("view", "layout")
             is_copied = op is not None and op.kind == "layout"  # into contiguous order, as a cast does it
@@ -278,14 +291,13 @@ class _Rewriter:
         moved = [each for each in demands if each.value in imaged]
         for each in moved:
             cast = self._own_cast(each)
-            attributes = dict(cast.kwargs)
-            q, scale = self._image(each.value, attributes)
+            q, scale = self._image(each.value, dict(cast.kwargs))
             self._put_in_place_of(cast, q, scale)
         for node in carried:
             if self.places[node] is Place.LOW:
                 self._stand_in(node)
         for node in reversed(carried):
-            if self.places[node] is Place.LOW:
+            if not node.users:
                 self.graph.erase_node(node)
 
     def _own_cast(self, demand: _Demand) -> fx.Node:
@@ -318,8 +330,8 @@ class _Rewriter:
             with self.graph.inserting_before(_behind(node)):
                 scale = self._scale(node) if self.key.scaled is not None else None
                 q = self.graph.call_function(QUANTIZE, (node, scale, None), attributes)
-        meta, dtype = node.meta["tensor_meta"], storage_dtype(self.key.spec.format)
-        q.meta["tensor_meta"] = meta._replace(dtype=dtype, requires_grad=False)
+        meta, dtype = node.meta[META], storage_dtype(self.key.spec.format)
+        q.meta[META] = meta._replace(dtype=dtype, requires_grad=False)
         self.images[node] = q, scale
         return q, scale
 
@@ -328,9 +340,11 @@ class _Rewriter:
         relu if one lies between. One relu is as good as several, and what lies between else moves no magnitude.
         """
         cut, node, largest = None, self.key.scaled, source
-        while node is not None and node is not source:
+        assert node is not None
+        while node is not source and node in self.ops:  # else the source is a view of what the scale is of
             cut = self.ops[node] if self.ops[node].kind == "cut" else cut
             node = self.ops[node].inputs[0]
+        cut = cut if node is source else None
         if cut is not None:
             rank = len(shape_of(source))
             granularity = self.key.spec.scale.granularity if self.key.spec.scale else "tensor"
@@ -355,9 +369,9 @@ class _Rewriter:
             return
         q, _ = self.images[node]
         with self.graph.inserting_before(_behind(q)):  # type: ignore[arg-type]
-            dtype = str(node.meta["tensor_meta"].dtype).removeprefix("torch.")
+            dtype = str(node.meta[META].dtype).removeprefix("torch.")
             made = self.graph.call_function(_STAND_IN, (q,), {"dtype": dtype})
-        made.meta["tensor_meta"] = node.meta["tensor_meta"]
+        made.meta[META] = node.meta[META]
         for user in users:
             user.replace_input_with(node, made)
 
@@ -375,7 +389,7 @@ def _later(gemm: fx.Node) -> list[fx.Node]:
 
 
 def _is_grad_only(cast: fx.Node) -> bool:
-    return cast.kwargs["slot"] == _GRAD_SLOT
+    return bool(cast.kwargs["slot"] == _GRAD_SLOT)
 
 
 def _num_read(casts: list[fx.Node]) -> int:

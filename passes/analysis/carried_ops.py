@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 
 from passes.ir.gemm_nodes import argument
 from passes.ir.program import Program, Unit, child_path
+from passes.ir.types import META
 from runtime.gemms import storage_dtype
 from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
 from runtime.numerics.specs import QuantSpec
@@ -111,7 +112,7 @@ def moves_scale(op: CarriedOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
             return is_nonnegative and _covers(op.call)
         case "cut", "row" | "column":
             return elements(op.node) is not None and len(shape_of(op.node)) > 1
-        case "view", "row":
+        case "view", "row" | "column":
             return _keeps_rows(op)
         case _:
             return False
@@ -121,6 +122,8 @@ def carried_scale(graph: fx.Graph, op: CarriedOp, scale: fx.Node, spec: QuantSpe
     """The scale of the result's cast, from that of the input's, made where the graph inserts nodes."""
     if op.kind != "view" or spec.scale is None or spec.scale.granularity == "tensor":
         return scale
+    if spec.scale.granularity == "column":
+        return graph.call_function(torch.Tensor.reshape, (scale, *(1,) * (len(shape_of(op.node)) - 1), -1))
     name, args = op.call.target, op.call.args
     if name in _RESHAPES:  # the sizes but the last, and 1
         sizes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
@@ -130,7 +133,7 @@ def carried_scale(graph: fx.Graph, op: CarriedOp, scale: fx.Node, spec: QuantSpe
 
 def elements(node: fx.Node) -> int | None:
     """How many, as the recorder saw it; None for what is no floating-point tensor."""
-    meta = node.meta.get("tensor_meta")
+    meta = node.meta.get(META)
     if meta is None or not hasattr(meta, "dtype") or not meta.dtype.is_floating_point:
         return None
     return prod(meta.shape)
@@ -138,7 +141,7 @@ def elements(node: fx.Node) -> int | None:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Of a node that `elements` knows."""
-    return tuple(node.meta["tensor_meta"].shape)
+    return tuple(node.meta[META].shape)
 
 
 def _kind(node: fx.Node) -> Kind | None:

@@ -79,7 +79,8 @@ def place(values: Sequence[Value]) -> list[Place]:
         edges += [((each, Place.LOW), without_high, inf) for each in value.inputs]
         for tail, head, bytes_ in edges:
             _add(graph, tail, head, bytes_)
-    _, (true, _) = nx.minimum_cut(graph, source, sink)
+    # of several minimum cuts networkx gives the one with most on the source's side; seen from the sink, that is HIGH
+    _, (_, true) = nx.minimum_cut(graph.reverse(copy=False), sink, source)
     return [Place(sum((number, step) in true for step in list(Place)[1:])) for number in range(len(values))]
 
 
