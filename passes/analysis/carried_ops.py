@@ -100,9 +100,8 @@ def moves_scale(op: CarriedOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
     """Whether the scale of the result's cast follows from the input, without the result. `is_nonnegative`: the inputs
     are.
     """
-    if not spec.has_scale:
-        return True
-    assert spec.scale is not None
+    if spec.scale is None:
+        return not spec.is_block
     match op.kind, spec.scale.granularity:
         case "view" | "cut", "tensor":
             return True

@@ -180,3 +180,11 @@ def test_options_print_and_parse_and_what_is_no_way_is_refused() -> None:
 def test_a_second_run_changes_nothing() -> None:
     once = run(convolutions(), _DROP)
     assert run(once, "place-regions{carriers=drop}").partition("lp.site")[2] == once.partition("lp.site")[2]
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "nvfp4"])
+def test_blocks_stay_where_they_are(format: str) -> None:
+    text = reshaped_leaves(layer(f"{format} nearest_even"))
+    for passes in (_KEEP, _DROP):
+        check(run(text, passes), '// CHECK-LABEL: sym_name = "attn#0"\n// CHECK-NOT: "lp.quantize"(%x)')
+    assert run(text, _KEEP).count('"lp.quantize"') == run(text, _CAST).count('"lp.quantize"') > 0
