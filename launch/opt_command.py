@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lpcompile.errors import LpError
+from passes.analysis.traffic import Traffic, traffic
 from passes.ir.dot import print_dot
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
@@ -49,7 +50,7 @@ def opt(
         Path | None, typer.Option("--output", "-o", help="Write the text here and not to stdout.")
     ] = None,
     print_ir_after_all: Annotated[bool, typer.Option(help="Also print the program after every pass.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Time and nodes per pass.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Time, nodes, casts and bytes moved, per pass.")] = False,
     dot: Annotated[Path | None, typer.Option(help="Write the graphs as Graphviz text.")] = None,
     verify_only: Annotated[bool, typer.Option("--verify", help="Run no pass; print a verdict.")] = False,
     list_passes: Annotated[bool, typer.Option("--list-passes", help="Which passes and pipelines there are.")] = False,
@@ -81,7 +82,11 @@ def opt(
         print(f"{source}: verified, {graphs} graphs, {program.num_nodes()} nodes, {len(program.specs)} sites named")
         return
 
+    moved = [traffic(program)] if stats else []
+
     def after_each(done: Pass, program: Program) -> None:
+        if stats:
+            moved.append(traffic(program))
         if print_ir_after_all:
             print(f"// ----- after {done} -----\n{print_program(program)}", file=sys.stderr)
 
@@ -94,7 +99,7 @@ def opt(
     if dot:
         dot.write_text(print_dot(program))
     if stats:
-        told.print(stats_table(records))
+        told.print(stats_table(records, moved))
 
 
 def read_program(source: str, policy: str | None, mode: str = "train") -> Program:
@@ -139,15 +144,21 @@ def describe_passes() -> list[str]:
     return lines + [f"pipeline {name}: {text}" for name, text in PIPELINES.items()]
 
 
-def stats_table(records: Sequence[PassRecord]) -> Table:
-    """One row per pass: milliseconds, whether it changed anything, nodes of all graphs before and after."""
-    table = Table("pass", "ms", "changed", "nodes before", "nodes after", box=None, header_style="bold")
-    for each in records:
+def stats_table(records: Sequence[PassRecord], moved: Sequence[Traffic]) -> Table:
+    """One row per pass: milliseconds, whether it changed anything, nodes of all graphs before and after, and what one
+    forward then does (passes/analysis/traffic.py): casts that run, bytes that casts and what can carry them move.
+    `moved`: before the first pass, and after each.
+    """
+    titles = ("pass", "ms", "changed", "nodes before", "nodes after", "casts", "bytes moved")
+    table = Table(*titles, box=None, header_style="bold")
+    for each, after in zip(records, moved[1:]):
         changed = "yes" if each.changed else "no"
-        table.add_row(each.name, f"{each.seconds * 1e3:.2f}", changed, str(each.nodes_before), str(each.nodes_after))
+        nodes = (str(each.nodes_before), str(each.nodes_after))
+        table.add_row(each.name, f"{each.seconds * 1e3:.2f}", changed, *nodes, str(after.casts), str(after.bytes))
     if records:
         total = f"{sum(each.seconds for each in records) * 1e3:.2f}"
-        table.add_row("total", total, "", str(records[0].nodes_before), str(records[-1].nodes_after))
+        nodes = (str(records[0].nodes_before), str(records[-1].nodes_after))
+        table.add_row("total", total, "", *nodes, str(moved[-1].casts), str(moved[-1].bytes))
     return table
 
 

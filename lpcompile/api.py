@@ -22,6 +22,7 @@ from lpcompile.capture.leaf_code import install_composite, install_leaf
 from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Opaque, Recording
+from lpcompile.capture.torch_layers import layer_units, note_writes, without_carriers
 from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
@@ -299,6 +300,8 @@ def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordin
             for name, _, node in _functional_gemms(path, graph):
                 node.meta[SITE] = name
             units[_unit_name(path, number)] = Unit(path, graph, "module")
+    note_writes(units.values(), modules, [leaf.path for leaf in leaves])
+    units |= {_unit_name(path, 0): unit for path, unit in layer_units(units.values(), modules).items()}
     note_leaf_types(units.values(), modules)
     parameter = next(model.parameters(), None)
     return Program(units, {}, device=parameter.device.type if parameter is not None else "cpu")
@@ -318,7 +321,10 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
             units_of_path = [phase.program.units[_unit_name(path, number)] for number in range(len(variants))]
             if any(_is_touched(unit) for unit in units_of_path):
                 modules[path].__dict__[STATE] = compiled.state
-                changed = [Variant.of(recording, unit.graph) for recording, unit in zip(variants, units_of_path)]
+                changed = [
+                    Variant.of(without_carriers(each, modules[path]) if unit.is_forward_only else each, unit.graph)
+                    for each, unit in zip(variants, units_of_path)
+                ]
                 install(modules[path], changed, phase=index, clock=compiled.state)
 
     if _rounds_stochastically(compiled):

@@ -1,25 +1,28 @@
 """Pipelines: the passes by name, and the orders in which they are run."""
 
 from passes.annotate import Annotate
+from passes.cancel_casts import CancelCasts
 from passes.choose_accumulator import ChooseAccumulator
 from passes.decompose_attention import DecomposeAttention
 from passes.decompose_products import DecomposeProducts
 from passes.insert_casts import InsertCasts
 from passes.manager import Pass
+from passes.place_regions import PlaceRegions
 from passes.select_kernels import SelectKernels
 from passes.share_casts import ShareCasts
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
-        ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, SelectKernels,
+        ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, PlaceRegions,
+        CancelCasts, SelectKernels,
     )
 }  # fmt: skip
 
 PIPELINES: dict[str, str] = {
     "train": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "select-kernels",
+    "place-regions{carriers=keep},cancel-casts,select-kernels",
     "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "select-kernels",
+    "place-regions{carriers=drop},cancel-casts,select-kernels",
 }
 """By mode of lpcompile(), text that `passes.manager.parse_passes` reads."""

@@ -11,20 +11,17 @@ same input casts it once itself and hands the cast down:
 across an in-place op, which may have changed the tensor, nor when it rounds stochastically.
 """
 
-import copy
-import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
-from passes.ir.program import CASTS, Program, Unit
+from passes.analysis.writes import epochs
+from passes.fed_leaves import QUANTIZE, SCALE, cast_like, casts_of_input, feed, is_shareable, unfed_leaf
+from passes.ir.program import Program, Unit
 from passes.manager import Pass
 from runtime.errors import PassError
-from runtime.ops import OPS
-
-_SCALE, _QUANTIZE = OPS["lp.scale"].run, OPS["lp.quantize"].run
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,9 @@ class ShareCasts(Pass):
             for unit in program.units.values():
                 if unit.kind == "module":
                     changed |= _feed_leaves(program, unit)
-        for _, graph in program.graphs():
-            changed |= _merge_equal(graph)
+        for unit in program.units.values():
+            for graph in filter(None, (unit.graph, unit.fed)):
+                changed |= _merge_equal(graph, epochs(program, unit.path, graph))
         return changed
 
 
@@ -54,80 +52,31 @@ def _feed_leaves(program: Program, unit: Unit) -> bool:
     """Cast in the caller what two of its leaves cast alike; the equal casts are merged afterwards."""
     consumers: dict[tuple[fx.Node, str, int], int] = defaultdict(int)
     calls: list[tuple[fx.Node, Unit, list[fx.Node], int]] = []
-    epoch = 0
+    epoch_of = epochs(program, unit.path, unit.graph)
     for node in unit.graph.nodes:
-        epoch += _mutates(node)
-        leaf = _called_leaf(program, unit, node)
+        leaf = unfed_leaf(program, unit, node)
         if leaf is None:
             continue
-        casts = _casts_of_input(leaf.graph)
-        calls.append((node, leaf, casts, epoch))
+        casts = casts_of_input(leaf.graph)
+        calls.append((node, leaf, casts, epoch_of[node]))
         for spec in {str(cast.kwargs["spec"]) for cast in casts}:
-            consumers[node.args[0], spec, epoch] += 1
+            consumers[node.args[0], spec, epoch_of[node]] += 1
     changed = False
     for node, leaf, casts, epoch in calls:
         if any(consumers[node.args[0], str(cast.kwargs["spec"]), epoch] > 1 for cast in casts):  # type: ignore[index]
-            _feed(unit.graph, node, leaf, casts)
+            with unit.graph.inserting_before(node):
+                feed(node, leaf, [cast_like(unit.graph, node.args[0], cast) for cast in casts])  # type: ignore[arg-type]
             changed = True
     return changed
 
 
-def _called_leaf(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
-    if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
-        return None
-    return program.leaf(f"{unit.path}.{node.target}" if unit.path else str(node.target))
-
-
-def _casts_of_input(graph: fx.Graph) -> list[fx.Node]:
-    x = next(iter(graph.nodes))
-    casts = [node for node in graph.nodes if node.target is _QUANTIZE and node.args[0] is x]
-    return casts if all(_is_shareable(cast) for cast in casts) else []
-
-
-def _is_shareable(cast: fx.Node) -> bool:
-    return "stochastic" not in str(cast.kwargs["spec"])
-
-
-def _feed(graph: fx.Graph, call: fx.Node, leaf: Unit, casts: list[fx.Node]) -> None:
-    x = call.args[0]
-    handed: list[fx.Node | None] = []
-    with graph.inserting_before(call):
-        for cast in casts:
-            spec = cast.kwargs["spec"]
-            scale = None if cast.args[1] is None else graph.call_function(_SCALE, (x,), {"spec": spec})
-            handed += [graph.call_function(_QUANTIZE, (x, scale, None), dict(cast.kwargs)), scale]
-    call.kwargs = {CASTS: tuple(handed)}
-    if leaf.fed is None:
-        leaf.fed = _fed_copy(leaf.graph)
-
-
-def _fed_copy(graph: fx.Graph) -> fx.Graph:
-    """The leaf's graph with the casts of its input read from the placeholder `lp_casts` = (q0, s0, q1, s1, ...)."""
-    fed = copy.deepcopy(graph)
-    x = next(iter(fed.nodes))
-    with fed.inserting_after(x):
-        handed = fed.placeholder(CASTS, default_value=None)
-    for number, cast in enumerate(_casts_of_input(fed)):
-        scale = cast.args[1]
-        for position, node in ((2 * number, cast), (2 * number + 1, scale)):
-            if isinstance(node, fx.Node):
-                with fed.inserting_before(cast if node is cast else node):
-                    node.replace_all_uses_with(fed.call_function(operator.getitem, (handed, position)))
-        fed.erase_node(cast)
-        if isinstance(scale, fx.Node):
-            fed.erase_node(scale)
-    return fed
-
-
-def _merge_equal(graph: fx.Graph) -> bool:
+def _merge_equal(graph: fx.Graph, epoch_of: dict[fx.Node, int]) -> bool:
     seen: dict[Any, fx.Node] = {}
     changed = False
     for node in list(graph.nodes):
-        if _mutates(node):
-            seen.clear()
-        if node.target not in (_SCALE, _QUANTIZE) or not _is_shareable(node):
+        if node.target not in (SCALE, QUANTIZE) or not is_shareable(node):
             continue
-        key = (node.target, node.args, node.kwargs["spec"])
+        key = (node.target, node.args, node.kwargs["spec"], epoch_of[node])
         if key in seen:
             node.replace_all_uses_with(seen[key])
             graph.erase_node(node)
@@ -135,12 +84,3 @@ def _merge_equal(graph: fx.Graph) -> bool:
         else:
             seen[key] = node
     return changed
-
-
-def _mutates(node: fx.Node) -> bool:
-    """True for an op that writes into an argument: add_, __iadd__, copy_, __setitem__, anything with `out=`."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = (
-        (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in ("__setitem__", "setitem")
-    )
-    return node.op in ("call_function", "call_method") and (in_place or node.kwargs.get("out") is not None)

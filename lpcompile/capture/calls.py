@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lpcompile.capture.leaves import is_leaf
@@ -47,7 +48,9 @@ class Calls:
 
 
 def record_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str) -> Calls:
-    """One call in evaluation mode and, for mode="train", one in training mode before it."""
+    """One call in evaluation mode and, for mode="train", one in training mode before it; for mode="infer" without
+    gradients, as it will be called.
+    """
     calls = Calls()
     modes = [(module, module.training) for module in model.modules()]
     precedents = Precedents()
@@ -55,7 +58,8 @@ def record_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         for training in (True, False) if mode == "train" else (False,):
             if model.training is not training:
                 model.train(training)
-            result = record(model, args, kwargs, is_leaf=is_leaf, precedents=precedents)
+            with torch.set_grad_enabled(mode == "train" and torch.is_grad_enabled()):
+                result = record(model, args, kwargs, is_leaf=is_leaf, precedents=precedents)
             calls += Calls(1, result.recordings, result.opaque, result.reached)
     finally:
         for module, was_training in modes:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 
 
@@ -70,6 +71,9 @@ class Guard:
     `config.use_cache`, `wte.weight.dtype`): a schedule or a user may change them between steps."""
     conditions: tuple[str, ...] = ()
     """On the named sizes, as Python source: `s1 > 8`, `s0*s1 == s2`."""
+    unhooked: tuple[str, ...] | None = None
+    """Of a graph without carriers of the gradient: the children that its forward calls. It holds only where no gradient
+    flows, and while none of them has hooks, which would see what is no more computed. None: any other graph."""
     _plan: Any = field(init=False, repr=False, compare=False)
     _rows: Any = field(init=False, repr=False, compare=False)
     _attribute_rows: Any = field(init=False, repr=False, compare=False)
@@ -104,6 +108,8 @@ class Guard:
             return f"training is {module.training}, recorded {self.training}"
         if self.grad_enabled is not None and torch.is_grad_enabled() is not self.grad_enabled:
             return f"grad mode is {torch.is_grad_enabled()}, recorded {self.grad_enabled}"
+        if self.unhooked is not None and (in_the_way := self._needs_carriers(module)) is not None:
+            return in_the_way
         for device_type, dtype in self.autocast:
             if autocast_dtype(device_type) is not dtype:
                 return f"autocast on {device_type} is {autocast_dtype(device_type)}, recorded {dtype}"
@@ -113,6 +119,18 @@ class Guard:
         if not _collect(self._plan, (tuple(args), kwargs), leaves):
             return "the structure of the arguments differs"
         return self._operands(leaves)
+
+    def _needs_carriers(self, module: nn.Module) -> str | None:
+        """Why a graph without carriers does not stand for this call, if so."""
+        if torch.is_grad_enabled():
+            return "grad mode is on, compiled for inference"
+        if any(_GLOBAL_HOOKS):
+            return "every module has hooks, which see their inputs and outputs"
+        for path in self.unhooked or ():
+            child = module.get_submodule(path)
+            if child._forward_hooks or child._forward_pre_hooks:
+                return f"{path} has hooks, which see its input and output"
+        return None
 
     def differing_attribute(self, module: nn.Module) -> str | None:
         """What differs among the attributes that the forward read, if anything."""
@@ -320,6 +338,8 @@ def _describe(value: object) -> str:
 
 
 _CONTAINERS = frozenset({tuple, list, dict})
+
+_GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 
 _PLAIN = frozenset(
     {

@@ -28,7 +28,9 @@ REPEATED = "lp_repeated"
 """Key of `node.meta`: True on a GEMM that one forward runs many times, once per time step."""
 WEIGHT = "lp_weight"
 """Key of `node.meta`: True on a placeholder that is a weight, or a part of one."""
-NODE_META: dict[str, type] = {SITE: str, GROUP: int, SPEC: LayerSpec, REPEATED: bool, WEIGHT: bool}
+WRITES = "lp_writes"
+"""Key of `node.meta`: True on a call of a module that may write into what it is given."""
+NODE_META: dict[str, type] = {SITE: str, GROUP: int, SPEC: LayerSpec, REPEATED: bool, WEIGHT: bool, WRITES: bool}
 """Every key of `node.meta` that the text form keeps, with what lies under it: a plain type, or one that prints and
 parses. An absent key and a false value mean the same."""
 STATE = "_lp_state"
@@ -46,10 +48,9 @@ class Unit:
     kind: Literal["leaf", "module"]
     fed: fx.Graph | None = None
     """Of a leaf: the same graph, with the casts of its input taken from the caller. Made by share-casts."""
-    is_observed: bool = False
-    """Hooks see the module's input or output: no pass may leave the call out, or hand it other tensors."""
     is_forward_only: bool = False
-    """A pass took the carriers of gradients out of the graph: it stands for the forward only where grad mode is off."""
+    """A pass took carriers of gradients or calls of torch's layers out of the graph: it stands for the forward only
+    where grad mode is off, and where no module that the forward calls has hooks."""
 
 
 @dataclass
@@ -85,6 +86,11 @@ class Program:
 
     def num_nodes(self) -> int:
         return sum(len(graph.nodes) for _, graph in self.graphs())
+
+
+def child_path(path: str, call: fx.Node) -> str:
+    """The path, from the model's root, of what a call_module node calls in a graph of the module at `path`."""
+    return f"{path}.{call.target}" if path else str(call.target)
 
 
 def num_op(program: Program, name: str) -> int:

@@ -40,8 +40,9 @@ def fast_to_grid(
 ) -> Tensor:  # fmt: skip
     """`casts.to_grid`, same values, held in `dtype`, which must have them all; x itself for the identity spec.
 
-    float32 (the default) is float64 for float64 x. bfloat16 is float32 for a block cast with values below its range,
-    and for every block cast on CUDA, where only waiting for the device would tell.
+    A scalar format gives a contiguous tensor, whatever x is. float32 (the default) is float64 for float64 x. bfloat16
+    is float32 for a block cast with values below its range, and for every block cast on CUDA, where only waiting for
+    the device would tell.
     """
     if spec.is_identity:
         return x
@@ -50,7 +51,7 @@ def fast_to_grid(
     if spec.is_block:
         return _blocks_to_grid(x, spec, dtype, seed, step, stream, offset)[0]
     if not _is_served(x, spec, scale):
-        return _held(to_grid(x, spec, scale, seed=seed, step=step, stream=stream, offset=offset), dtype)
+        return _held(to_grid(x.contiguous(), spec, scale, seed=seed, step=step, stream=stream, offset=offset), dtype)
     out, _ = torch.ops.lp.cast_to_grid(
         x.detach().contiguous(), scale, str(spec), dtype, signed_seed(seed), step, stream, offset
     )

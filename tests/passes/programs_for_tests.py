@@ -96,3 +96,78 @@ def two_leaves(spec: str = layer(E4M3), between: str = "") -> str:
   }}) : () -> ()
 }}) : () -> ()
 """
+
+
+def convolutions(spec: str = layer(E4M3), between: str = "", argument: str = "%pool", ends: str = "%y") -> str:
+    """y = b(max_pool(relu(a(x)))): a module `net` that calls two convolutions, with torch's ReLU as a child between.
+
+    `between` stands before the call of b, which takes `argument`; the graph gives `ends`.
+    """
+    leaves = "".join(
+        f"""
+  "torch.graph"() <{{sym_name = "net.{name}", path = "net.{name}", kind = "leaf"}}> ({{
+  ^bb0(%x : tensor<2x4x{size}x{size}xf32>):
+    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<4x4x3x3xf32>
+    %y = "torch.call_function"(%x, %w)
+      {{target = "torch.conv2d", args = "_, _, None, (1, 1), (1, 1), (1, 1), 1", lp.site = "net.{name}"}}
+      : (tensor<2x4x{size}x{size}xf32>, tensor<4x4x3x3xf32>) -> tensor<2x4x{size}x{size}xf32>
+    "torch.return"(%y) : (tensor<2x4x{size}x{size}xf32>) -> ()
+  }}) : () -> ()"""
+        for name, size in (("a", 8), ("b", 4))
+    )
+    pool = "_, 3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False"
+    kinds = ", ".join("tensor<2x4x4x4xf32>" for _ in ends.split(","))
+    return f"""
+"builtin.module"() ({{
+  "lp.site"() {{name = "net.a", spec = "{spec}"}} : () -> ()
+  "lp.site"() {{name = "net.b", spec = "{spec}"}} : () -> (){leaves}
+  "torch.graph"() <{{sym_name = "net.relu#0", path = "net.relu", kind = "module"}}> ({{
+  ^bb0(%x : tensor<2x4x8x8xf32>):
+    %r = "torch.call_function"(%x) {{target = "torch.nn.functional.relu", args = "_, inplace=False"}}
+      : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
+    "torch.return"(%r) : (tensor<2x4x8x8xf32>) -> ()
+  }}) : () -> ()
+  "torch.graph"() <{{sym_name = "net#0", path = "net", kind = "module"}}> ({{
+  ^bb0(%x : tensor<2x4x8x8xf32>):
+    %a = "torch.call_module"(%x) {{target = "a"}} : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
+    %relu = "torch.call_module"(%a) {{target = "relu"}} : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
+    %pool = "torch.call_function"(%relu) {{target = "torch.nn.functional.max_pool2d", args = "{pool}"}}
+      : (tensor<2x4x8x8xf32>) -> tensor<2x4x4x4xf32>
+    {between}
+    %y = "torch.call_module"({argument}) {{target = "b"}} : (tensor<2x4x4x4xf32>) -> tensor<2x4x4x4xf32>
+    "torch.return"({ends}) : ({kinds}) -> ()
+  }}) : () -> ()
+}}) : () -> ()
+"""
+
+
+def reshaped_leaves(spec: str = layer(E4M3)) -> str:
+    """q, k and v of x (2, 6, 4), each of a reshape of its own to (12, 4): a module called `attn`."""
+    names = ("q", "k", "v")
+    leaves = "".join(
+        f"""
+  "torch.graph"() <{{sym_name = "attn.{name}", path = "attn.{name}", kind = "leaf"}}> ({{
+  ^bb0(%x : tensor<12x4xf32>):
+    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<4x4xf32>
+    %y = "torch.call_function"(%x, %w) {{target = "torch._C._nn.linear", lp.site = "attn.{name}"}}
+      : (tensor<12x4xf32>, tensor<4x4xf32>) -> tensor<12x4xf32>
+    "torch.return"(%y) : (tensor<12x4xf32>) -> ()
+  }}) : () -> ()"""
+        for name in names
+    )
+    sites = "".join(f'\n  "lp.site"() {{name = "attn.{name}", spec = "{spec}"}} : () -> ()' for name in names)
+    calls = "".join(
+        f"""
+    %x_{name} = "torch.call_function"(%x) {{target = "torch.Tensor.reshape", args = "_, -1, 4"}}
+      : (tensor<2x6x4xf32>) -> tensor<12x4xf32>
+    %{name} = "torch.call_module"(%x_{name}) {{target = "{name}"}} : (tensor<12x4xf32>) -> tensor<12x4xf32>"""
+        for name in names
+    )
+    return f"""
+"builtin.module"() ({{{sites}{leaves}
+  "torch.graph"() <{{sym_name = "attn#0", path = "attn", kind = "module"}}> ({{
+  ^bb0(%x : tensor<2x6x4xf32>):{calls}
+    "torch.return"(%q, %k, %v) : (tensor<12x4xf32>, tensor<12x4xf32>, tensor<12x4xf32>) -> ()
+  }}) : () -> ()
+}}) : () -> ()
+"""

@@ -108,12 +108,11 @@ def test_every_field_of_a_program_is_printed() -> None:
     fields = {field.name for field in dataclasses.fields(Program)}
     printed = {"units", "specs", "device", "passes", "refusals", "choices", "findings", "decisions"}
     assert fields == printed, "a new field is to be printed"
-    flags = {"is_observed", "is_forward_only"}
+    flags = {"is_forward_only"}
     assert {field.name for field in dataclasses.fields(Unit)} == {"path", "graph", "kind", "fed"} | flags
     unit = program.units["m#0"]
-    unit.is_observed = unit.is_forward_only = True
+    unit.is_forward_only = True
     again = parse_program(print_program(program))
-    assert again.units["m#0"].is_observed
     assert again.units["m#0"].is_forward_only
     assert dataclasses.replace(again, units={}) == dataclasses.replace(program, units={})
     verify_text(print_program(program))

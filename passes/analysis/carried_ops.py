@@ -1,0 +1,229 @@
+"""Carried ops: which operations give the cast of their result when they are run on casts of their inputs.
+
+    view    reshape, flatten, unsqueeze: the same elements in the same order
+    layout  transpose, permute, expand, slice: other order, some of them, or some of them twice
+    cut     relu: cast(relu(x)) == relu(cast(x)), because a cast is monotone and keeps 0
+    pool    max-pool: cast(max(a, b)) == max(cast(a), cast(b)), because a cast is monotone
+    join    cat, stack: of casts that share everything
+
+Not here: a + b. A cast of the sum rounds once where the sum of casts has rounded twice, and the sum of two grid values
+is in general on no grid (448 + 448 in e4m3), so it would have to be cast again: it is never the same bits for fewer
+bytes.
+
+A cast gives a contiguous tensor; so does every op here, since the order of a GEMM's additions may hang on strides.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.node import map_arg
+
+from passes.ir.gemm_nodes import argument
+from passes.ir.program import Program, Unit, child_path
+from passes.ir.types import META
+from runtime.gemms import storage_dtype
+from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
+from runtime.numerics.specs import QuantSpec
+
+Kind = Literal["view", "layout", "cut", "pool", "join"]
+
+
+@dataclass(frozen=True)
+class CarriedOp:
+    """One node read as such an op. `call` is the node, or the one node of the graph of the module that it calls."""
+
+    kind: Kind
+    node: fx.Node
+    call: fx.Node
+    inputs: tuple[fx.Node, ...]
+    """Nodes of the caller's graph, in the order in which `call` names them."""
+
+    def replay(self, graph: fx.Graph, images: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """The op on what stands for its inputs, made where the graph inserts nodes."""
+        named = dict(zip(_tensors_of(self.call), (images[each] for each in self.inputs)))
+        if self.call.target is torch.Tensor.contiguous:
+            return graph.call_function(torch.Tensor.contiguous, (images[self.inputs[0]],))
+        args = map_arg(self.call.args, lambda each: named.get(each, each))
+        kwargs = map_arg(self.call.kwargs, lambda each: named.get(each, each))
+        # what torch can view in x's strides it can view in those of a contiguous tensor
+        replayed = graph.call_function(self.call.target, args, kwargs)  # type: ignore[arg-type]
+        if self.kind == "layout":
+            replayed = graph.call_function(torch.Tensor.contiguous, (replayed,))
+        return replayed
+
+
+def read_carried(program: Program, unit: Unit, node: fx.Node, through_modules: bool) -> CarriedOp | None:
+    """The node as an op of the list above, or None. With `through_modules` also a call of a module that is nothing but
+    such an op, whichever of its graphs runs.
+    """
+    if node.op == "call_function":
+        kind, inputs = _kind(node), tuple(_tensors_of(node))
+        return CarriedOp(kind, node, node, inputs) if kind and inputs else None
+    is_call = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+    if not is_call or not through_modules or not isinstance(node.args[0], fx.Node):
+        return None
+    path = child_path(unit.path, node)
+    calls = [_only_call(each.graph) for each in program.units.values() if each.path == path and each.kind == "module"]
+    texts = {None if call is None else f"{call.target} {call.args} {call.kwargs}" for call in calls}
+    if len(texts) != 1 or calls[0] is None or (kind := _kind(calls[0])) is None:
+        return None
+    return CarriedOp(kind, node, calls[0], (node.args[0],))
+
+
+def why_not_carried(op: CarriedOp, spec: QuantSpec, finite: bool, sees_zero_signs: bool) -> str | None:
+    """Why casts of `spec` do not move through the op, or None. `finite`: no activation is NaN. `sees_zero_signs`: some
+    reader of the cast tells -0 from 0; an lp.gemm does not, whose sums begin at +0.
+    """
+    if spec.is_block:
+        return f"{spec.format} scales by blocks, which would hold other elements"
+    if spec.rounding == "stochastic":
+        return "stochastic bits go by the place of an element"
+    if op.kind not in ("cut", "pool"):
+        return None
+    row = get_format(spec.format)
+    if isinstance(row, LookupFormat):
+        return f"nothing says that {spec.format} has a 0"
+    has_minus_zero = isinstance(row, FloatFormat) and row.top != "fnuz"
+    if has_minus_zero and sees_zero_signs:
+        return "a small negative number is cast to -0, where relu and max-pool give +0"
+    if op.kind == "pool" and not finite and not storage_dtype(spec.format).is_floating_point:
+        return f"{spec.format} has no NaN, which a window should have that holds one; finite=true says that none does"
+    return None
+
+
+def moves_scale(op: CarriedOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
+    """Whether the scale of the result's cast follows from the input, without the result. `is_nonnegative`: the inputs
+    are.
+    """
+    if spec.scale is None:
+        return not spec.is_block
+    match op.kind, spec.scale.granularity:
+        case "view" | "cut", "tensor":
+            return True
+        case "layout", "tensor":
+            return op.call.target in (*_PERMUTATIONS, torch.Tensor.expand)
+        case "pool", "tensor":
+            return is_nonnegative and _covers(op.call)
+        case "cut", "row" | "column":
+            return elements(op.node) is not None and len(shape_of(op.node)) > 1
+        case "view", "row" | "column":
+            return _keeps_rows(op)
+        case _:
+            return False
+
+
+def carried_scale(graph: fx.Graph, op: CarriedOp, scale: fx.Node, spec: QuantSpec) -> fx.Node:
+    """The scale of the result's cast, from that of the input's, made where the graph inserts nodes."""
+    if op.kind != "view" or spec.scale is None or spec.scale.granularity == "tensor":
+        return scale
+    if spec.scale.granularity == "column":
+        return graph.call_function(torch.Tensor.reshape, (scale, *(1,) * (len(shape_of(op.node)) - 1), -1))
+    name, args = op.call.target, op.call.args
+    if name in _RESHAPES:  # the sizes but the last, and 1
+        sizes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+        return graph.call_function(torch.Tensor.reshape, (scale, *sizes[:-1], 1))
+    return op.replay(graph, {op.inputs[0]: scale})
+
+
+def elements(node: fx.Node) -> int | None:
+    """How many, as the recorder saw it; None for what is no floating-point tensor."""
+    meta = node.meta.get(META)
+    if meta is None or not hasattr(meta, "dtype") or not meta.dtype.is_floating_point:
+        return None
+    return prod(meta.shape)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Of a node that `elements` knows."""
+    return tuple(node.meta[META].shape)
+
+
+def _kind(node: fx.Node) -> Kind | None:
+    kind = _KINDS.get(node.target) if node.op == "call_function" else None
+    if kind == "cut" and argument(node, 1, "inplace", False):
+        return None
+    if kind == "pool" and argument(node, 6, "return_indices", False):
+        return None
+    is_dtype = any(isinstance(each, torch.dtype) for each in (*node.args, *node.kwargs.values()))
+    is_picked = node.target is torch.Tensor.__getitem__ and not _is_slice(node.args[1])
+    return None if is_dtype or is_picked else kind
+
+
+def _is_slice(index: Any) -> bool:
+    """Whether x[index] is made of slices, numbers and None, and not of tensors."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(each is None or each is ... or type(each) in (int, slice) for each in parts)
+
+
+def _tensors_of(call: fx.Node) -> list[fx.Node]:
+    """The operands that are not sizes."""
+    first = call.args[0] if call.args else None
+    found = first if isinstance(first, (list, tuple)) else [first]
+    return [each for each in found if isinstance(each, fx.Node)] if all(map(_is_node, found)) else []
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _only_call(graph: fx.Graph) -> fx.Node | None:
+    """The one operation of a graph that takes one tensor and gives its result; None if there is more in it."""
+    nodes = list(graph.nodes)
+    if [node.op for node in nodes] != ["placeholder", "call_function", "output"]:
+        return None
+    is_plain = nodes[1].all_input_nodes == nodes[:1] and nodes[1].args[0] is nodes[0]
+    return nodes[1] if is_plain and nodes[2].args[0] == (nodes[1],) else None
+
+
+def _keeps_rows(op: CarriedOp) -> bool:
+    """Whether a view leaves the last dim alone, so that each row of the result is a row of the input."""
+    if not elements(op.inputs[0]) or not elements(op.node):
+        return False
+    source, result = shape_of(op.inputs[0]), shape_of(op.node)
+    if not source or not result or source[-1] != result[-1] or source[-1] == 1:
+        return False
+    if op.call.target in (*_RESHAPES, torch.Tensor.contiguous):
+        return True
+    start, end = argument(op.call, 1, "start_dim", 0), argument(op.call, 2, "end_dim", -1)
+    if op.call.target in (torch.flatten, torch.Tensor.flatten):
+        return end % len(source) < len(source) - 1 and start % len(source) <= end % len(source)
+    is_unsqueeze = op.call.target in (torch.unsqueeze, torch.Tensor.unsqueeze)
+    return is_unsqueeze and argument(op.call, 1, "dim") % len(result) < len(result) - 1
+
+
+def _covers(call: fx.Node) -> bool:
+    """Whether every element is in a window of a max-pool, whatever the size of its input: windows meet, none is
+    dilated, and what a last window may fall short by (stride - 1) is padding.
+    """
+    kernel, stride, padding, dilation = (
+        argument(call, number, name, default)
+        for number, name, default in (
+            (1, "kernel_size", None), (2, "stride", None), (3, "padding", 0), (4, "dilation", 1),
+        )
+    )  # fmt: skip
+    num_dims = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}[call.target]  # type: ignore[index]
+    given = (kernel, stride or kernel, padding, dilation)
+    sizes = [each if isinstance(each, (tuple, list)) else [each] * num_dims for each in given]
+    return all(d == 1 and s <= k and p >= s - 1 for k, s, p, d in zip(*sizes))
+
+
+_RESHAPES = (torch.Tensor.view, torch.Tensor.reshape, torch.reshape)
+_PERMUTATIONS = (torch.Tensor.transpose, torch.transpose, torch.Tensor.permute, torch.permute, torch.Tensor.t, torch.t)
+_KINDS: dict[Any, Kind] = {
+    **dict.fromkeys(
+        (
+            *_RESHAPES, torch.Tensor.flatten, torch.flatten, torch.Tensor.unflatten, torch.Tensor.contiguous,
+            torch.Tensor.squeeze, torch.squeeze, torch.Tensor.unsqueeze, torch.unsqueeze,
+        ),
+        "view",
+    ),
+    **dict.fromkeys((*_PERMUTATIONS, torch.Tensor.expand, torch.Tensor.__getitem__), "layout"),
+    **dict.fromkeys((torch.relu, torch.Tensor.relu, F.relu), "cut"),
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), "pool"),
+    **dict.fromkeys((torch.cat, torch.concat, torch.stack), "join"),
+}  # fmt: skip

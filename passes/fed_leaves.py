@@ -1,0 +1,77 @@
+"""Fed leaves: a caller casts the input of a leaf, and hands the casts down under the keyword `lp_casts`.
+
+    %y = call_module[fc](%x)      becomes      %q = lp.quantize(%x)
+                                               %y = call_module[fc](%x, lp_casts=(%q, None))
+
+lp_casts holds grid values and scale of each cast of the leaf's input, in the order of `casts_of_input`; %x goes on
+carrying the gradient.
+"""
+
+import copy
+import operator
+from collections.abc import Sequence
+
+from torch import fx
+
+from passes.ir.program import CASTS, Program, Unit, child_path
+from runtime.ops import OPS
+
+SCALE, QUANTIZE = OPS["lp.scale"].run, OPS["lp.quantize"].run
+Pair = tuple[fx.Node | None, fx.Node | None]
+"""Grid values and their scale."""
+
+
+def leaf_of(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
+    """The leaf that a node of `unit` calls with one tensor, with casts or without; None for any other node."""
+    is_call = node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], fx.Node)
+    if not is_call or not node.kwargs.keys() <= {CASTS}:
+        return None
+    return program.leaf(child_path(unit.path, node))
+
+
+def unfed_leaf(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
+    """The leaf that a node calls and that casts its input itself."""
+    return None if CASTS in node.kwargs else leaf_of(program, unit, node)
+
+
+def casts_of_input(graph: fx.Graph) -> list[fx.Node]:
+    """The lp.quantize nodes of a leaf's input; none if one rounds stochastically, since its bits belong to the leaf."""
+    x = next(iter(graph.nodes))
+    casts = [node for node in graph.nodes if node.target is QUANTIZE and node.args[0] is x]
+    return casts if all(is_shareable(cast) for cast in casts) else []
+
+
+def is_shareable(cast: fx.Node) -> bool:
+    return "stochastic" not in str(cast.kwargs["spec"])
+
+
+def cast_like(graph: fx.Graph, x: fx.Node, cast: fx.Node) -> Pair:
+    """The cast of x that is like a leaf's `cast`, made where the graph inserts nodes."""
+    spec = cast.kwargs["spec"]
+    scale = None if cast.args[1] is None else graph.call_function(SCALE, (x,), {"spec": spec})
+    return graph.call_function(QUANTIZE, (x, scale, None), dict(cast.kwargs)), scale
+
+
+def feed(call: fx.Node, leaf: Unit, pairs: Sequence[Pair]) -> None:
+    """Hand casts to a call of a leaf, one pair per cast of its input; the leaf then has a fed graph."""
+    call.kwargs = {CASTS: tuple(each for pair in pairs for each in pair)}
+    if leaf.fed is None:
+        leaf.fed = _fed_copy(leaf.graph)
+
+
+def _fed_copy(graph: fx.Graph) -> fx.Graph:
+    """The leaf's graph with the casts of its input read from the placeholder `lp_casts` = (q0, s0, q1, s1, ...)."""
+    fed = copy.deepcopy(graph)
+    x = next(iter(fed.nodes))
+    with fed.inserting_after(x):
+        handed = fed.placeholder(CASTS, default_value=None)
+    for number, cast in enumerate(casts_of_input(fed)):
+        scale = cast.args[1]
+        for position, node in ((2 * number, cast), (2 * number + 1, scale)):
+            if isinstance(node, fx.Node):
+                with fed.inserting_before(cast if node is cast else node):
+                    node.replace_all_uses_with(fed.call_function(operator.getitem, (handed, position)))
+        fed.erase_node(cast)
+        if isinstance(scale, fx.Node):
+            fed.erase_node(scale)
+    return fed

@@ -1,0 +1,414 @@
+"""place-regions: where casts stand so that the fewest bytes move, by a minimum cut (passes/analysis/regions.py).
+
+    %r = call_module[relu](%x)        becomes      %q = lp.quantize(%x)
+    %p = max_pool2d(%r, 2)                         %r = relu(%q)                       on grid values
+    %y = call_module[conv](%p)                     %p = max_pool2d(%r, 2)
+                                                   %y = call_module[conv](lp.stand_in(%p), lp_casts=(%p, None))
+
+A cast moves only through what changes no bit of it (passes/analysis/carried_ops.py), within one epoch of its tensor
+(passes/analysis/writes.py), and only if the graph then moves fewer bytes. A scale that is computed from what is cast
+moves with it: the largest of relu(x) is relu(the largest of x), which is one number. Casts of one spec without a scale
+are placed together; of a computed scale, those of one tensor.
+
+In training the carrier of the gradient keeps the high-precision value alive, so a cast moves only to where it casts
+less (above an expand, or once before several reshapes). `carriers=drop`, for inference, lets an lp.gemm and a leaf take
+a stand-in for the carrier, leaves out the casts of BWD and GRAD, and reads through torch's own layers; the graph then
+stands for the forward only where grad mode is off and no hook looks on.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from passes.analysis.carried_ops import (
+    CarriedOp,
+    carried_scale,
+    elements,
+    moves_scale,
+    read_carried,
+    shape_of,
+    why_not_carried,
+)
+from passes.analysis.regions import Place, Value, bytes_moved, place
+from passes.analysis.writes import epochs
+from passes.fed_leaves import QUANTIZE, SCALE, Pair, cast_like, casts_of_input, feed, leaf_of
+from passes.ir.program import CASTS, Program, Unit
+from passes.ir.types import META, tensor_meta, types_of
+from passes.manager import Pass
+from runtime.errors import PassError
+from runtime.gemms import storage_dtype
+from runtime.numerics.specs import QuantSpec
+from runtime.op_types import TensorType
+from runtime.ops import OPS
+
+_GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS["lp.dequantize"].run
+_FWD_CASTS, _LATER_CASTS = slice(3, 7), slice(7, 11)
+"""Operands of lp.gemm: casts that FWD multiplies, and those that BWD and GRAD do."""
+_GRAD_SLOT = 3
+
+
+@dataclass(frozen=True)
+class PlaceRegions(Pass):
+    """`carriers=keep|drop`: whether gradients flow. `finite=true`: no activation is NaN, so int8 may be pooled."""
+
+    name: ClassVar[str] = "place-regions"
+    requires: ClassVar[tuple[str, ...]] = ("annotated", "cast")
+    carriers: str = "keep"
+    finite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.carriers not in ("keep", "drop"):
+            raise PassError("no such way", where="place-regions{carriers}", expected="keep or drop", got=self.carriers)
+
+    def run(self, program: Program) -> bool:
+        changed = False
+        for unit in program.units.values():
+            if unit.kind == "module":
+                is_dropping = self.carriers == "drop" and not _switches_grad_mode(unit.graph)
+                regions = _Regions(program, unit, is_dropping, self.finite)
+                changed |= is_dropping and regions.leave_out_later_casts()
+                for key in list(regions.demands()):
+                    changed |= regions.move(key)
+        return changed
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What the casts of one problem share: the spec and, if it has a scale, the tensor that the scale is of, which
+    they all cast views of.
+    """
+
+    spec: QuantSpec
+    scaled: fx.Node | None
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """A place that reads a cast of `value`: an lp.quantize, or a call of a leaf that casts its input itself."""
+
+    value: fx.Node
+    reader: fx.Node
+    cast: fx.Node
+    """The lp.quantize: the reader itself, or that of the leaf's graph."""
+
+
+class _Regions:
+    """The casts of one graph."""
+
+    def __init__(self, program: Program, unit: Unit, is_dropping: bool, finite: bool) -> None:
+        self.program, self.unit, self.graph = program, unit, unit.graph
+        self.is_dropping, self.finite = is_dropping, finite
+        for node, kind in types_of(self.graph).items():  # what lp ops give, which nobody recorded
+            if isinstance(kind, TensorType) and META not in node.meta:
+                node.meta[META] = tensor_meta(kind)
+
+    def leave_out_later_casts(self) -> bool:
+        """Without gradients nobody reads the casts of BWD and GRAD that FWD does not read too."""
+        changed = False
+        for node in list(self.graph.nodes):
+            leaf = leaf_of(self.program, self.unit, node)
+            if node.target is _GEMM and any(each not in (*node.args[_FWD_CASTS], None) for each in _later(node)):
+                node.args = (*node.args[: _LATER_CASTS.start], *(None,) * 4, *node.args[_LATER_CASTS.stop :])
+            elif leaf is not None and self._is_handed_grad_cast(node, leaf):
+                self.feed(node, leaf)
+            else:
+                continue
+            changed = self.unit.is_forward_only = True
+        self._erase_unused_casts()
+        return changed
+
+    def _is_handed_grad_cast(self, call: fx.Node, leaf: Unit) -> bool:
+        """Whether a leaf has a cast that GRAD alone reads; an unfed leaf makes it itself."""
+        numbers = [number for number, cast in enumerate(casts_of_input(leaf.graph)) if _is_grad_only(cast)]
+        handed = call.kwargs.get(CASTS)
+        return any(handed is None or handed[2 * number] is not None for number in numbers)  # type: ignore[index]
+
+    def feed(self, call: fx.Node, leaf: Unit) -> list[Pair]:
+        """The casts that a call of a leaf is handed: those it has or, made here, those that are read."""
+        casts = casts_of_input(leaf.graph)
+        had = call.kwargs.get(CASTS)
+        pairs: list[Pair] = []
+        with self.graph.inserting_before(call):
+            for number, cast in enumerate(casts):
+                if self.is_dropping and _is_grad_only(cast):
+                    pairs.append((None, None))
+                elif had is not None:
+                    pairs.append((had[2 * number], had[2 * number + 1]))  # type: ignore[index, arg-type]
+                else:
+                    pairs.append(cast_like(self.graph, call.args[0], cast))  # type: ignore[arg-type]
+        feed(call, leaf, pairs)
+        return pairs
+
+    def demands(self) -> dict[_Key, list[_Demand]]:
+        """Who reads a cast, by problem, in program order."""
+        found: dict[_Key, list[_Demand]] = defaultdict(list)
+        for node in self.graph.nodes:
+            leaf = None if CASTS in node.kwargs else leaf_of(self.program, self.unit, node)
+            for cast in [node] if node.target is QUANTIZE else casts_of_input(leaf.graph) if leaf else []:
+                x, spec, scale = node.args[0], QuantSpec.parse(str(cast.kwargs["spec"])), cast.args[1]
+                assert isinstance(x, fx.Node)
+                is_own = isinstance(scale, fx.Node) and scale.target is SCALE and scale.args[0] is cast.args[0]
+                is_read = not (self.is_dropping and leaf is not None and _is_grad_only(cast))
+                if is_read and not spec.is_identity and (is_own or scale is None) and elements(x):
+                    found[_Key(spec, self._viewed(x, spec) if is_own else None)].append(_Demand(x, node, cast))
+        return found
+
+    def _viewed(self, node: fx.Node, spec: QuantSpec) -> fx.Node:
+        """What a value is a view of, the scale of which follows."""
+        op = read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
+        is_view = op is not None and op.kind == "view" and moves_scale(op, spec, is_nonnegative=False)
+        return self._viewed(op.inputs[0], spec) if op is not None and is_view else node
+
+    def move(self, key: _Key) -> bool:
+        """Solve one problem and rewrite the graph, if that moves fewer bytes."""
+        epoch_of = epochs(self.program, self.unit.path, self.graph)
+        demands = [each for each in self.demands().get(key, []) if epoch_of[each.reader] == epoch_of[each.value]]
+        ops = self._carried(key, demands, epoch_of)
+        if not ops:
+            return False
+        relevant = {each for op in ops.values() for each in (op.node, *op.inputs)} | {each.value for each in demands}
+        nodes = [node for node in self.graph.nodes if node in relevant]
+        values = self._values(key, nodes, ops, demands)
+        places = place(values)
+        before = [Place.BOTH_CAST if value.needs_low else Place.HIGH for value in values]
+        if bytes_moved(values, places) >= bytes_moved(values, before):
+            return False
+        _Rewriter(self, key, ops, dict(zip(nodes, places))).run(demands)
+        self.unit.is_forward_only |= self.is_dropping
+        return True
+
+    def _carried(self, key: _Key, demands: list[_Demand], epoch_of: Mapping[fx.Node, int]) -> dict[fx.Node, CarriedOp]:
+        """The ops above the demands, as far as casts of this problem may move."""
+        ops: dict[fx.Node, CarriedOp] = {}
+        sees_zero_signs = not self.is_dropping or not all(self._is_summed(each) for each in demands)
+        waiting = [each.value for each in demands]
+        while waiting:
+            node = waiting.pop()
+            op = None if node in ops else read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
+            if op is None or why_not_carried(op, key.spec, self.finite, sees_zero_signs) is not None:
+                continue
+            is_near = all(epoch_of[each] == epoch_of[node] and elements(each) for each in op.inputs)
+            if is_near and elements(node) and moves_scale(op, key.spec, self._is_nonnegative(op.inputs[0])):
+                ops[node] = op
+                waiting += op.inputs
+        return ops
+
+    def _is_nonnegative(self, node: fx.Node) -> bool:
+        """Whether the value is a relu, or such elements of one as a scale moves through."""
+        op = read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
+        return op is not None and (op.kind == "cut" or (op.kind != "join" and self._is_nonnegative(op.inputs[0])))
+
+    def _is_summed(self, demand: _Demand) -> bool:
+        """Whether a cast is multiplied and summed, and nothing else: in sums of more than one product, which begin at
+        +0, a product -0 is as good as +0. (A sum of one product may be that product.)
+        """
+        if demand.reader is not demand.cast:
+            leaf = leaf_of(self.program, self.unit, demand.reader)
+            return leaf is not None and all(_sums_several(user) for user in demand.cast.users)
+        return all(_sums_several(user) or self._is_leaf_that_sums(user) for user in demand.cast.users)
+
+    def _is_leaf_that_sums(self, call: fx.Node) -> bool:
+        leaf = leaf_of(self.program, self.unit, call)
+        gemms = [node for node in leaf.graph.nodes if node.target is _GEMM] if leaf else []
+        return CASTS in call.kwargs and bool(gemms) and all(map(_sums_several, gemms))
+
+    def _values(
+        self, key: _Key, nodes: list[fx.Node], ops: Mapping[fx.Node, CarriedOp], demands: list[_Demand]
+    ) -> list[Value]:
+        """The values as the minimum cut reads them, in bytes."""
+        number = {node: at for at, node in enumerate(nodes)}
+        wanted = {each.value for each in demands}
+        readers = {each.reader for each in demands if each.reader is each.cast or self._can_stand_in(each.reader)}
+
+        def needs_high(node: fx.Node, user: fx.Node) -> bool:
+            is_scale = user.target is SCALE and all(each in readers for each in user.users)
+            return not (user in ops or user in readers or is_scale or self.is_carrier(user, node))
+
+        low, values = storage_dtype(key.spec.format).itemsize, []
+        for node in nodes:
+            op, size, high = ops.get(node), elements(node) or 0, node.meta[META].dtype.itemsize
+            read = sum(elements(each) or 0 for each in op.inputs) if op else 0
+            is_computed = op is not None and op.kind not in ("view", "layout")
+            is_copied = op is not None and op.kind == "layout"  # into contiguous order, as a cast does it
+            is_free = node.target is _DEQUANTIZE and node.kwargs["spec"] == str(key.spec) and key.scaled is None
+            values.append(
+                Value(
+                    inputs=tuple(number[each] for each in op.inputs) if op else (),
+                    high=(size + read) * high if is_computed else 0,
+                    low=None if op is None else (size + read) * low if is_computed else 2 * size * low * is_copied,
+                    cast=0 if is_free else size * (high * (1 if key.scaled is None else 2) + low),
+                    needs_high=op is None or any(needs_high(node, user) for user in node.users),
+                    needs_low=node in wanted,
+                )
+            )
+        return values
+
+    def _can_stand_in(self, call: fx.Node) -> bool:
+        """Whether a leaf reads its input through casts only, once it is fed; a pad before the product reads it too."""
+        leaf = leaf_of(self.program, self.unit, call)
+        if leaf is None or not self.is_dropping:
+            return False
+        x = next(iter(leaf.graph.nodes))
+        casts = casts_of_input(leaf.graph)
+        scales = [cast.args[1] for cast in casts]
+        carry = [user for user in x.users if user.target is _GEMM and x not in user.args[1:]]
+        return all(user in (*casts, *scales, *carry) for user in x.users) and _num_read(casts) <= 1
+
+    def is_carrier(self, user: fx.Node, value: fx.Node) -> bool:
+        """Whether `user` takes `value` for the gradient or for its sizes only, and could take a stand-in for it."""
+        if not self.is_dropping:
+            return False
+        if user.target is _GEMM:
+            return value in user.args[:2] and value not in user.args[2:]
+        if user.target in _SIZES:
+            return True
+        return CASTS in user.kwargs and self._can_stand_in(user) and value not in user.kwargs[CASTS]  # type: ignore[operator]
+
+    def _erase_unused_casts(self) -> None:
+        for node in reversed(self.graph.nodes):
+            if node.target in (QUANTIZE, SCALE) and not node.users:
+                self.graph.erase_node(node)
+
+
+class _Rewriter:
+    """The nodes of a placement: casts where it casts, ops on grid values where it carries. Each image of a node stands
+    right behind it.
+    """
+
+    def __init__(
+        self, regions: _Regions, key: _Key, ops: Mapping[fx.Node, CarriedOp], places: Mapping[fx.Node, Place]
+    ) -> None:
+        self.regions, self.graph, self.key, self.ops, self.places = regions, regions.graph, key, ops, places
+        self.images: dict[fx.Node, Pair] = {}
+
+    def run(self, demands: list[_Demand]) -> None:
+        carried = [node for node, where in self.places.items() if where.is_carried]
+        imaged = {*carried, *(each for node in carried for each in self.ops[node].inputs)}
+        moved = [each for each in demands if each.value in imaged]
+        for each in moved:
+            cast = self._own_cast(each)
+            q, scale = self._image(each.value, dict(cast.kwargs))
+            self._put_in_place_of(cast, q, scale)
+        for node in carried:
+            if self.places[node] is Place.LOW:
+                self._stand_in(node)
+        for node in reversed(carried):
+            if not node.users:
+                self.graph.erase_node(node)
+
+    def _own_cast(self, demand: _Demand) -> fx.Node:
+        """The demand as an lp.quantize of this graph: a leaf is fed."""
+        if demand.reader is demand.cast:
+            return demand.cast
+        regions = self.regions
+        leaf = leaf_of(regions.program, regions.unit, demand.reader)
+        assert leaf is not None
+        if CASTS not in demand.reader.kwargs:
+            regions.feed(demand.reader, leaf)
+        q = demand.reader.kwargs[CASTS][2 * casts_of_input(leaf.graph).index(demand.cast)]  # type: ignore[index]
+        assert isinstance(q, fx.Node)
+        return q
+
+    def _image(self, node: fx.Node, attributes: dict[str, Any]) -> tuple[fx.Node, fx.Node | None]:
+        """The grid values of a node and their scale."""
+        if node in self.images:
+            q, scale = self.images[node]
+            assert q is not None
+            return q, scale
+        if self.places[node].is_carried:
+            op = self.ops[node]
+            sources = {each: self._image(each, attributes) for each in op.inputs}
+            scale = sources[op.inputs[0]][1]
+            with self.graph.inserting_before(_behind(node)):
+                q = op.replay(self.graph, {each: grid for each, (grid, _) in sources.items()})
+                scale = None if scale is None else carried_scale(self.graph, op, scale, self.key.spec)
+        else:
+            with self.graph.inserting_before(_behind(node)):
+                scale = self._scale(node) if self.key.scaled is not None else None
+                q = self.graph.call_function(QUANTIZE, (node, scale, None), attributes)
+        meta, dtype = node.meta[META], storage_dtype(self.key.spec.format)
+        q.meta[META] = meta._replace(dtype=dtype, requires_grad=False)
+        self.images[node] = q, scale
+        return q, scale
+
+    def _scale(self, source: fx.Node) -> fx.Node:
+        """The scale of what is asked for, from the tensor that is cast: of the largest element of each group, after a
+        relu if one lies between. One relu is as good as several, and what lies between else moves no magnitude.
+        """
+        cut, node, largest = None, self.key.scaled, source
+        assert node is not None
+        while node is not source and node in self.ops:  # else the source is a view of what the scale is of
+            cut = self.ops[node] if self.ops[node].kind == "cut" else cut
+            node = self.ops[node].inputs[0]
+        cut = cut if node is source else None
+        if cut is not None:
+            rank = len(shape_of(source))
+            granularity = self.key.spec.scale.granularity if self.key.spec.scale else "tensor"
+            groups = {"row": (-1, True), "column": (tuple(range(rank - 1)), True)}.get(granularity, ())
+            largest = self.graph.call_function(torch.amax, (source, *groups))
+            largest = replace(cut, inputs=(source,)).replay(self.graph, {source: largest})
+        return self.graph.call_function(SCALE, (largest,), {"spec": str(self.key.spec)})
+
+    def _put_in_place_of(self, cast: fx.Node, q: fx.Node, scale: fx.Node | None) -> None:
+        old = cast.args[1]
+        cast.replace_all_uses_with(q)
+        self.graph.erase_node(cast)
+        if isinstance(old, fx.Node) and old is not scale:
+            assert scale is not None
+            old.replace_all_uses_with(scale)
+            self.graph.erase_node(old)
+
+    def _stand_in(self, node: fx.Node) -> None:
+        """Whoever still takes the value as a carrier takes a stand-in: it is computed no more."""
+        users = [user for user in node.users if user not in self.ops]
+        if not users:
+            return
+        q, _ = self.images[node]
+        with self.graph.inserting_before(_behind(q)):  # type: ignore[arg-type]
+            dtype = str(node.meta[META].dtype).removeprefix("torch.")
+            made = self.graph.call_function(_STAND_IN, (q,), {"dtype": dtype})
+        made.meta[META] = node.meta[META]
+        for user in users:
+            user.replace_input_with(node, made)
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The first place behind a node where another may stand: inputs of a graph are at its top."""
+    node = node.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
+def _later(gemm: fx.Node) -> list[fx.Node]:
+    return [each for each in gemm.args[_LATER_CASTS] if isinstance(each, fx.Node)]
+
+
+def _is_grad_only(cast: fx.Node) -> bool:
+    return bool(cast.kwargs["slot"] == _GRAD_SLOT)
+
+
+def _num_read(casts: list[fx.Node]) -> int:
+    """How many casts of a leaf's input FWD reads."""
+    return sum(not _is_grad_only(cast) for cast in casts)
+
+
+def _sums_several(gemm: fx.Node) -> bool:
+    """Whether a node is an lp.gemm of which FWD is known to add more than one product."""
+    if gemm.target is not _GEMM or not isinstance(gemm.args[1], fx.Node) or not elements(gemm.args[1]):
+        return False
+    shape = shape_of(gemm.args[1])
+    is_transposed = "output_padding" in str(gemm.kwargs.get("geometry", ""))
+    summed = {"linear": shape[1:], "conv": shape[:1] if is_transposed else shape[1:]}
+    return max(summed.get(str(gemm.kwargs["kind"]), shape[-2:-1]), default=1) > 1
+
+
+def _switches_grad_mode(graph: fx.Graph) -> bool:
+    return bool(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
+
+
+_SIZES = (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel)
