@@ -4,6 +4,7 @@ from passes.annotate import Annotate
 from passes.choose_accumulator import ChooseAccumulator
 from passes.decompose_attention import DecomposeAttention
 from passes.decompose_products import DecomposeProducts
+from passes.fold_constants import FoldConstants
 from passes.insert_casts import InsertCasts
 from passes.manager import Pass
 from passes.select_kernels import SelectKernels
@@ -13,13 +14,14 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, SelectKernels,
+        FoldConstants,
     )
 }  # fmt: skip
 
 PIPELINES: dict[str, str] = {
     "train": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "select-kernels",
+    "select-kernels,fold-constants{lifetime=step}",
     "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "select-kernels",
+    "select-kernels,fold-constants{lifetime=forever}",
 }
 """By mode of lpcompile(), text that `passes.manager.parse_passes` reads."""
