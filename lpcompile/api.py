@@ -313,6 +313,8 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
         model.register_forward_pre_hook(CountMicroBatches(compiled.state))
     if _keeps_constants(compiled):
         model.register_forward_pre_hook(WatchWeights(compiled.state))
+    else:
+        compiled.state.constants.why_none = "no pass found one to keep"
     set_compiled(model, compiled)
 
 

@@ -92,7 +92,7 @@ def _keep_cast(graph: fx.Graph, quantize: fx.Node, lifetime: str) -> bool:
 
 
 def _makes_scale_of(scale: fx.Node, quantize: fx.Node) -> bool:
-    """Whether the scale is of the cast's tensor and spec, and nothing but lp ops, which do not write, between the two."""
+    """Whether the scale is that of the cast, with nothing between the two but lp ops, which do not write."""
     if scale.target is not _SCALE or scale.args != quantize.args[:1] or scale.kwargs["spec"] != quantize.kwargs["spec"]:
         return False
     node = scale.next
