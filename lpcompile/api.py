@@ -160,17 +160,18 @@ def restore(model: nn.Module) -> None:
         module.__dict__.pop(STATE, None)
     reopen_fast_paths(model)
     hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches)]:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches | WatchWeights)]:
         del hooks[key]
     set_compiled(model, None)
 
 
 def advance(model: nn.Module, to_step: int | None = None) -> None:
-    """Move schedule and stochastic streams on by one optimizer step, or to `to_step` when a run is resumed."""
+    """Move schedule, stochastic streams and kept casts on by one optimizer step, or to `to_step` on resuming a run."""
     compiled = get_compiled(model)
     state = compiled.state
     state.step = state.step + 1 if to_step is None else to_step
     state.micro_batch = 0
+    state.constants.drop("step")
     state.phase = sum(phase.from_step <= state.step for phase in compiled.phases) - 1
 
 
@@ -329,6 +330,10 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
 
     if _rounds_stochastically(compiled):
         model.register_forward_pre_hook(CountMicroBatches(compiled.state))
+    if _keeps_constants(compiled):
+        model.register_forward_pre_hook(WatchWeights(compiled.state))
+    else:
+        compiled.state.constants.why_none = "no pass found one to keep"
     set_compiled(model, compiled)
 
 
@@ -357,6 +362,22 @@ class CountMicroBatches:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model.training and torch.is_grad_enabled():
             self.state.micro_batch += 1
+
+
+@dataclass(frozen=True)
+class WatchWeights:
+    """A forward pre-hook of the root: casts of weights are kept only where no engine moves the weights about."""
+
+    state: RunState
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.state.constants.watch(model)
+
+
+def _keeps_constants(compiled: Compiled) -> bool:
+    graphs = [graph for phase in compiled.phases for _, graph in phase.program.graphs()]
+    return any("lifetime" in node.kwargs for graph in graphs for node in graph.nodes if node.target in OP_OF)
 
 
 def _rounds_stochastically(compiled: Compiled) -> bool:

@@ -66,6 +66,12 @@ class Report:
     """Casts of a forward pass before sharing."""
     num_quantize_after: int
     """Casts of a forward pass as it runs."""
+    num_kept_casts: int
+    """Casts of weights kept between uses, at this moment."""
+    kept_bytes: int
+    """What they take, scales included."""
+    why_none_kept: str
+    """Why no cast of a weight is kept; empty where casts are, or will be."""
     passes: list[str]
 
     def by_backend(self) -> dict[str, int]:
@@ -83,6 +89,8 @@ class Report:
             f"{len(self.left_alone)} sites are not named and left alone",
             f"casts in a forward pass: {self.num_quantize_before} before sharing, {self.num_quantize_after} after",
         ]
+        kept = f"{self.num_kept_casts} kept, {self.kept_bytes} bytes"
+        lines.append(f"casts of weights: {f'none kept: {self.why_none_kept}' if self.why_none_kept else kept}")
         if not self.captured:
             lines.append(
                 "no example inputs were given: only GEMM-bearing modules were captured, no products of activations"
@@ -149,6 +157,9 @@ def report(model: nn.Module) -> Report:
         captured=compiled.calls.num > 0,
         num_quantize_before=phase.num_quantize_before,
         num_quantize_after=num_op(phase.program, "lp.quantize"),
+        num_kept_casts=compiled.state.constants.num_casts,
+        kept_bytes=compiled.state.constants.num_bytes,
+        why_none_kept=compiled.state.constants.why_none,
         passes=[
             f"{record.name}: {1e3 * record.seconds:.1f} ms, {record.nodes_before} -> {record.nodes_after} nodes"
             for record in phase.records

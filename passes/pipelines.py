@@ -5,6 +5,7 @@ from passes.cancel_casts import CancelCasts
 from passes.choose_accumulator import ChooseAccumulator
 from passes.decompose_attention import DecomposeAttention
 from passes.decompose_products import DecomposeProducts
+from passes.fold_constants import FoldConstants
 from passes.insert_casts import InsertCasts
 from passes.manager import Pass
 from passes.place_regions import PlaceRegions
@@ -15,14 +16,14 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, PlaceRegions,
-        CancelCasts, SelectKernels,
+        CancelCasts, SelectKernels, FoldConstants,
     )
 }  # fmt: skip
 
 PIPELINES: dict[str, str] = {
     "train": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "place-regions{carriers=keep},cancel-casts,select-kernels",
+    "place-regions{carriers=keep},cancel-casts,select-kernels,fold-constants{lifetime=step}",
     "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "place-regions{carriers=drop},cancel-casts,select-kernels",
+    "place-regions{carriers=drop},cancel-casts,select-kernels,fold-constants{lifetime=forever}",
 }
 """By mode of lpcompile(), text that `passes.manager.parse_passes` reads."""

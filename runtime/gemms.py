@@ -2,8 +2,8 @@
 
 Straight-through: the casts of x and w have derivative one, so x and w enter twice, once as the carrier of the gradient
 and once as the values that are multiplied. Backward keeps the cast operands that BWD and GRAD need and not the
-originals; a weight is cast again in backward from the parameter itself, so that nothing outlives a partitioned or
-resharded weight.
+originals; BWD's cast of a weight is made in backward from the parameter itself, or found there among the casts that
+runtime/constants.py keeps, so that nothing outlives a partitioned or resharded weight.
 
     y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
 
@@ -65,6 +65,8 @@ class GemmPlan:
     methods: tuple[str, str, str]
     site: int
     geometry: ConvGeometry | None = None
+    lifetime: str = ""
+    """Of BWD's cast of a weight, where it is kept (runtime/constants.py)."""
 
     @property
     def contraction(self) -> AbstractContraction:
@@ -87,10 +89,10 @@ class GemmPlan:
 
     @staticmethod
     @lru_cache(maxsize=4096)
-    def parse(kind: str, spec: str, methods: str, site: int, geometry: str) -> "GemmPlan":
+    def parse(kind: str, spec: str, methods: str, site: int, geometry: str, lifetime: str = "") -> "GemmPlan":
         """From the attributes of an lp.gemm node. A geometry reads `stride=1,1 padding=0,0 dilation=1,1 groups=1`."""
         fwd, bwd, grad = methods.split(",")
-        return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry))
+        return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry), lifetime)
 
 
 def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:
@@ -164,6 +166,17 @@ def _randomness(spec: QuantSpec, state: RunState | None, site: int, slot: int) -
         return {}
     state = state or RunState()
     return {"seed": state.seed, "step": state.step, "stream": state.stream(site, slot)}
+
+
+def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan) -> Operand:
+    """BWD's cast of a weight: a kept one of these bytes, FWD's where it is the same cast, or a new one."""
+    slot, kept = _WEIGHT_BWD, None
+    if plan.lifetime:
+        kept = state.constants.find(w, spec, plan.site, slot, plan.lifetime)
+    if kept is None:
+        return cast(w, spec, state, plan.site, slot)
+    scale = kept.scale_or(lambda: compute_scale(w.detach(), spec))
+    return Operand(kept.grid_or(lambda: to_grid(w, scale, spec, state, plan.site, slot)), scale, spec)
 
 
 def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
@@ -261,7 +274,7 @@ class _Gemm(torch.autograd.Function):
             w = (
                 Operand(bwd_rhs, bwd_rhs_scale, bwd.rhs)
                 if bwd_rhs is not None
-                else cast(rhs, bwd.rhs, state, plan.site, _WEIGHT_BWD)
+                else _cast_weight(rhs, bwd.rhs, state, plan)
             )
             if _is_opaque(plan, "bwd"):
                 dx = opaque.multiply("bwd", plan.attributes, dy_cast.pair, w.pair, ctx.lhs_shape, ctx.dtypes[0], state)

@@ -4,6 +4,7 @@
     the format, in the format's storage dtype lp.dequantize  q, s -> x         grid values times their scale lp.gemm
     lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry the gradient, the casts carry the values
     lp.stand_in    q -> x        what stands where a carrier of the gradient stood, and holds no values
+    lp.constant_scale x -> s     lp.scale of a weight, kept between uses as `lifetime` says (runtime/constants.py)
 
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
 attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from runtime import traced
+from runtime.constants import LIFETIMES
 from runtime.contractions import Side
 from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
 from runtime.numerics.scaling import compute_scale, expand_scale
@@ -55,13 +57,33 @@ def scale(x: Tensor, *, spec: str) -> Tensor | None:
     return compute_scale(x.detach(), QuantSpec.parse(spec))
 
 
-def quantize(x: Tensor, s: Scale | None, state: RunState | None, *, spec: str, site: int, slot: int) -> Tensor:
+def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: int, lifetime: str) -> Tensor | None:
+    """lp.scale of a weight, kept as `lifetime` says: read again, and computed again only if x has changed. The
+    lp.quantize of this `site` and `slot` comes after it, with no write to x between the two.
+    """
+    if torch.compiler.is_compiling():
+        return traced.scale(x, spec)
+    parsed = QuantSpec.parse(spec)
+    kept = state.constants.find(x, parsed, site, slot, lifetime)
+    return compute_scale(x.detach(), parsed) if kept is None else kept.scale_or(lambda: compute_scale(x, parsed))
+
+
+def quantize(
+    x: Tensor, s: Scale | None, state: RunState | None, *, spec: str, site: int, slot: int, lifetime: str = ""
+) -> Tensor:
     """Grid values of x / s. `q * s` is the cast value. Saturates; NaN stays NaN. `site` and `slot` key the stochastic
-    bits.
+    bits. With a `lifetime` (x is a weight, s its lp.constant_scale) they are kept, and made again only if x has
+    changed.
     """
     if torch.compiler.is_compiling():
         return traced.quantize(x, s, state, spec, site, slot)
-    return to_grid(x, s, QuantSpec.parse(spec), state, site, slot)
+    parsed = QuantSpec.parse(spec)
+    if lifetime and state is not None:
+        constants = state.constants
+        kept = constants.find(x, parsed, site, slot, lifetime) if s is None else constants.find_by_scale(s, site, slot)
+        if kept is not None:
+            return kept.grid_or(lambda: to_grid(x, s, parsed, state, site, slot))
+    return to_grid(x, s, parsed, state, site, slot)
 
 
 def dequantize(q: Grid, s: Scale | None, *, spec: str) -> Tensor:
@@ -96,15 +118,17 @@ def gemm(
     methods: str,
     site: int,
     geometry: str = "",
+    lifetime: str = "",
 ) -> Tensor:
-    """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic.
+    """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic. With a
+    `lifetime`, rhs is a weight whose cast for BWD is kept.
 
     Without `grad_lhs` there is no GRAD: backward raises.
     """
     if torch.compiler.is_compiling():
         operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
         return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry)
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry, lifetime)
     layer = plan.spec
     casts = {
         "fwd_lhs": Operand(fwd_lhs, fwd_lhs_scale, layer.fwd.lhs),
@@ -251,7 +275,17 @@ def _have_scales_where_spec_has(operands: Operands, attributes: dict[str, Any]) 
     return all((operands[f"{name}_scale"] is not None) == cast.has_scale for name, cast in casts)
 
 
+def _is_kept_by_a_state(operands: Operands, attributes: dict[str, Any]) -> bool:
+    return not attributes.get("lifetime") or operands["state"] is not None
+
+
+def _is_same_each_time(attributes: dict[str, Any]) -> bool:
+    return not attributes.get("lifetime") or QuantSpec.parse(attributes["spec"]).rounding != "stochastic"
+
+
 _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
+
+_LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
 
 _GEMM_RULES = (
     Rule("`spec` must hold the three GEMMs, `fwd: ...; bwd: ...; grad: ...`", _parses("spec", LayerSpec.parse)),
@@ -261,12 +295,15 @@ _GEMM_RULES = (
     ),
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
+    _LIFETIME,
 )
 
 _IS_DTYPE = Rule(
     "`dtype` must be a floating-point dtype of torch",
     lambda a: getattr(getattr(torch, a["dtype"], None), "is_floating_point", False),
 )
+_SAME_EACH_TIME = Rule("a cast that rounds stochastically is not kept", _is_same_each_time)
+_KEPT = TypeRule("a cast that is kept must have the `state` that keeps it", _is_kept_by_a_state)
 _HAS_SCALE = Rule("`spec` must have a scale", lambda a: QuantSpec.parse(a["spec"]).has_scale)
 _SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there", _has_scale_where_spec_has)
 
@@ -279,7 +316,19 @@ OPS: dict[str, OpDef] = {
     op.name: op
     for op in (
         OpDef("lp.scale", scale, scale_result, (_CAST_PARSES, _HAS_SCALE)),
-        OpDef("lp.quantize", quantize, quantize_result, (_CAST_PARSES,), (_SCALED,)),
+        OpDef(
+            "lp.constant_scale",
+            constant_scale,
+            scale_result,
+            (_CAST_PARSES, _HAS_SCALE, _LIFETIME, _SAME_EACH_TIME),
+        ),
+        OpDef(
+            "lp.quantize",
+            quantize,
+            quantize_result,
+            (_CAST_PARSES, _LIFETIME, _SAME_EACH_TIME),
+            (_SCALED, _KEPT),
+        ),
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),
         OpDef("lp.stand_in", stand_in, stand_in_result, (_IS_DTYPE,)),
         OpDef("lp.gemm", gemm, gemm_result, _GEMM_RULES, _GEMM_TYPE_RULES),

@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from runtime.constants import Constants
 from runtime.errors import LpError
 
 
@@ -30,6 +31,8 @@ class RunState:
     gemm_calls: int = 0
     key: int = field(default=-1, init=False, compare=False, repr=False)
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
+    constants: Constants = field(default_factory=Constants, init=False, compare=False, repr=False)
+    """The casts of weights that are kept between uses."""
 
     def __post_init__(self) -> None:
         self.key = next(_KEYS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile import advance, capture_more, lpcompile, report
-from lpcompile.api import run_state
+from lpcompile.api import CountMicroBatches, WatchWeights, run_state
 from lpcompile.capture.calls import MAX_VARIANTS
 from lpcompile.capture.install import CapturedForward, captured
 from lpcompile.compiled import get_compiled
@@ -139,8 +139,8 @@ def test_clock_and_stochastic_streams_stay(tmp_path: Path) -> None:
     capture_more(model, example_kwargs={"input_ids": call["input_ids"][:1]})
     assert run_state(model) is state
     assert torch.equal(model(**call).logits, before)
-    hooks = model._forward_pre_hooks
-    assert len(hooks) == 1
+    hooks = [type(hook) for hook in model._forward_pre_hooks.values()]
+    assert hooks == [CountMicroBatches, WatchWeights]
 
 
 def test_a_call_that_raises_changes_nothing() -> None:

@@ -59,7 +59,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "axis of a quantized type": (r'-> !lp\.quant<"e4m3", "row", 1', '-> !lp.quant<"e4m3", "row", 0', "another type"),
     "storage of a quantized type": (r"tensor<8x4xbf16>> *\n", "tensor<8x4xf32>>\n", "%quantize has another type"),
     "number of results": (r"%scale = ", "%scale, %more = ", "has one result"),
-    "name twice": (r"%scale_1 = ", "%scale = ", "%scale is defined twice"),
+    "name twice": (r"%scale_2 = ", "%scale = ", "%scale is defined twice"),
     "type that is none": (r"-> !lp\.state", "-> !lp.stat", "cannot read this. Expected a type"),
     "state of another type": (r"-> !lp\.state", "-> !torch.value", "%_lp_state has another type"),
     "kind of graph": (r'kind = "leaf"', 'kind = "leave"', "not a kind of graph. Expected leaf, module or fed"),
