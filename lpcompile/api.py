@@ -171,7 +171,7 @@ def advance(model: nn.Module, to_step: int | None = None) -> None:
     state = compiled.state
     state.step = state.step + 1 if to_step is None else to_step
     state.micro_batch = 0
-    state.constants.drop("step")
+    state.constants.end_step()
     state.phase = sum(phase.from_step <= state.step for phase in compiled.phases) - 1
 
 

@@ -29,7 +29,7 @@ _SCALE, _QUANTIZE, _GEMM = OPS["lp.scale"].run, OPS["lp.quantize"].run, OPS["lp.
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """`lifetime=step` forgets a cast when the clock moves on to the next step; `forever` when the weight changes."""
+    """Both keep a cast while the weight is what it was; `step` forgets it after a step that did not ask for it."""
 
     name: ClassVar[str] = "fold-constants"
     requires: ClassVar[tuple[str, ...]] = ("annotated", "cast")

@@ -105,7 +105,22 @@ def test_micro_batches_share_one_cast_per_weight_spec_and_step(policy: str) -> N
         assert run_state(model).constants.num_casts == len(counted)
         optimizer.step()
         optimizer.zero_grad()
-        assert run_state(model).constants.num_bytes == 0, "freed with the step"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_casts_of_a_step_take_the_place_of_those_before(policy: str) -> None:
+    model = lpcompile(mlp(), policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    sizes = []
+    for step in range(3):
+        model(batch(step).requires_grad_()).square().sum().backward()
+        optimizer.step()
+        sizes.append((run_state(model).constants.num_casts, run_state(model).constants.num_bytes))
+    assert len(set(sizes)) == 1
+    assert sizes[0][0] == 2 * NUM_SPECS[policy]
+    advance(model)
+    assert run_state(model).constants.num_bytes == 0, "a step that asked for none"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -404,7 +419,7 @@ def test_restore_takes_the_hook_away() -> None:
 def test_under_torch_compile_weights_are_cast_in_the_graph() -> None:
     model = lpcompile(mlp(), "fp8-rowwise")
     wanted = results(model, batch())
-    run_state(model).constants.drop()
+    run_state(model).constants.clear()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(results(compiled, batch()), wanted)  # type: ignore[arg-type]

@@ -120,14 +120,19 @@ def test_a_value_that_comes_back_is_cast_again_only_if_it_was_left() -> None:
     assert _run(w, SPECS[0], state)[0] is first
 
 
-def test_drop_by_lifetime() -> None:
+def test_what_no_step_asks_for_goes() -> None:
     w, state = _weight(), _state()
-    _run(w, SPECS[0], state, 0, "step")
-    kept = _run(w, SPECS[1], state, 1, "forever")[0]
-    state.constants.drop("step")
-    assert state.constants.num_casts == 1
-    assert _run(w, SPECS[1], state, 1, "forever")[0] is kept
-    state.constants.drop()
+    _run(w, SPECS[1], state, 0, "step")
+    forever = _run(w, SPECS[0], state, 1, "forever")[0]
+    state.constants.end_step()
+    assert state.constants.num_casts == 2, "asked for in this step"
+    kept = _run(w, SPECS[1], state, 0, "step")[0]
+    for num_casts in (2, 1, 1):
+        state.constants.end_step()
+        assert state.constants.num_casts == num_casts
+    assert _run(w, SPECS[0], state, 1, "forever")[0] is forever
+    assert _run(w, SPECS[1], state, 0, "step")[0] is not kept
+    state.constants.clear()
     assert (state.constants.num_casts, state.constants.num_bytes) == (0, 0)
 
 
