@@ -297,18 +297,19 @@ def test_an_inplace_relu_keeps_casts_where_they_are(e4m3: Policy) -> None:
     _assert_same_bits(before, after)
 
 
-def test_two_leaves_around_an_inplace_relu_do_not_share_a_cast() -> None:
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.SiLU(inplace=True)])
+def test_two_leaves_around_an_inplace_layer_do_not_share_a_cast(layer: nn.Module) -> None:
     """The second reads what the first one's input has become."""
 
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.relu, self.b = nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)
+            self.a, self.layer, self.b = nn.Linear(8, 8), layer, nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             x = x + 0.0
             first = self.a(x)
-            self.relu(x)
+            self.layer(x)
             second: Tensor = first + self.b(x)
             return second
 
