@@ -180,6 +180,17 @@ def test_inference_has_the_same_bits_and_moves_fewer_bytes(
     assert fewer.bytes < moved.bytes
 
 
+def test_int8_is_pooled_on_grid_values_if_nothing_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, model = _input("conv"), _model("conv").eval()
+    before, as_ever, moved, some = _both(model, "int8", _infer(x), example_inputs=(x,), mode="infer")
+    finite = PIPELINES["infer"].replace("carriers=drop", "carriers=drop,finite=true")
+    monkeypatch.setitem(PIPELINES, "infer", finite)
+    _, after, _, fewer = _both(model, "int8", _infer(x), example_inputs=(x,), mode="infer")
+    _assert_same_bits(before, after)
+    _assert_same_bits(before, as_ever)
+    assert fewer.bytes < some.bytes < moved.bytes
+
+
 @pytest.mark.parametrize("policy", ["int8", "fp8-rowwise", "e4m3"])
 @pytest.mark.parametrize("name", ["resnet18", "llama", "gpt2"])
 def test_the_zoo_in_inference(name: str, policy: str, request: pytest.FixtureRequest) -> None:
@@ -297,18 +308,19 @@ def test_an_inplace_relu_keeps_casts_where_they_are(e4m3: Policy) -> None:
     _assert_same_bits(before, after)
 
 
-def test_two_leaves_around_an_inplace_relu_do_not_share_a_cast() -> None:
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.SiLU(inplace=True)])
+def test_two_leaves_around_an_inplace_layer_do_not_share_a_cast(layer: nn.Module) -> None:
     """The second reads what the first one's input has become."""
 
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.relu, self.b = nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)
+            self.a, self.layer, self.b = nn.Linear(8, 8), layer, nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             x = x + 0.0
             first = self.a(x)
-            self.relu(x)
+            self.layer(x)
             second: Tensor = first + self.b(x)
             return second
 

@@ -188,3 +188,13 @@ def test_blocks_stay_where_they_are(format: str) -> None:
     for passes in (_KEEP, _DROP):
         check(run(text, passes), '// CHECK-LABEL: sym_name = "attn#0"\n// CHECK-NOT: "lp.quantize"(%x)')
     assert run(text, _KEEP).count('"lp.quantize"') == run(text, _CAST).count('"lp.quantize"') > 0
+
+
+@pytest.mark.parametrize("passes", [_KEEP, _DROP], ids=["keep", "drop"])
+def test_views_around_a_write_are_not_cast_as_one(passes: str) -> None:
+    """x_k is a view from before the write, and k reads it after."""
+    write = '%w = "torch.call_function"(%x) {target = "torch.Tensor.add_", args = "_, 1"} : (tensor<2x6x4xf32>) -> tensor<2x6x4xf32>'
+    text = reshaped_leaves().replace('%k = "torch.call_module"', f'{write}\n    %k = "torch.call_module"')
+    assert text.count("add_") == 1
+    assert _bytes(run(text, passes))[0] == _bytes(run(text, _CAST))[0] == 6
+    check(run(text, passes), '// CHECK-LABEL: sym_name = "attn#0"\n// CHECK-NOT: lp.quantize')

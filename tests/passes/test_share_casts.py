@@ -92,3 +92,16 @@ def test_across_graph_leaves_modules_alone() -> None:
 
 def test_shared_program_verifies_again() -> None:
     verify(_run(_program(_E4M3, _E4M3)))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_equal_casts_of_one_graph_merge_unless_a_write_lies_between(in_place: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    attributes = {"spec": "e4m3 nearest_even", "site": 0, "slot": 0}
+    first = graph.call_function(OPS["lp.quantize"].run, (x, None, None), attributes)
+    graph.call_function(torch.Tensor.add_ if in_place else torch.Tensor.add, (x, 1))
+    second = graph.call_function(OPS["lp.quantize"].run, (x, None, None), attributes)
+    graph.output((first, second))
+    program = _run(Program({"m#0": Unit("m", graph, "module")}, {}), "share-casts")
+    assert num_op(program, "lp.quantize") == (2 if in_place else 1)
