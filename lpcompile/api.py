@@ -6,7 +6,7 @@ policy -> phases -> per phase: graphs of leaves and modules -> passes -> install
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx, nn
 
+from lpcompile.capture.batch_norm import batch_norm_units, guarding_folds, is_observed
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.frame import FunctionCall
@@ -200,7 +201,7 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     leaves, _ = find_leaves(model)
     sites = find_sites(leaves, {})
     resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, {}, sites, resolution)
+    program = _named_program(model, policy, leaves, {}, sites, resolution, "train")
     run_passes(program, [ChooseAccumulator()])
     return resolution, program.findings
 
@@ -243,7 +244,7 @@ def _compile_phase(
     mode: str,
 ) -> PhaseCode:
     resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, recordings, sites, resolution)
+    program = _named_program(model, policy, leaves, recordings, sites, resolution, mode)
     counted = {"lp.quantize": 0}
 
     def count_casts(done: Pass, program: Program) -> None:
@@ -263,15 +264,17 @@ def _named_program(
     recordings: Recordings,
     sites: list[Site],
     resolution: Resolution,
+    mode: str,
 ) -> Program:
     """The graphs of a model with what the policy says of their sites, checked."""
-    program = build_program(model, leaves, recordings)
+    program = build_program(model, leaves, recordings, mode)
     program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
     program.findings += check_policy(model, leaves, sites, policy, resolution)
     return program
 
 
-def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings) -> Program:
+def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings, mode: str = "train") -> Program:
+    """Graphs of leaves and of recorded modules; for mode="infer" also of batch norms, which a pass may fold."""
     units: dict[str, Unit] = {}
     modules = dict(model.named_modules())
     for leaf in leaves:
@@ -279,7 +282,9 @@ def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordin
         for node in graph.nodes:
             if read_gemm(node) is not None:
                 node.meta[SITE] = leaf.name
-        units[leaf.name] = Unit(leaf.name, graph, "leaf")
+        units[leaf.name] = Unit(leaf.name, graph, "leaf", is_observed=is_observed(modules[leaf.path]))
+    if mode == "infer" and recordings:
+        units |= batch_norm_units(modules)
     for path, variants in recordings.items():
         for number, recording in enumerate(variants):
             graph = copy.deepcopy(recording.graph)  # modules that do the same share a recorded graph
@@ -305,7 +310,10 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
             units_of_path = [phase.program.units[_unit_name(path, number)] for number in range(len(variants))]
             if any(_is_touched(unit) for unit in units_of_path):
                 modules[path].__dict__[STATE] = compiled.state
-                changed = [Variant.of(recording, unit.graph) for recording, unit in zip(variants, units_of_path)]
+                changed = [
+                    Variant.of(replace(each, guard=guarding_folds(each.guard, unit, phase.program)), unit.graph)
+                    for each, unit in zip(variants, units_of_path)
+                ]
                 install(modules[path], changed, phase=index, clock=compiled.state)
 
     if _rounds_stochastically(compiled):

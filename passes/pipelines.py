@@ -4,6 +4,7 @@ from passes.annotate import Annotate
 from passes.choose_accumulator import ChooseAccumulator
 from passes.decompose_attention import DecomposeAttention
 from passes.decompose_products import DecomposeProducts
+from passes.fold_batchnorm import FoldBatchnorm
 from passes.insert_casts import InsertCasts
 from passes.manager import Pass
 from passes.select_kernels import SelectKernels
@@ -12,14 +13,15 @@ from passes.share_casts import ShareCasts
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
-        ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, InsertCasts, ShareCasts, SelectKernels,
+        ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, FoldBatchnorm, InsertCasts, ShareCasts,
+        SelectKernels,
     )
 }  # fmt: skip
 
 PIPELINES: dict[str, str] = {
     "train": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
     "select-kernels",
-    "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
-    "select-kernels",
+    "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,fold-batchnorm,insert-casts,"
+    "share-casts,select-kernels",
 }
 """By mode of lpcompile(), text that `passes.manager.parse_passes` reads."""

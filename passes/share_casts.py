@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from passes.ir.program import CASTS, Program, Unit
+from passes.ir.program import AFFINE, CASTS, INPUT_AFFINE, Program, Unit
 from passes.manager import Pass
 from runtime.errors import PassError
 from runtime.ops import OPS
@@ -60,7 +60,7 @@ def _feed_leaves(program: Program, unit: Unit) -> bool:
         leaf = _called_leaf(program, unit, node)
         if leaf is None:
             continue
-        casts = _casts_of_input(leaf.graph)
+        casts = _casts_of_input(_callee(leaf, node))
         calls.append((node, leaf, casts, epoch))
         for spec in {str(cast.kwargs["spec"]) for cast in casts}:
             consumers[node.args[0], spec, epoch] += 1
@@ -73,9 +73,23 @@ def _feed_leaves(program: Program, unit: Unit) -> bool:
 
 
 def _called_leaf(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
-    if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or not {*node.kwargs} <= {AFFINE, INPUT_AFFINE}:
         return None
-    return program.leaf(f"{unit.path}.{node.target}" if unit.path else str(node.target))
+    leaf = program.called_leaf(unit, node)
+    return None if leaf is None or (leaf.fed is not None and _has_other_folds(program, leaf)) else leaf
+
+
+def _has_other_folds(program: Program, leaf: Unit) -> bool:
+    """Whether a fed leaf that batch norms are folded into has other calls: its graph takes casts of all, or of none."""
+    callers = [each for each in program.units.values() if each.kind == "module"]
+    calls = [call for each in callers for call in each.graph.nodes if program.called_leaf(each, call) is leaf]
+    is_folded = any(name in call.kwargs for call in calls for name in (AFFINE, INPUT_AFFINE))
+    return is_folded and len(calls) > 1
+
+
+def _callee(leaf: Unit, call: fx.Node) -> fx.Graph:
+    """The graph that a call runs."""
+    return leaf.fed if leaf.fed is not None and call.kwargs else leaf.graph
 
 
 def _casts_of_input(graph: fx.Graph) -> list[fx.Node]:
@@ -96,9 +110,9 @@ def _feed(graph: fx.Graph, call: fx.Node, leaf: Unit, casts: list[fx.Node]) -> N
             spec = cast.kwargs["spec"]
             scale = None if cast.args[1] is None else graph.call_function(_SCALE, (x,), {"spec": spec})
             handed += [graph.call_function(_QUANTIZE, (x, scale, None), dict(cast.kwargs)), scale]
-    call.kwargs = {CASTS: tuple(handed)}
-    if leaf.fed is None:
-        leaf.fed = _fed_copy(leaf.graph)
+    if leaf.fed is None or call.kwargs:
+        leaf.fed = _fed_copy(_callee(leaf, call))
+    call.kwargs = {CASTS: tuple(handed), **call.kwargs}
 
 
 def _fed_copy(graph: fx.Graph) -> fx.Graph:

@@ -5,6 +5,8 @@
     lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry the gradient, the casts carry the values
     lp.stand_in    q -> x        what stands where a carrier of the gradient stood, and holds no values
 
+    lp.norm_scale, lp.norm_shift, lp.fold_*      a batch norm moves into the weight next to it (runtime/folding.py)
+
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
 attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
 dialect and the table in docs/ir.md all read it through OPS; passes look ops up by name.
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from runtime import traced
 from runtime.contractions import Side
+from runtime.folding import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
@@ -31,8 +34,12 @@ from runtime.op_types import (
     Operands,
     QuantType,
     ResultRule,
+    TensorType,
     dequantize_result,
+    fold_bias_result,
+    fold_weight_result,
     gemm_result,
+    norm_result,
     quantize_result,
     scale_result,
     stand_in_result,
@@ -145,7 +152,9 @@ class OperandDef:
 
 @dataclass(frozen=True)
 class AttributeDef:
-    """A keyword parameter of an op's function; `kind` is str, int or bool. One with a default may be left out."""
+    """A keyword parameter of an op's function; `kind` is str, int, float or bool. One with a default may be
+    left out.
+    """
 
     name: str
     kind: type
@@ -251,6 +260,14 @@ def _have_scales_where_spec_has(operands: Operands, attributes: dict[str, Any]) 
     return all((operands[f"{name}_scale"] is not None) == cast.has_scale for name, cast in casts)
 
 
+def _does_scale_lie_along(operands: Operands, attributes: dict[str, Any]) -> bool:
+    w, v = operands["w"], operands.get("s") or operands.get("t")
+    if not isinstance(w, TensorType) or not isinstance(v, TensorType):
+        return True
+    groups = 1 if attributes["axis"] == 0 else attributes["groups"]
+    return len(w.shape) >= 2 and v.shape == (w.shape[attributes["axis"]] * groups,) and w.shape[0] % groups == 0
+
+
 _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
 
 _GEMM_RULES = (
@@ -275,6 +292,12 @@ _GEMM_TYPE_RULES = (
     TypeRule("a cast must have a scale where `spec` has one, and only there", _have_scales_where_spec_has),
 )
 
+_FOLD_RULES = (
+    Rule("`axis` must be 0 or 1", lambda a: a["axis"] in (0, 1)),
+    Rule("`groups` must be at least 1", lambda a: a["groups"] >= 1),
+)
+_LIES_ALONG = TypeRule("a batch norm must have one number per feature along `axis` of w", _does_scale_lie_along)
+
 OPS: dict[str, OpDef] = {
     op.name: op
     for op in (
@@ -283,6 +306,11 @@ OPS: dict[str, OpDef] = {
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),
         OpDef("lp.stand_in", stand_in, stand_in_result, (_IS_DTYPE,)),
         OpDef("lp.gemm", gemm, gemm_result, _GEMM_RULES, _GEMM_TYPE_RULES),
+        OpDef("lp.norm_scale", norm_scale, norm_result, (Rule("`eps` must not be negative", lambda a: a["eps"] >= 0),)),
+        OpDef("lp.norm_shift", norm_shift, norm_result),
+        OpDef("lp.fold_weight", fold_weight, fold_weight_result, _FOLD_RULES, (_LIES_ALONG,)),
+        OpDef("lp.fold_bias", fold_bias, fold_bias_result),
+        OpDef("lp.fold_input_bias", fold_input_bias, fold_bias_result, _FOLD_RULES, (_LIES_ALONG,)),
     )
 }
 """Every op of the dialect by name."""

@@ -13,7 +13,7 @@ from passes.finding import Finding
 from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
-from passes.ir.program import GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, Program, Unit
+from passes.ir.program import FOLDED, GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, Program, Unit
 from passes.ir.types import META
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
@@ -120,7 +120,7 @@ def test_every_field_of_a_program_is_printed() -> None:
 
 
 def test_meta_of_nodes_and_of_placeholders_survives() -> None:
-    values = {SITE: "m.add", GROUP: 3, SPEC: LayerSpec.parse(SCALED), REPEATED: True, WEIGHT: True}
+    values = {SITE: "m.add", GROUP: 3, SPEC: LayerSpec.parse(SCALED), REPEATED: True, WEIGHT: True, FOLDED: "bn"}
     assert values.keys() == NODE_META.keys()
     program = _unary(1, **values)
     next(iter(program.units["m#0"].graph.nodes)).meta[WEIGHT] = True

@@ -1,0 +1,62 @@
+"""Batch norm: its forward in evaluation mode as a graph, and when a graph that it was folded into still holds.
+
+    y = batch_norm(x, running_mean, running_var, weight, bias, training=False, momentum, eps)
+
+A folded batch norm is not called, and its neighbour gives another tensor than it did: so the caller's graph holds only
+while the batch norm is in evaluation mode and nobody has put hooks on either.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lpcompile.capture.guards import Guard, ValueFact
+from passes.fold_batchnorm import norm_node
+from passes.ir.gemm_nodes import argument
+from passes.ir.program import FOLDED, Program, Unit
+
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def batch_norm_units(modules: dict[str, nn.Module]) -> dict[str, Unit]:
+    """A unit for every batch norm of torch's, by path. A subclass counts only if it did not write its own forward."""
+    return {
+        path: Unit(path, _graph(module), "leaf", is_observed=is_observed(module))
+        for path, module in modules.items()
+        if isinstance(module, _KINDS) and any(type(module).forward is kind.forward for kind in _KINDS)
+    }
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of the instance's own, see what the module is given or gives."""
+    return "forward" in vars(module) or any(getattr(module, name, None) for name in _HOOKS)
+
+
+def guarding_folds(guard: Guard, unit: Unit, program: Program) -> Guard:
+    """The guard of a module's graph, with what the batch norms folded in it rely on."""
+    attributes: dict[str, ValueFact] = {}
+    unhooked: list[str] = []
+    for node in unit.graph.nodes:
+        for path in filter(None, node.meta.get(FOLDED, "").split(",")):
+            norm = program.leaf(f"{unit.path}.{path}" if unit.path else path)
+            call = None if norm is None else norm_node(norm.graph)
+            assert call is not None
+            attributes[f"{path}.training"] = ValueFact(bool, False)
+            attributes[f"{path}.eps"] = ValueFact(float, argument(call, 7, "eps"))
+            unhooked += [path, str(node.target)]
+    if not unhooked:
+        return guard
+    return replace(guard, attributes=(*guard.attributes, *attributes.items()), unhooked=tuple(dict.fromkeys(unhooked)))
+
+
+def _graph(module: Any) -> fx.Graph:
+    graph = fx.Graph()
+    x = graph.placeholder("input")
+    names = ("running_mean", "running_var", "weight", "bias")
+    mean, var, weight, bias = (None if getattr(module, name, None) is None else graph.get_attr(name) for name in names)
+    operands = (x, mean, var, weight, bias, mean is None, module.momentum, float(module.eps))
+    graph.output((graph.call_function(F.batch_norm, operands),))
+    return graph
