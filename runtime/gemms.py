@@ -7,6 +7,8 @@ resharded weight.
 
     y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
 
+Scales and bias are one pass over y where that is fp32 (runtime/kernels/cpu/epilogue.py), with the bits of three.
+
 dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond its format's maximum saturates, and
 sets `state.overflow` when `state.watch_overflow` asks for it.
 """
@@ -33,6 +35,7 @@ from runtime.contractions import (
 )
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cpu import gemm as cpu_gemm
+from runtime.kernels.cpu.epilogue import finish
 from runtime.kernels.dispatch import EMULATED, multiplier
 from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.kernels.torch_native import DTYPES
@@ -236,7 +239,7 @@ class _Gemm(torch.autograd.Function):
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
         if _is_opaque(plan, "fwd"):
             return opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
-        return multiply_fwd(plan, a, b, bias, state).to(lhs.dtype)
+        return _own(multiply_fwd(plan, a, b, bias, state).to(lhs.dtype))
 
     @staticmethod
     @once_differentiable
@@ -273,6 +276,14 @@ class _Gemm(torch.autograd.Function):
         return dx, dw, db, *(None,) * 10
 
 
+def _own(y: Tensor) -> Tensor:
+    """y, not as a view of the matrix that it was computed as, which nothing else holds: a caller may write into it."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return owned
+
+
 def _is_opaque(plan: GemmPlan, role: Role) -> bool:
     """Whether the role is one op of runtime/traced.py; torch's own op is left to the compiler."""
     return torch.compiler.is_compiling() and plan.method(role) != "as_is"
@@ -290,14 +301,28 @@ def multiply_fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, st
         add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
         return kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias)
     if plan.geometry is not None:
-        multiply = _product(plan, "fwd", x, w, state)
-        y = _scaled(kind.fwd(_load(x.grid, method), _load(w.grid, method), multiply), x.scale, w.scale)
-    else:
         y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state))
+        if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
+            return _finish_conv(plan.geometry, y, x.scale, w.scale, bias)
+        y = _scaled(y, x.scale, w.scale)
+    else:
+        adds_bias = spec.out == "fp32" and plan.kind != "matmul"
+        multiply = _product(plan, "fwd", x, w, state, bias=bias if adds_bias else None)
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), multiply)
+        if adds_bias:
+            return y
     y = _round_out(y, spec, method)
     if bias is not None:
         y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
     return y
+
+
+def _finish_conv(geometry: ConvGeometry, y: Tensor, s: Tensor | None, t: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y (N, C, ...), or (C, ...), times two numbers plus a bias per channel: rows are the channels of each sample."""
+    num_channels = y.shape[-1 - len(geometry.stride)]
+    rows = y.view(-1, y.shape[-len(geometry.stride) :].numel())
+    per_row = None if bias is None else bias.repeat(rows.shape[0] // max(num_channels, 1)).view(-1, 1)
+    return finish(rows, s, t, per_row).view(y.shape)
 
 
 def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, state: RunState) -> Tensor:
@@ -341,9 +366,17 @@ def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
 
 
 def _product(
-    plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand, state: RunState, is_swapped: bool = False
+    plan: GemmPlan,
+    role: Role,
+    lhs: Operand,
+    rhs: Operand,
+    state: RunState,
+    is_swapped: bool = False,
+    bias: Tensor | None = None,
 ) -> Multiply:
-    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows."""
+    """The backend's product, times the scales of its rows and columns, plus the bias; `is_swapped` if rhs gives the
+    rows.
+    """
     spec, key = plan.spec.role(role), NO_KEY
     rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
     if is_swapped:
@@ -351,10 +384,10 @@ def _product(
     if spec.accumulator.mode == "stochastic":
         key = RandomKey(state.seed, state.step, state.stream(plan.site, _ACCUMULATE[role]))
     multiply = multiplier(plan.method(role), spec, key)
-    if plan.geometry is not None or (rows.scale is None and columns.scale is None):  # the result of a conv is scaled
-        return multiply
+    if plan.geometry is not None or (rows.scale is None and columns.scale is None and bias is None):
+        return multiply  # the result of a conv is scaled
     batched = plan.kind == "matmul"
-    return lambda a, b: _scaled(multiply(a, b), _along(rows, "row", batched), _along(columns, "column", batched))
+    return lambda a, b: finish(multiply(a, b), _along(rows, "row", batched), _along(columns, "column", batched), bias)
 
 
 def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:
