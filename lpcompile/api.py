@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx, nn
 
+from lpcompile.capture.activations import activation_units
 from lpcompile.capture.batch_norm import batch_norm_units, guarding_folds, is_observed
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
@@ -31,7 +32,7 @@ from lpcompile.policy_file import load_policy
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
 from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
-from passes.ir.program import SITE, STATE, Program, Unit, num_op
+from passes.ir.program import HANDED, SITE, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.ops import OP_OF
@@ -284,13 +285,14 @@ def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordin
                 node.meta[SITE] = leaf.name
         units[leaf.name] = Unit(leaf.name, graph, "leaf", is_observed=is_observed(modules[leaf.path]))
     if mode == "infer" and recordings:
-        units |= batch_norm_units(modules)
+        units |= batch_norm_units(modules) | activation_units(modules)
     for path, variants in recordings.items():
         for number, recording in enumerate(variants):
             graph = copy.deepcopy(recording.graph)  # modules that do the same share a recorded graph
             for name, _, node in _functional_gemms(path, graph):
                 node.meta[SITE] = name
-            units[_unit_name(path, number)] = Unit(path, graph, "module")
+            is_hooked = is_observed(modules[path])
+            units[_unit_name(path, number)] = Unit(path, graph, "module", is_observed=is_hooked)
     note_leaf_types(units.values(), modules)
     parameter = next(model.parameters(), None)
     return Program(units, {}, device=parameter.device.type if parameter is not None else "cpu")
@@ -354,7 +356,9 @@ def _rounds_stochastically(compiled: Compiled) -> bool:
 
 def _is_touched(unit: Unit) -> bool:
     """A module graph that no pass changed is not installed: the original forward runs its compiled children as well."""
-    return any(node.op == "call_function" and node.target in OP_OF for node in unit.graph.nodes)
+    return any(
+        (node.op == "call_function" and node.target in OP_OF) or {*HANDED} & {*node.kwargs} for node in unit.graph.nodes
+    )
 
 
 def _refuse_if_not_lowered(compiled: Compiled) -> None:

@@ -5,6 +5,7 @@ from passes.choose_accumulator import ChooseAccumulator
 from passes.decompose_attention import DecomposeAttention
 from passes.decompose_products import DecomposeProducts
 from passes.fold_batchnorm import FoldBatchnorm
+from passes.fuse import Fuse
 from passes.insert_casts import InsertCasts
 from passes.manager import Pass
 from passes.select_kernels import SelectKernels
@@ -14,7 +15,7 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         ChooseAccumulator, DecomposeAttention, DecomposeProducts, Annotate, FoldBatchnorm, InsertCasts, ShareCasts,
-        SelectKernels,
+        Fuse, SelectKernels,
     )
 }  # fmt: skip
 
@@ -22,6 +23,6 @@ PIPELINES: dict[str, str] = {
     "train": "choose-accumulator,decompose-attention,decompose-products,annotate,insert-casts,share-casts,"
     "select-kernels",
     "infer": "choose-accumulator,decompose-attention,decompose-products,annotate,fold-batchnorm,insert-casts,"
-    "share-casts,select-kernels",
+    "share-casts,fuse,select-kernels",
 }
 """By mode of lpcompile(), text that `passes.manager.parse_passes` reads."""

@@ -7,7 +7,9 @@ resharded weight.
 
     y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
 
-Scales and bias are one pass over y where that is fp32 (runtime/kernels/cpu/epilogue.py), with the bits of three.
+    z = activation(y + residual)        what follows a product may be a part of it, with the bits of separate ops
+
+Scales, bias, residual and relu are one pass over y where that is fp32 (runtime/kernels/cpu/epilogue.py).
 
 dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond its format's maximum saturates, and
 sets `state.overflow` when `state.watch_overflow` asks for it.
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from runtime import opaque
+from runtime.activations import activation_grad, add_and_relu, finish_with
 from runtime.contractions import (
     AbstractContraction,
     Conv,
@@ -183,16 +186,24 @@ def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int
 
 
 def run_gemm(
-    lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: dict[str, Operand | None], state: RunState, plan: GemmPlan
+    lhs: Tensor,
+    rhs: Tensor,
+    bias: Tensor | None,
+    casts: dict[str, Operand | None],
+    state: RunState,
+    plan: GemmPlan,
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """One site, differentiable in lhs, rhs and bias. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast again in
-    backward), grad_lhs.
+    """One site, differentiable in lhs, rhs, bias and residual. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast
+    again in backward), grad_lhs. A residual has shape and dtype of the result; activation is one of ACTIVATIONS or "".
     """
     flat: list[Tensor | None] = []
     for name in CAST_NAMES:
         operand = casts[name]
         flat += [operand.grid, operand.scale] if operand else [None, None]
-    return _Gemm.apply(lhs, rhs, bias, state, plan, *flat)
+    # the residual first: autograd hands out gradients in the order of operands, and an addition would come before
+    return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, *flat)
 
 
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
@@ -202,11 +213,13 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        residual: Tensor | None,
         lhs: Tensor,
         rhs: Tensor,
         bias: Tensor | None,
         state: RunState,
         plan: GemmPlan,
+        activation: str,
         fwd_lhs: Tensor,
         fwd_lhs_scale: Tensor | None,
         fwd_rhs: Tensor,
@@ -218,12 +231,12 @@ class _Gemm(torch.autograd.Function):
     ) -> Tensor:
         if not torch.compiler.is_compiling():
             state.gemm_calls += 1
-        needs_lhs, needs_rhs = ctx.needs_input_grad[:2]
-        ctx.state, ctx.plan = state, plan
+        needs_lhs, needs_rhs = ctx.needs_input_grad[1:3]
+        ctx.state, ctx.plan, ctx.activation = state, plan, activation
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
         ctx.is_flat = lhs.is_contiguous()
         ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(
+        kept = (
             rhs if needs_lhs and bwd_rhs is None else None,
             bwd_rhs if needs_lhs else None,
             bwd_rhs_scale if needs_lhs else None,
@@ -238,15 +251,23 @@ class _Gemm(torch.autograd.Function):
             fwd_rhs = fwd_rhs.detach().requires_grad_(needs_rhs)
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
         if _is_opaque(plan, "fwd"):
-            return opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
-        return _own(multiply_fwd(plan, a, b, bias, state).to(lhs.dtype))
+            y = opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
+        elif lhs.dtype == torch.float32 and spec.out == "fp32" and not torch.compiler.is_compiling():
+            y = _own(multiply_fwd(plan, a, b, bias, state, residual, activation == "relu"))
+            residual = None
+        else:
+            y = _own(multiply_fwd(plan, a, b, bias, state).to(lhs.dtype))
+        y, needed = finish_with(y, residual, activation, keeps=any(ctx.needs_input_grad[:4]))
+        ctx.save_for_backward(*kept, needed)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, state = ctx.plan, ctx.state
-        rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale = ctx.saved_tensors
-        needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
+        rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale, activated = ctx.saved_tensors
+        needs_residual, needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:4]
+        dy = activation_grad(dy, activated, ctx.activation)
         bwd, grad = plan.spec.bwd, plan.spec.grad
         dx = dw = db = dy_cast = None
         if needs_lhs:
@@ -273,7 +294,7 @@ class _Gemm(torch.autograd.Function):
         if needs_bias and db is None:
             # torch flattens a contiguous input before it adds the bias, and then sums dy flattened too
             db = plan.contraction.bias_grad(dy.contiguous() if ctx.is_flat else dy).to(ctx.dtypes[2])
-        return dx, dw, db, *(None,) * 10
+        return dy if needs_residual else None, dx, dw, db, *(None,) * 11
 
 
 def _own(y: Tensor) -> Tensor:
@@ -289,40 +310,59 @@ def _is_opaque(plan: GemmPlan, role: Role) -> bool:
     return torch.compiler.is_compiling() and plan.method(role) != "as_is"
 
 
-def multiply_fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: RunState) -> Tensor:
+def multiply_fwd(
+    plan: GemmPlan,
+    x: Operand,
+    w: Operand,
+    bias: Tensor | None,
+    state: RunState,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """FWD with what follows it, in the dtype that the method gives."""
     spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction_of("fwd")
     x, w = _foldable(plan, "fwd", x, w)
     unscaled = x.scale is None and w.scale is None
     if method in ("as_is", "fp32") and unscaled and spec.out == "fp32":
-        return kind.native(
+        y = kind.native(
             _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
         )
+        return add_and_relu(y, residual, relu)
     if method == "cpu_bf16" and unscaled and spec.out == "fp32":
         add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
-        return kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias)
+        return add_and_relu(kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias), residual, relu)
     if plan.geometry is not None:
         y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state))
         if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
-            return _finish_conv(plan.geometry, y, x.scale, w.scale, bias)
+            return _finish_conv(plan.geometry, y, x.scale, w.scale, bias, residual, relu)
         y = _scaled(y, x.scale, w.scale)
     else:
-        adds_bias = spec.out == "fp32" and plan.kind != "matmul"
-        multiply = _product(plan, "fwd", x, w, state, bias=bias if adds_bias else None)
-        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), multiply)
-        if adds_bias:
+        is_one_pass = spec.out == "fp32" and plan.kind != "matmul"
+        after = (bias, residual, relu) if is_one_pass else (None, None, False)
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state, after=after))
+        if is_one_pass:
             return y
     y = _round_out(y, spec, method)
     if bias is not None:
         y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
-    return y
+    return add_and_relu(y, residual, relu)
 
 
-def _finish_conv(geometry: ConvGeometry, y: Tensor, s: Tensor | None, t: Tensor | None, bias: Tensor | None) -> Tensor:
+def _finish_conv(
+    geometry: ConvGeometry,
+    y: Tensor,
+    s: Tensor | None,
+    t: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
     """y (N, C, ...), or (C, ...), times two numbers plus a bias per channel: rows are the channels of each sample."""
     num_channels = y.shape[-1 - len(geometry.stride)]
     rows = y.view(-1, y.shape[-len(geometry.stride) :].numel())
     per_row = None if bias is None else bias.repeat(rows.shape[0] // max(num_channels, 1)).view(-1, 1)
-    return finish(rows, s, t, per_row).view(y.shape)
+    summand = None if residual is None else residual.reshape(rows.shape)
+    return finish(rows, s, t, per_row, summand, relu).view(y.shape)
 
 
 def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, state: RunState) -> Tensor:
@@ -372,11 +412,12 @@ def _product(
     rhs: Operand,
     state: RunState,
     is_swapped: bool = False,
-    bias: Tensor | None = None,
+    after: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
 ) -> Multiply:
-    """The backend's product, times the scales of its rows and columns, plus the bias; `is_swapped` if rhs gives the
-    rows.
+    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows. `after`:
+    bias, residual and whether a relu comes.
     """
+    bias, residual, relu = after
     spec, key = plan.spec.role(role), NO_KEY
     rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
     if is_swapped:
@@ -384,10 +425,16 @@ def _product(
     if spec.accumulator.mode == "stochastic":
         key = RandomKey(state.seed, state.step, state.stream(plan.site, _ACCUMULATE[role]))
     multiply = multiplier(plan.method(role), spec, key)
-    if plan.geometry is not None or (rows.scale is None and columns.scale is None and bias is None):
+    if plan.geometry is not None or (rows.scale is columns.scale is bias is residual is None and not relu):
         return multiply  # the result of a conv is scaled
     batched = plan.kind == "matmul"
-    return lambda a, b: finish(multiply(a, b), _along(rows, "row", batched), _along(columns, "column", batched), bias)
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        y = multiply(a, b)
+        summand = None if residual is None else residual.reshape(y.shape)
+        return finish(y, _along(rows, "row", batched), _along(columns, "column", batched), bias, summand, relu)
+
+    return run
 
 
 def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:

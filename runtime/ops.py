@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime import traced
+from runtime.activations import ACTIVATIONS
 from runtime.contractions import Side
 from runtime.folding import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
@@ -97,20 +98,23 @@ def gemm(
     grad_lhs: Grid | None,
     grad_lhs_scale: Scale | None,
     state: RunState,
+    residual: Tensor | None = None,
     *,
     kind: str,
     spec: str,
     methods: str,
     site: int,
     geometry: str = "",
+    activation: str = "",
 ) -> Tensor:
-    """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic.
+    """One GEMM site, forward and backward, and what follows it. Returns activation(y + residual) in the dtype of lhs;
+    see runtime.gemms for the arithmetic.
 
     Without `grad_lhs` there is no GRAD: backward raises.
     """
     if torch.compiler.is_compiling():
         operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
-        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry)
+        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry, residual, activation)
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
     layer = plan.spec
     casts = {
@@ -119,7 +123,7 @@ def gemm(
         "bwd_rhs": None if bwd_rhs is None else Operand(bwd_rhs, bwd_rhs_scale, layer.bwd.rhs),
         "grad_lhs": None if grad_lhs is None else Operand(grad_lhs, grad_lhs_scale, layer.grad.rhs),
     }
-    return run_gemm(lhs, rhs, bias, casts, state, plan)
+    return run_gemm(lhs, rhs, bias, casts, state, plan, residual, activation)
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,11 @@ def _does_scale_lie_along(operands: Operands, attributes: dict[str, Any]) -> boo
     return len(w.shape) >= 2 and v.shape == (w.shape[attributes["axis"]] * groups,) and w.shape[0] % groups == 0
 
 
+def _is_residual_like_result(operands: Operands, attributes: dict[str, Any]) -> bool:
+    residual, result = operands["residual"], gemm_result(operands, attributes)
+    return residual == result or not (isinstance(residual, TensorType) and isinstance(result, TensorType))
+
+
 _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
 
 _GEMM_RULES = (
@@ -278,6 +287,10 @@ _GEMM_RULES = (
     ),
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
+    Rule(
+        f"`activation` must be one of {', '.join(ACTIVATIONS)}, or absent",
+        lambda a: a.get("activation", "") in ("", *ACTIVATIONS),
+    ),
 )
 
 _IS_DTYPE = Rule(
@@ -290,6 +303,7 @@ _SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there",
 _GEMM_TYPE_RULES = (
     TypeRule("a cast must have the format and granularity that `spec` names", _are_cast_as_spec_says),
     TypeRule("a cast must have a scale where `spec` has one, and only there", _have_scales_where_spec_has),
+    TypeRule("a residual must have the shape and dtype of the product", _is_residual_like_result),
 )
 
 _FOLD_RULES = (

@@ -15,7 +15,7 @@ from torch import fx, nn
 from lpcompile.capture.guards import Guard, ValueFact
 from passes.fold_batchnorm import norm_node
 from passes.ir.gemm_nodes import argument
-from passes.ir.program import FOLDED, Program, Unit
+from passes.ir.program import ACTIVATION, AFFINE, FOLDED, INPUT_AFFINE, RESIDUAL, Program, Unit
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -36,17 +36,19 @@ def is_observed(module: nn.Module) -> bool:
 
 
 def guarding_folds(guard: Guard, unit: Unit, program: Program) -> Guard:
-    """The guard of a module's graph, with what the batch norms folded in it rely on."""
+    """The guard of a module's graph, with what the batch norms and activations folded in it rely on."""
     attributes: dict[str, ValueFact] = {}
     unhooked: list[str] = []
     for node in unit.graph.nodes:
+        if node.op == "call_module" and {*node.kwargs} & {AFFINE, INPUT_AFFINE, RESIDUAL, ACTIVATION}:
+            unhooked.append(str(node.target))
         for path in filter(None, node.meta.get(FOLDED, "").split(",")):
             norm = program.leaf(f"{unit.path}.{path}" if unit.path else path)
             call = None if norm is None else norm_node(norm.graph)
-            assert call is not None
-            attributes[f"{path}.training"] = ValueFact(bool, False)
-            attributes[f"{path}.eps"] = ValueFact(float, argument(call, 7, "eps"))
-            unhooked += [path, str(node.target)]
+            if call is not None:
+                attributes[f"{path}.training"] = ValueFact(bool, False)
+                attributes[f"{path}.eps"] = ValueFact(float, argument(call, 7, "eps"))
+            unhooked.append(path)
     if not unhooked:
         return guard
     return replace(guard, attributes=(*guard.attributes, *attributes.items()), unhooked=tuple(dict.fromkeys(unhooked)))

@@ -13,7 +13,7 @@ from torch import nn
 from lpcompile.capture.graph_code import GraphCode
 from lpcompile.capture.install import RECORD, captured_class
 from lpcompile.capture.leaves import CompositeForward
-from passes.ir.program import AFFINE, CASTS, INPUT_AFFINE, STATE, Unit
+from passes.ir.program import HANDED, STATE, Unit
 from runtime.state import RunState
 
 
@@ -49,7 +49,7 @@ class _LeafPhase:
 def _keywords(unit: Unit) -> tuple[str, ...]:
     """What a fed graph takes beside its operands, in its order."""
     names = [] if unit.fed is None else [str(node.target) for node in unit.fed.find_nodes(op="placeholder")]
-    return tuple(name for name in names if name in _HANDED)
+    return tuple(name for name in names if name in HANDED)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LeafForward:
     ) -> Any:
         """The forward: y = code(x), x by position or by its name, with or without what is handed down."""
         phase = self.phases[self.state.phase]
-        inputs = args or tuple(value for name, value in kwargs.items() if name not in _HANDED)
+        inputs = args or tuple(value for name, value in kwargs.items() if name not in HANDED)
         if phase is None:
             return original(module, *inputs)
         if phase.fed is None or phase.keywords[0] not in kwargs:
@@ -102,8 +102,8 @@ class CompositeLeafForward:
         codes = self.phases[self.state.phase]
         if codes is None:
             return original(module, *args, **kwargs)
-        handed = {name: value for name, value in kwargs.items() if name in _HANDED}
-        own = {name: value for name, value in kwargs.items() if name not in _HANDED}
+        handed = {name: value for name, value in kwargs.items() if name in HANDED}
+        own = {name: value for name, value in kwargs.items() if name not in HANDED}
         products = {part: partial(_product, code, module, handed) for part, code in codes.items()}
         return self.forward(module, products, *args, **own)
 
@@ -116,7 +116,3 @@ def _product(phase: _LeafPhase, module: nn.Module, handed: Mapping[str, Any], *o
     if phase.fed is None or not handed:
         return phase.floor(module, operands)[0]
     return phase.fed(module, (*operands, *(handed[name] for name in phase.keywords)))[0]
-
-
-_HANDED = (CASTS, INPUT_AFFINE, AFFINE)
-"""Keywords of a call that are no arguments of the module's own forward."""

@@ -5,7 +5,8 @@
 
 A leaf's graph holds its GEMM, or is a batch norm as it is in evaluation mode; other graphs call it by `call_module`,
 so that weights stay with their module. A fed leaf graph takes by keyword what its caller computes for it: the casts of
-its input (`lp_casts`), or scale and shift of a batch norm before or after it (`lp_input_affine`, `lp_affine`).
+its input (`lp_casts`), scale and shift of a batch norm before or after it (`lp_input_affine`, `lp_affine`), what is
+added to its product (`lp_residual`); and `lp_activation` says that its product ends in one.
 """
 
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ REPEATED = "lp_repeated"
 WEIGHT = "lp_weight"
 """Key of `node.meta`: True on a placeholder that is a weight, or a part of one, and on a weight that was folded."""
 FOLDED = "lp_folded"
-"""Key of `node.meta`: on a call of a leaf, the batch norms that were folded into it, by their paths from the caller,
-with a comma between two."""
+"""Key of `node.meta`: on a call of a leaf, the modules that were folded into it, batch norms and activations, by their
+paths from the caller, with a comma between two."""
 NODE_META: dict[str, type] = {SITE: str, GROUP: int, SPEC: LayerSpec, REPEATED: bool, WEIGHT: bool, FOLDED: str}
 """Every key of `node.meta` that the text form keeps, with what lies under it: a plain type, or one that prints and
 parses. An absent key and a false value mean the same."""
@@ -41,6 +42,11 @@ CASTS = "lp_casts"
 """The keyword under which a caller hands casts to a fed leaf."""
 AFFINE, INPUT_AFFINE = "lp_affine", "lp_input_affine"
 """The keywords under which a caller hands a fed leaf (s, t) of the batch norm after it, or before it."""
+RESIDUAL, ACTIVATION = "lp_residual", "lp_activation"
+"""The keywords under which a caller hands a fed leaf what is added to its product, and says that an activation of this
+name is a part of it."""
+HANDED = (CASTS, INPUT_AFFINE, AFFINE, RESIDUAL, ACTIVATION)
+"""Every keyword of a call that is no argument of the module's own forward."""
 
 
 @dataclass
