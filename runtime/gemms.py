@@ -203,7 +203,7 @@ def run_gemm(
         operand = casts[name]
         flat += [operand.grid, operand.scale] if operand else [None, None]
     # the residual first: autograd hands out gradients in the order of operands, and an addition would come before
-    return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, *flat)
+    return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, torch.is_grad_enabled(), *flat)
 
 
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
@@ -220,6 +220,7 @@ class _Gemm(torch.autograd.Function):
         state: RunState,
         plan: GemmPlan,
         activation: str,
+        is_recording: bool,
         fwd_lhs: Tensor,
         fwd_lhs_scale: Tensor | None,
         fwd_rhs: Tensor,
@@ -257,7 +258,7 @@ class _Gemm(torch.autograd.Function):
             residual = None
         else:
             y = _own(multiply_fwd(plan, a, b, bias, state).to(lhs.dtype))
-        y, needed = finish_with(y, residual, activation, keeps=any(ctx.needs_input_grad[:4]))
+        y, needed = finish_with(y, residual, activation, keeps=is_recording and any(ctx.needs_input_grad[:4]))
         ctx.save_for_backward(*kept, needed)
         return y
 
@@ -294,7 +295,7 @@ class _Gemm(torch.autograd.Function):
         if needs_bias and db is None:
             # torch flattens a contiguous input before it adds the bias, and then sums dy flattened too
             db = plan.contraction.bias_grad(dy.contiguous() if ctx.is_flat else dy).to(ctx.dtypes[2])
-        return dy if needs_residual else None, dx, dw, db, *(None,) * 11
+        return dy if needs_residual else None, dx, dw, db, *(None,) * 12
 
 
 def _own(y: Tensor) -> Tensor:
