@@ -6,7 +6,7 @@ policy -> phases -> per phase: graphs of leaves and modules -> passes -> install
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx, nn
 
+from lpcompile.capture.batch_norm import batch_norm_units, guarding_folds
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.frame import FunctionCall
@@ -22,7 +23,7 @@ from lpcompile.capture.leaf_code import install_composite, install_leaf
 from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Opaque, Recording
-from lpcompile.capture.torch_layers import layer_units, note_writes, without_carriers
+from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
 from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
@@ -32,7 +33,7 @@ from lpcompile.policy_rules import Site
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
 from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
-from passes.ir.program import SITE, STATE, Program, Unit, num_op
+from passes.ir.program import HANDED, SITE, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.ops import OP_OF
@@ -200,7 +201,7 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     leaves, _ = find_leaves(model)
     sites = find_sites(leaves, Calls())
     resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, {}, sites, resolution)
+    program = _named_program(model, policy, leaves, {}, sites, resolution, "train")
     run_passes(program, [ChooseAccumulator()])
     return resolution, program.findings
 
@@ -257,7 +258,7 @@ def _compile_phase(
     mode: str,
 ) -> PhaseCode:
     resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, calls.recordings, sites, resolution)
+    program = _named_program(model, policy, leaves, calls.recordings, sites, resolution, mode)
     counted = {"lp.quantize": 0}
 
     def count_casts(done: Pass, program: Program) -> None:
@@ -278,15 +279,17 @@ def _named_program(
     recordings: Recordings,
     sites: list[Site],
     resolution: Resolution,
+    mode: str,
 ) -> Program:
     """The graphs of a model with what the policy says of their sites, checked."""
-    program = build_program(model, leaves, recordings)
+    program = build_program(model, leaves, recordings, mode)
     program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
     program.findings += check_policy(model, leaves, sites, policy, resolution)
     return program
 
 
-def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings) -> Program:
+def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings, mode: str = "train") -> Program:
+    """Graphs of leaves and of recorded modules; for mode="infer" also of batch norms, which a pass may fold."""
     units: dict[str, Unit] = {}
     modules = dict(model.named_modules())
     for leaf in leaves:
@@ -294,13 +297,16 @@ def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordin
         for node in graph.nodes:
             if read_gemm(node) is not None:
                 node.meta[SITE] = leaf.name
-        units[leaf.name] = Unit(leaf.name, graph, "leaf")
+        units[leaf.name] = Unit(leaf.name, graph, "leaf", is_observed=is_observed(modules[leaf.path]))
+    if mode == "infer" and recordings:
+        units |= batch_norm_units(modules)
     for path, variants in recordings.items():
         for number, recording in enumerate(variants):
             graph = copy.deepcopy(recording.graph)  # modules that do the same share a recorded graph
             for name, _, node in _functional_gemms(path, graph):
                 node.meta[SITE] = name
-            units[_unit_name(path, number)] = Unit(path, graph, "module")
+            is_hooked = is_observed(modules[path])
+            units[_unit_name(path, number)] = Unit(path, graph, "module", is_observed=is_hooked)
     note_writes(units.values(), modules, [leaf.path for leaf in leaves])
     units |= {_unit_name(path, 0): unit for path, unit in layer_units(units.values(), modules).items()}
     note_leaf_types(units.values(), modules)
@@ -323,7 +329,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
             if any(_is_touched(unit) for unit in units_of_path):
                 modules[path].__dict__[STATE] = compiled.state
                 changed = [
-                    Variant.of(without_carriers(each, modules[path]) if unit.is_forward_only else each, unit.graph)
+                    Variant.of(_guarded(each, unit, modules[path], phase.program), unit.graph)
                     for each, unit in zip(variants, units_of_path)
                 ]
                 install(modules[path], changed, phase=index, clock=compiled.state)
@@ -335,6 +341,13 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
     else:
         compiled.state.constants.why_none = "no pass found one to keep"
     set_compiled(model, compiled)
+
+
+def _guarded(recording: Recording, unit: Unit, module: nn.Module, program: Program) -> Recording:
+    """The recording with the guard of what passes made of its graph."""
+    if unit.is_forward_only:
+        recording = without_carriers(recording, module)
+    return replace(recording, guard=guarding_folds(recording.guard, unit, module, program))
 
 
 def _install_leaf(module: nn.Module, parts: list[Leaf], compiled: Compiled) -> None:
@@ -386,7 +399,9 @@ def _rounds_stochastically(compiled: Compiled) -> bool:
 
 def _is_touched(unit: Unit) -> bool:
     """A module graph that no pass changed is not installed: the original forward runs its compiled children as well."""
-    return any(node.op == "call_function" and node.target in OP_OF for node in unit.graph.nodes)
+    return any(
+        (node.op == "call_function" and node.target in OP_OF) or {*HANDED} & {*node.kwargs} for node in unit.graph.nodes
+    )
 
 
 def _refuse_if_not_lowered(compiled: Compiled) -> None:

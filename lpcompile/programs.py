@@ -45,7 +45,7 @@ def program_of(
     finally:
         reopen_fast_paths(model)
     leaves, _ = find_leaves(model)
-    program = build_program(model, leaves, calls.recordings)
+    program = build_program(model, leaves, calls.recordings, mode)
     specs = policy.resolve(find_sites(leaves, calls)).specs
     program.specs = {name: spec for name, spec in specs.items() if spec is not None}
     return program
@@ -73,7 +73,7 @@ def install_text(
     named: list[str] = []
     try:
         calls = _calls(model, example_inputs, example_kwargs, mode)
-        _check_fits(program, build_program(model, leaves, calls.recordings), file)
+        _check_fits(program, build_program(model, leaves, calls.recordings, mode), file)
         policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls)
         resolution = Resolution({**program.specs}, {}, [])
         phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))

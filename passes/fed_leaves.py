@@ -9,11 +9,12 @@ carrying the gradient.
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
-from passes.ir.program import CASTS, Program, Unit, child_path
+from passes.ir.program import CASTS, HANDED, Program, Unit
 from runtime.ops import OPS
 
 SCALE, QUANTIZE = OPS["lp.scale"].run, OPS["lp.quantize"].run
@@ -22,11 +23,21 @@ Pair = tuple[fx.Node | None, fx.Node | None]
 
 
 def leaf_of(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
-    """The leaf that a node of `unit` calls with one tensor, with casts or without; None for any other node."""
+    """The leaf that a node of `unit` calls with one tensor, whatever else it is handed; None for any other node, and
+    where calls are handed different things, since its fed graph takes one kind.
+    """
     is_call = node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], fx.Node)
-    if not is_call or not node.kwargs.keys() <= {CASTS}:
+    if not is_call or not node.kwargs.keys() <= {*HANDED}:
         return None
-    return program.leaf(child_path(unit.path, node))
+    leaf = program.called_leaf(unit, node)
+    return None if leaf is None or (leaf.fed is not None and _has_other_folds(program, leaf)) else leaf
+
+
+def _has_other_folds(program: Program, leaf: Unit) -> bool:
+    """Whether a leaf that is handed more than casts has several calls."""
+    callers = [each for each in program.units.values() if each.kind == "module"]
+    calls = [call for each in callers for call in each.graph.nodes if program.called_leaf(each, call) is leaf]
+    return len(calls) > 1 and any(call.kwargs.keys() - {CASTS} for call in calls)
 
 
 def unfed_leaf(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
@@ -54,9 +65,15 @@ def cast_like(graph: fx.Graph, x: fx.Node, cast: fx.Node) -> Pair:
 
 def feed(call: fx.Node, leaf: Unit, pairs: Sequence[Pair]) -> None:
     """Hand casts to a call of a leaf, one pair per cast of its input; the leaf then has a fed graph."""
-    call.kwargs = {CASTS: tuple(each for pair in pairs for each in pair)}
     if leaf.fed is None:
         leaf.fed = _fed_copy(leaf.graph)
+    elif CASTS not in call.kwargs and call.kwargs:  # it is handed something else already
+        leaf.fed = _fed_copy(leaf.fed)
+    call.kwargs = {CASTS: tuple(each for pair in pairs for each in pair), **_without(call.kwargs, CASTS)}
+
+
+def _without(kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != name}
 
 
 def _fed_copy(graph: fx.Graph) -> fx.Graph:

@@ -61,7 +61,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
         attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "methods": ",,", "site": number}
         if gemm.geometry:
             attributes["geometry"] = gemm.geometry
-        operands = (gemm.lhs, gemm.rhs, gemm.bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, state)
+        operands = (gemm.lhs, gemm.rhs, gemm.bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, state, None)
         new = graph.call_function(OPS["lp.gemm"].run, operands, attributes)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)

@@ -36,7 +36,7 @@ from passes.analysis.carried_ops import (
 from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
 from passes.fed_leaves import QUANTIZE, SCALE, Pair, cast_like, casts_of_input, feed, leaf_of
-from passes.ir.program import CASTS, Program, Unit
+from passes.ir.program import ACTIVATION, CASTS, RESIDUAL, Program, Unit
 from passes.ir.types import META, tensor_meta, types_of
 from passes.manager import Pass
 from runtime.errors import PassError
@@ -199,6 +199,8 @@ class _Regions:
 
     def _is_nonnegative(self, node: fx.Node) -> bool:
         """Whether the value is a relu, or such elements of one as a scale moves through."""
+        if "relu" in (node.kwargs.get(ACTIVATION), node.kwargs.get("activation")):
+            return True
         op = read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
         return op is not None and (op.kind == "cut" or (op.kind != "join" and self._is_nonnegative(op.inputs[0])))
 
@@ -225,6 +227,8 @@ class _Regions:
         readers = {each.reader for each in demands if each.reader is each.cast or self._can_stand_in(each.reader)}
 
         def needs_high(node: fx.Node, user: fx.Node) -> bool:
+            if user.kwargs.get(RESIDUAL) is node:
+                return True
             is_scale = user.target is SCALE and all(each in readers for each in user.users)
             return not (user in ops or user in readers or is_scale or self.is_carrier(user, node))
 
@@ -266,6 +270,8 @@ class _Regions:
             return value in user.args[:2] and value not in user.args[2:]
         if user.target in _SIZES:
             return True
+        if user.kwargs.get(RESIDUAL) is value:
+            return False
         return CASTS in user.kwargs and self._can_stand_in(user) and value not in user.kwargs[CASTS]  # type: ignore[operator]
 
     def _erase_unused_casts(self) -> None:

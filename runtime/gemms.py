@@ -7,6 +7,10 @@ runtime/constants.py keeps, so that nothing outlives a partitioned or resharded 
 
     y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
 
+    z = activation(y + residual)        what follows a product may be a part of it, with the bits of separate ops
+
+Scales, bias, residual and relu are one pass over y where that is fp32 (runtime/kernels/cpu/epilogue.py).
+
 dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond its format's maximum saturates, and
 sets `state.overflow` when `state.watch_overflow` asks for it.
 """
@@ -20,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from runtime import opaque
+from runtime.activations import activation_grad, add_and_relu, finish_with, followed_by
 from runtime.contractions import (
     AbstractContraction,
     Conv,
@@ -33,6 +38,7 @@ from runtime.contractions import (
 )
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cpu import gemm as cpu_gemm
+from runtime.kernels.cpu.epilogue import finish
 from runtime.kernels.dispatch import EMULATED, multiplier
 from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.kernels.torch_native import DTYPES
@@ -193,10 +199,17 @@ def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int
 
 
 def run_gemm(
-    lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: dict[str, Operand | None], state: RunState, plan: GemmPlan
+    lhs: Tensor,
+    rhs: Tensor,
+    bias: Tensor | None,
+    casts: dict[str, Operand | None],
+    state: RunState,
+    plan: GemmPlan,
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """One site, differentiable in lhs, rhs and bias. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast again in
-    backward), grad_lhs.
+    """One site, differentiable in lhs, rhs, bias and residual. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast
+    again in backward), grad_lhs. A residual has shape and dtype of the result; activation is one of ACTIVATIONS or "".
 
     Where no role rounds anything and the casts are the carriers themselves, it is torch's own op with torch's own
     backward: no bit changes, whatever order of additions the machine's library has for which transposition.
@@ -204,12 +217,13 @@ def run_gemm(
     if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
             state.gemm_calls += 1
-        return plan.contraction.native(lhs, rhs, bias)
+        return followed_by(plan.contraction.native(lhs, rhs, bias), residual, activation)
     flat: list[Tensor | None] = []
     for name in CAST_NAMES:
         operand = casts[name]
         flat += [operand.grid, operand.scale] if operand else [None, None]
-    return _Gemm.apply(lhs, rhs, bias, state, plan, *flat)
+    # the residual first: autograd hands out gradients in the order of operands, and an addition would come before
+    return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, torch.is_grad_enabled(), *flat)
 
 
 def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, Operand | None]) -> bool:
@@ -227,11 +241,14 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        residual: Tensor | None,
         lhs: Tensor,
         rhs: Tensor,
         bias: Tensor | None,
         state: RunState,
         plan: GemmPlan,
+        activation: str,
+        is_recording: bool,
         fwd_lhs: Tensor,
         fwd_lhs_scale: Tensor | None,
         fwd_rhs: Tensor,
@@ -243,12 +260,12 @@ class _Gemm(torch.autograd.Function):
     ) -> Tensor:
         if not torch.compiler.is_compiling():
             state.gemm_calls += 1
-        needs_lhs, needs_rhs = ctx.needs_input_grad[:2]
-        ctx.state, ctx.plan = state, plan
+        needs_lhs, needs_rhs = ctx.needs_input_grad[1:3]
+        ctx.state, ctx.plan, ctx.activation = state, plan, activation
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(
+        kept = (
             rhs if needs_lhs and bwd_rhs is None else None,
             bwd_rhs if needs_lhs else None,
             bwd_rhs_scale if needs_lhs else None,
@@ -258,15 +275,23 @@ class _Gemm(torch.autograd.Function):
         spec = plan.spec.fwd
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
         if _is_opaque(plan, "fwd"):
-            return opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
-        return multiply_fwd(plan, a, b, bias, state).to(lhs.dtype)
+            y = opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
+        elif lhs.dtype == torch.float32 and spec.out == "fp32" and not torch.compiler.is_compiling():
+            y = _own(multiply_fwd(plan, a, b, bias, state, residual, activation == "relu"))
+            residual = None
+        else:
+            y = _own(multiply_fwd(plan, a, b, bias, state).to(lhs.dtype))
+        y, needed = finish_with(y, residual, activation, keeps=is_recording and any(ctx.needs_input_grad[:4]))
+        ctx.save_for_backward(*kept, needed)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, state = ctx.plan, ctx.state
-        rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale = ctx.saved_tensors
-        needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
+        rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale, activated = ctx.saved_tensors
+        needs_residual, needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:4]
+        dy = activation_grad(dy, activated, ctx.activation)
         bwd, grad = plan.spec.bwd, plan.spec.grad
         dx = dw = db = dy_cast = None
         if needs_lhs:
@@ -290,7 +315,15 @@ class _Gemm(torch.autograd.Function):
                 dw = multiply_grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
         if needs_bias:
             db = plan.contraction.bias_grad(dy).sum_to_size(ctx.bias_shape).to(ctx.dtypes[2])
-        return dx, dw, db, *(None,) * 10
+        return dy if needs_residual else None, dx, dw, db, *(None,) * 12
+
+
+def _own(y: Tensor) -> Tensor:
+    """y, not as a view of the matrix that it was computed as, which nothing else holds: a caller may write into it."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return owned
 
 
 def _is_opaque(plan: GemmPlan, role: Role) -> bool:
@@ -298,26 +331,59 @@ def _is_opaque(plan: GemmPlan, role: Role) -> bool:
     return torch.compiler.is_compiling() and plan.method(role) != "as_is"
 
 
-def multiply_fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: RunState) -> Tensor:
+def multiply_fwd(
+    plan: GemmPlan,
+    x: Operand,
+    w: Operand,
+    bias: Tensor | None,
+    state: RunState,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """FWD with what follows it, in the dtype that the method gives."""
     spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction_of("fwd")
     x, w = _foldable(plan, "fwd", x, w)
     unscaled = x.scale is None and w.scale is None
     if method in ("as_is", "fp32") and unscaled and spec.out == "fp32":
-        return kind.native(
+        y = kind.native(
             _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
         )
-    if method == "cpu_bf16" and unscaled and spec.out == "fp32" and (bias is None or bias.dim() == 1):
+        return add_and_relu(y, residual, relu)
+    if method == "cpu_bf16" and unscaled and spec.out == "fp32":
         add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
-        return kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias)
+        return add_and_relu(kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias), residual, relu)
     if plan.geometry is not None:
-        multiply = _product(plan, "fwd", x, w, state)
-        y = _scaled(kind.fwd(_load(x.grid, method), _load(w.grid, method), multiply), x.scale, w.scale)
-    else:
         y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state))
+        if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
+            return _finish_conv(plan.geometry, y, x.scale, w.scale, bias, residual, relu)
+        y = _scaled(y, x.scale, w.scale)
+    else:
+        is_one_pass = spec.out == "fp32" and plan.kind != "matmul"
+        after = (bias, residual, relu) if is_one_pass else (None, None, False)
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state, after=after))
+        if is_one_pass:
+            return y
     y = _round_out(y, spec, method)
     if bias is not None:
         y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
-    return y
+    return add_and_relu(y, residual, relu)
+
+
+def _finish_conv(
+    geometry: ConvGeometry,
+    y: Tensor,
+    s: Tensor | None,
+    t: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """y (N, C, ...), or (C, ...), times two numbers plus a bias per channel: rows are the channels of each sample."""
+    num_channels = y.shape[-1 - len(geometry.stride)]
+    rows = y.view(-1, y.shape[-len(geometry.stride) :].numel())
+    per_row = None if bias is None else bias.repeat(rows.shape[0] // max(num_channels, 1)).view(-1, 1)
+    summand = None if residual is None else residual.reshape(rows.shape)
+    return finish(rows, s, t, per_row, summand, relu).view(y.shape)
 
 
 def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, state: RunState) -> Tensor:
@@ -358,9 +424,18 @@ def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
 
 
 def _product(
-    plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand, state: RunState, is_swapped: bool = False
+    plan: GemmPlan,
+    role: Role,
+    lhs: Operand,
+    rhs: Operand,
+    state: RunState,
+    is_swapped: bool = False,
+    after: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
 ) -> Multiply:
-    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows."""
+    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows. `after`:
+    bias, residual and whether a relu comes.
+    """
+    bias, residual, relu = after
     spec, key = plan.spec.role(role), NO_KEY
     rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
     if is_swapped:
@@ -368,10 +443,16 @@ def _product(
     if spec.accumulator.mode == "stochastic":
         key = RandomKey(state.seed, state.step, state.stream(plan.site, _ACCUMULATE[role]))
     multiply = multiplier(plan.method(role), spec, key)
-    if plan.geometry is not None or (rows.scale is None and columns.scale is None):  # the result of a conv is scaled
-        return multiply
+    if plan.geometry is not None or (rows.scale is columns.scale is bias is residual is None and not relu):
+        return multiply  # the result of a conv is scaled
     batched = plan.kind == "matmul"
-    return lambda a, b: _scaled(multiply(a, b), _along(rows, "row", batched), _along(columns, "column", batched))
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        y = multiply(a, b)
+        summand = None if residual is None else residual.reshape(y.shape)
+        return finish(y, _along(rows, "row", batched), _along(columns, "column", batched), bias, summand, relu)
+
+    return run
 
 
 def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:

@@ -136,6 +136,27 @@ def gemm_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
     return TensorType(_gemm_shape(attributes["kind"], attributes.get("geometry", ""), lhs.shape, rhs.shape), lhs.dtype)
 
 
+def norm_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
+    """One number per feature, fp32 at least."""
+    statistic = operands["var"] if "var" in operands else operands["mean"]
+    if not isinstance(statistic, TensorType):
+        return VALUE
+    return TensorType(statistic.shape, torch.promote_types(statistic.dtype, torch.float32))
+
+
+def fold_weight_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
+    w = operands["w"]
+    return w if isinstance(w, TensorType) else VALUE
+
+
+def fold_bias_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
+    """One number per output, in the dtype of w; how many only b or, of the outputs, s says."""
+    w, per_output = operands["w"], operands["b"] or operands.get("s")
+    if not isinstance(w, TensorType) or not isinstance(per_output, TensorType):
+        return VALUE
+    return TensorType(per_output.shape, w.dtype)
+
+
 @lru_cache(maxsize=4096)
 def _gemm_shape(kind: str, geometry: str, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> tuple[int, ...]:
     """Of torch's own op, on tensors without data. Raises what torch raises where the sizes do not fit."""

@@ -1,10 +1,12 @@
 """The lp dialect: each op declared once, with its operands, attributes, rules and reference.
 
-    lp.scale       x -> s            the scale of a cast lp.quantize    x, s -> q         grid values: x / s rounded to
-    the format, in the format's storage dtype lp.dequantize  q, s -> x         grid values times their scale lp.gemm
-    lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry the gradient, the casts carry the values
-    lp.stand_in    q -> x        what stands where a carrier of the gradient stood, and holds no values
-    lp.constant_scale x -> s     lp.scale of a weight, kept between uses as `lifetime` says (runtime/constants.py)
+    lp.scale           x -> s           the scale of a cast
+    lp.constant_scale  x -> s           lp.scale of a weight, kept between uses (runtime/constants.py)
+    lp.quantize        x, s -> q        grid values: x / s rounded to the format, in the format's storage dtype
+    lp.dequantize      q, s -> x        grid values times their scale
+    lp.gemm            lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry gradients, the casts values
+    lp.stand_in        q -> x           what stands where a carrier of the gradient stood, and holds no values
+    lp.norm_scale, lp.norm_shift, lp.fold_*     a batch norm moves into the weight next to it (runtime/folding.py)
 
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
 attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
@@ -22,8 +24,10 @@ import torch
 from torch import Tensor
 
 from runtime import traced
+from runtime.activations import ACTIVATIONS
 from runtime.constants import LIFETIMES
 from runtime.contractions import Side
+from runtime.folding import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
@@ -33,8 +37,12 @@ from runtime.op_types import (
     Operands,
     QuantType,
     ResultRule,
+    TensorType,
     dequantize_result,
+    fold_bias_result,
+    fold_weight_result,
     gemm_result,
+    norm_result,
     quantize_result,
     scale_result,
     stand_in_result,
@@ -112,6 +120,7 @@ def gemm(
     grad_lhs: Grid | None,
     grad_lhs_scale: Scale | None,
     state: RunState,
+    residual: Tensor | None = None,
     *,
     kind: str,
     spec: str,
@@ -119,15 +128,16 @@ def gemm(
     site: int,
     geometry: str = "",
     lifetime: str = "",
+    activation: str = "",
 ) -> Tensor:
-    """One GEMM site, forward and backward. Returns y in the dtype of lhs; see runtime.gemms for the arithmetic. With a
-    `lifetime`, rhs is a weight whose cast for BWD is kept.
+    """One GEMM site, forward and backward, and what follows it. Returns activation(y + residual) in the dtype of lhs;
+    see runtime.gemms for the arithmetic. With a `lifetime`, rhs is a weight whose cast for BWD is kept.
 
     Without `grad_lhs` there is no GRAD: backward raises.
     """
     if torch.compiler.is_compiling():
         operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
-        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry)
+        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry, residual, activation)
     plan = GemmPlan.parse(kind, spec, methods, site, geometry, lifetime)
     layer = plan.spec
     casts = {
@@ -136,7 +146,7 @@ def gemm(
         "bwd_rhs": None if bwd_rhs is None else Operand(bwd_rhs, bwd_rhs_scale, layer.bwd.rhs),
         "grad_lhs": None if grad_lhs is None else Operand(grad_lhs, grad_lhs_scale, layer.grad.rhs),
     }
-    return run_gemm(lhs, rhs, bias, casts, state, plan)
+    return run_gemm(lhs, rhs, bias, casts, state, plan, residual, activation)
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,9 @@ class OperandDef:
 
 @dataclass(frozen=True)
 class AttributeDef:
-    """A keyword parameter of an op's function; `kind` is str, int or bool. One with a default may be left out."""
+    """A keyword parameter of an op's function; `kind` is str, int, float or bool. One with a default may be
+    left out.
+    """
 
     name: str
     kind: type
@@ -283,6 +295,19 @@ def _is_same_each_time(attributes: dict[str, Any]) -> bool:
     return not attributes.get("lifetime") or QuantSpec.parse(attributes["spec"]).rounding != "stochastic"
 
 
+def _does_scale_lie_along(operands: Operands, attributes: dict[str, Any]) -> bool:
+    w, v = operands["w"], operands.get("s") or operands.get("t")
+    if not isinstance(w, TensorType) or not isinstance(v, TensorType):
+        return True
+    groups = 1 if attributes["axis"] == 0 else attributes["groups"]
+    return len(w.shape) >= 2 and v.shape == (w.shape[attributes["axis"]] * groups,) and w.shape[0] % groups == 0
+
+
+def _is_residual_like_result(operands: Operands, attributes: dict[str, Any]) -> bool:
+    residual, result = operands["residual"], gemm_result(operands, attributes)
+    return residual == result or not (isinstance(residual, TensorType) and isinstance(result, TensorType))
+
+
 _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
 
 _LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
@@ -296,6 +321,10 @@ _GEMM_RULES = (
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
     _LIFETIME,
+    Rule(
+        f"`activation` must be one of {', '.join(ACTIVATIONS)}, or absent",
+        lambda a: a.get("activation", "") in ("", *ACTIVATIONS),
+    ),
 )
 
 _IS_DTYPE = Rule(
@@ -310,7 +339,14 @@ _SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there",
 _GEMM_TYPE_RULES = (
     TypeRule("a cast must have the format and granularity that `spec` names", _are_cast_as_spec_says),
     TypeRule("a cast must have a scale where `spec` has one, and only there", _have_scales_where_spec_has),
+    TypeRule("a residual must have the shape and dtype of the product", _is_residual_like_result),
 )
+
+_FOLD_RULES = (
+    Rule("`axis` must be 0 or 1", lambda a: a["axis"] in (0, 1)),
+    Rule("`groups` must be at least 1", lambda a: a["groups"] >= 1),
+)
+_LIES_ALONG = TypeRule("a batch norm must have one number per feature along `axis` of w", _does_scale_lie_along)
 
 OPS: dict[str, OpDef] = {
     op.name: op
@@ -332,6 +368,11 @@ OPS: dict[str, OpDef] = {
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),
         OpDef("lp.stand_in", stand_in, stand_in_result, (_IS_DTYPE,)),
         OpDef("lp.gemm", gemm, gemm_result, _GEMM_RULES, _GEMM_TYPE_RULES),
+        OpDef("lp.norm_scale", norm_scale, norm_result, (Rule("`eps` must not be negative", lambda a: a["eps"] >= 0),)),
+        OpDef("lp.norm_shift", norm_shift, norm_result),
+        OpDef("lp.fold_weight", fold_weight, fold_weight_result, _FOLD_RULES, (_LIES_ALONG,)),
+        OpDef("lp.fold_bias", fold_bias, fold_bias_result),
+        OpDef("lp.fold_input_bias", fold_input_bias, fold_bias_result, _FOLD_RULES, (_LIES_ALONG,)),
     )
 }
 """Every op of the dialect by name."""

@@ -42,12 +42,24 @@ def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, sit
 
 def gemm(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: Sequence[Tensor | None], state: RunState,
-    kind: str, spec: str, methods: str, site: int, geometry: str,
+    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
     """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
     key = state.key if state.watch_overflow else -1
     result: Tensor = torch.ops.lp.gemm(
-        lhs, rhs, bias, list(casts), clock_of(state, spec), key, kind, spec, methods, site, geometry
+        lhs,
+        rhs,
+        bias,
+        list(casts),
+        clock_of(state, spec),
+        key,
+        kind,
+        spec,
+        methods,
+        site,
+        geometry,
+        residual,
+        activation,
     )
     return result
 
@@ -71,7 +83,7 @@ def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site
 
 def _gemm(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, flat: Sequence[Tensor | None], clock: Sequence[int], key: int,
-    kind: str, spec: str, methods: str, site: int, geometry: str,
+    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
     layer = LayerSpec.parse(spec)
     specs = (layer.fwd.lhs, layer.fwd.rhs, layer.bwd.rhs, layer.grad.rhs)
@@ -80,7 +92,7 @@ def _gemm(
         grid = flat[2 * number]
         casts[name] = None if grid is None else Operand(grid, flat[2 * number + 1], cast)
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), plan)
+    return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), plan, residual, activation)
 
 
 def _operands(
@@ -181,7 +193,8 @@ _OPS = Library("lp", "FRAGMENT")
 _COMPOSITE: dict[str, Callable[..., Any]] = {
     "scale(Tensor x, str spec) -> Tensor": _scale,
     "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot) -> Tensor": _quantize,
-    f"gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, {_SITE}) -> Tensor": _gemm,
+    f"gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, {_SITE}, Tensor? residual, "
+    "str activation) -> Tensor": _gemm,
 }
 _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     f"fwd(Tensor x, Tensor? x_scale, Tensor w, Tensor? w_scale, Tensor? bias, {_ROLE}) -> Tensor": (_fwd, _fwd_shape),

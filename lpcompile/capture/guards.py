@@ -74,9 +74,12 @@ class Guard:
     unhooked: tuple[str, ...] | None = None
     """Of a graph without carriers of the gradient: the children that its forward calls. It holds only where no gradient
     flows, and while none of them has hooks, which would see what is no more computed. None: any other graph."""
+    unobserved: tuple[str, ...] = ()
+    """Children, as paths from the module, that the graph does not call as the forward did: hooks would miss that."""
     _plan: Any = field(init=False, repr=False, compare=False)
     _rows: Any = field(init=False, repr=False, compare=False)
     _attribute_rows: Any = field(init=False, repr=False, compare=False)
+    _unobserved_rows: Any = field(init=False, repr=False, compare=False)
     _broken_size: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ class Guard:
         object.__setattr__(
             self, "_attribute_rows", tuple((tuple(steps), name, f.value, f.kind) for (*steps, name), f in paths)
         )
+        object.__setattr__(self, "_unobserved_rows", tuple((path, path.split(".")) for path in self.unobserved))
         sizes = tuple(None if isinstance(fact, ValueFact) else _sizes(fact) for fact in self.leaves)
         object.__setattr__(self, "_broken_size", _compile_sizes(sizes, self.conditions))
 
@@ -115,6 +119,8 @@ class Guard:
                 return f"autocast on {device_type} is {autocast_dtype(device_type)}, recorded {dtype}"
         if self._attribute_rows and (differing := self.differing_attribute(module)) is not None:
             return differing
+        if self._unobserved_rows and (hooked := self._hooked(module)) is not None:
+            return hooked
         leaves: list[Any] = []
         if not _collect(self._plan, (tuple(args), kwargs), leaves):
             return "the structure of the arguments differs"
@@ -141,6 +147,16 @@ class Guard:
             now = getattr(owner, name, None)
             if now is not value and (type(now) is not kind or now != value):
                 return f"attribute {'.'.join((*steps, name))} is {_describe(now)}, recorded {value!r}"
+        return None
+
+    def _hooked(self, module: nn.Module) -> str | None:
+        """The first child of `unobserved` that has hooks, if any."""
+        for path, steps in self._unobserved_rows:
+            owner: Any = module
+            for step in steps:
+                owner = getattr(owner, step)
+            if owner._forward_hooks or owner._forward_pre_hooks or owner._backward_hooks or owner._backward_pre_hooks:
+                return f"{path} has hooks, and what they would see is folded away"
         return None
 
     def _operands(self, leaves: list[Any]) -> list[Tensor | int] | str:

@@ -1,5 +1,6 @@
-"""Leaf code: a leaf module runs its compiled graph, one per phase of the schedule, and takes casts from a caller that
-offers them. A leaf of several products runs its forward by parts, each part a graph.
+"""Leaf code: a leaf module runs its compiled graph, one per phase of the schedule, and takes from a caller what that
+offers by keyword: casts, the scale and shift of a batch norm. A leaf of several products runs its forward by parts,
+each part a graph.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from torch import nn
 from lpcompile.capture.graph_code import GraphCode
 from lpcompile.capture.install import RECORD, captured_class
 from lpcompile.capture.leaves import CompositeForward
-from passes.ir.program import CASTS, STATE, Unit
+from passes.ir.program import HANDED, STATE, Unit
 from runtime.state import RunState
 
 
@@ -27,10 +28,13 @@ def install_leaf(module: nn.Module, units: list[Unit | None], state: RunState) -
 
 @dataclass(frozen=True)
 class _LeafPhase:
-    """The graphs of one phase. `floor` casts its own input; `fed`, if there is one, takes the casts from the caller."""
+    """The graphs of one phase. `floor` needs its input alone; `fed`, if there is one, takes what `keywords` name from
+    the caller.
+    """
 
     floor: GraphCode
     fed: GraphCode | None
+    keywords: tuple[str, ...]
 
     @staticmethod
     def of(unit: Unit) -> "_LeafPhase":
@@ -39,7 +43,13 @@ class _LeafPhase:
         for code in (floor, fed):
             if code is not None:
                 code.compiled()  # torch.compile traces through a function, and not through the making of one
-        return _LeafPhase(floor, fed)
+        return _LeafPhase(floor, fed, _keywords(unit))
+
+
+def _keywords(unit: Unit) -> tuple[str, ...]:
+    """What a fed graph takes beside its operands, in its order."""
+    names = [] if unit.fed is None else [str(node.target) for node in unit.fed.find_nodes(op="placeholder")]
+    return tuple(name for name in names if name in HANDED)
 
 
 @dataclass
@@ -52,15 +62,14 @@ class LeafForward:
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """The forward: y = code(x), x by position or by its name, with or without casts handed down."""
+        """The forward: y = code(x), x by position or by its name, with or without what is handed down."""
         phase = self.phases[self.state.phase]
-        casts = kwargs.get(CASTS)
-        inputs = args or tuple(value for name, value in kwargs.items() if name != CASTS)
+        inputs = args or tuple(value for name, value in kwargs.items() if name not in HANDED)
         if phase is None:
             return original(module, *inputs)
-        if casts is None or phase.fed is None:
+        if phase.fed is None or phase.keywords[0] not in kwargs:
             return phase.floor(module, inputs)[0]
-        return phase.fed(module, (*inputs, casts))[0]
+        return phase.fed(module, (*inputs, *(kwargs[name] for name in phase.keywords)))[0]
 
     @property
     def is_picklable(self) -> bool:
@@ -75,12 +84,7 @@ def install_composite(
     """
     module.__class__ = captured_class(type(module))
     module.__dict__[STATE] = state
-    codes = [
-        None
-        if units is None
-        else {part: GraphCode(unit.graph, switches_grad_mode=False) for part, unit in units.items()}
-        for units in phases
-    ]
+    codes = [None if units is None else {part: _LeafPhase.of(unit) for part, unit in units.items()} for units in phases]
     module.__dict__[RECORD] = CompositeLeafForward(forward, codes, state)
 
 
@@ -89,7 +93,7 @@ class CompositeLeafForward:
     """What is installed under a leaf of several products: its forward by parts, and the parts' graphs by phase."""
 
     forward: CompositeForward
-    phases: list[dict[str, GraphCode] | None]
+    phases: list[dict[str, _LeafPhase] | None]
     state: RunState
 
     def run(
@@ -98,13 +102,17 @@ class CompositeLeafForward:
         codes = self.phases[self.state.phase]
         if codes is None:
             return original(module, *args, **kwargs)
-        products = {part: partial(_first_output, code, module) for part, code in codes.items()}
-        return self.forward(module, products, *args, **kwargs)
+        handed = {name: value for name, value in kwargs.items() if name in HANDED}
+        own = {name: value for name, value in kwargs.items() if name not in HANDED}
+        products = {part: partial(_product, code, module, handed) for part, code in codes.items()}
+        return self.forward(module, products, *args, **own)
 
     @property
     def is_picklable(self) -> bool:
-        return all(codes is None or all(code.is_picklable for code in codes.values()) for codes in self.phases)
+        return all(codes is None or all(code.floor.is_picklable for code in codes.values()) for codes in self.phases)
 
 
-def _first_output(code: GraphCode, module: nn.Module, *operands: Any) -> Any:
-    return code(module, operands)[0]
+def _product(phase: _LeafPhase, module: nn.Module, handed: Mapping[str, Any], *operands: Any) -> Any:
+    if phase.fed is None or not handed:
+        return phase.floor(module, operands)[0]
+    return phase.fed(module, (*operands, *(handed[name] for name in phase.keywords)))[0]

@@ -24,18 +24,23 @@ def layer_units(units: Iterable[Unit], modules: dict[str, nn.Module]) -> dict[st
     found: dict[str, Unit] = {}
     for call, path in (each for unit in units for each in called_paths(unit)):
         module = modules.get(path)
-        if path in found or type(module) not in _CALLS or len(call.all_input_nodes) != 1:
+        if module is None or path in found or type(module) not in _CALLS or len(call.all_input_nodes) != 1:
             continue
         graph = fx.Graph()
         x = graph.placeholder("input")
-        function, attributes = _CALLS[type(module)]  # type: ignore[index]
+        function, attributes = _CALLS[type(module)]
         given = {name: getattr(module, attribute) for name, attribute in attributes.items()}
         result = graph.call_function(function, (x,), given)
         graph.output((result,))
         for node, seen in ((x, call.all_input_nodes[0]), (result, call)):
             node.meta.update({META: seen.meta[META]} if META in seen.meta else {})
-        found[path] = Unit(path, graph, "module")
+        found[path] = Unit(path, graph, "module", is_observed=is_observed(module))
     return found
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of the instance's own, see what the module is given or gives."""
+    return "forward" in vars(module) or any(getattr(module, name, None) for name in _HOOKS)
 
 
 def note_writes(units: Iterable[Unit], modules: dict[str, nn.Module], leaves: Iterable[str]) -> None:
@@ -58,15 +63,16 @@ def without_carriers(recording: Recording, module: nn.Module) -> Recording:
     """
     paths = tuple(dict.fromkeys(str(node.target) for node in recording.graph.find_nodes(op="call_module")))
     layers = {path: module.get_submodule(path) for path in paths}
-    facts = [
-        (f"{path}.{name}", ValueFact(type(value), value))
-        for path, layer in layers.items()
-        if type(layer) in _CALLS
-        for name in ("__class__", *_CALLS[type(layer)][1].values())
-        for value in (getattr(layer, name),)
-    ]
+    facts = [fact for path, layer in layers.items() for fact in layer_facts(path, layer).items()]
     attributes = (*recording.guard.attributes, *facts)
     return replace(recording, guard=replace(recording.guard, unhooked=paths, attributes=attributes))
+
+
+def layer_facts(path: str, layer: nn.Module) -> dict[str, ValueFact]:
+    """What the graph of a layer of the table relies on, by the path of the attribute; nothing for any other module."""
+    row = _CALLS.get(type(layer))
+    values = {} if row is None else {name: getattr(layer, name) for name in ("__class__", *row[1].values())}
+    return {f"{path}.{name}": ValueFact(type(value), value) for name, value in values.items()}
 
 
 def called_paths(unit: Unit) -> list[tuple[fx.Node, str]]:
@@ -77,8 +83,10 @@ def called_paths(unit: Unit) -> list[tuple[fx.Node, str]]:
 _POOL = {
     name: name for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 }  # as keywords, from attributes of these names
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CALLS: dict[type[nn.Module], tuple[Callable[..., Any], dict[str, str]]] = {
     nn.ReLU: (F.relu, {"inplace": "inplace"}),
+    nn.GELU: (F.gelu, {"approximate": "approximate"}),
     nn.MaxPool1d: (F.max_pool1d, _POOL),
     nn.MaxPool2d: (F.max_pool2d, _POOL),
     nn.MaxPool3d: (F.max_pool3d, _POOL),

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from passes.analysis.carried_ops import read_carried
-from passes.ir.program import CASTS, Program, Unit, child_path
+from passes.ir.program import Program, Unit, child_path
 from passes.ir.types import types_of
 from runtime.op_types import OpType, QuantType, TensorType
 from runtime.ops import OPS
@@ -51,7 +51,7 @@ def _graphs_run(program: Program) -> Iterator[tuple[Unit, fx.Graph]]:
         for node in graph.find_nodes(op="call_module") if unit.kind == "module" else ():
             child = first.get(child_path(unit.path, node))
             if child is not None:
-                waiting.append((child, child.fed if child.fed is not None and CASTS in node.kwargs else child.graph))
+                waiting.append((child, child.fed if child.fed is not None and node.kwargs else child.graph))
 
 
 def _is_counted(program: Program, unit: Unit, node: fx.Node) -> bool:

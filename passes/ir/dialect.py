@@ -26,6 +26,7 @@ try:
         ArrayAttr,
         Builtin,
         DictionaryAttr,
+        FloatAttr,
         IntegerAttr,
         StringAttr,
     )
@@ -266,7 +267,7 @@ def _values(op: Operation) -> dict[str, Any]:
 def _plain(value: Attribute) -> Any:
     if isinstance(value, StringAttr):
         return value.data
-    if isinstance(value, IntegerAttr):
+    if isinstance(value, IntegerAttr | FloatAttr):
         return value.value.data
     if isinstance(value, ArrayAttr):
         return [_plain(each) for each in value.data]
@@ -283,6 +284,7 @@ _META = {meta_attribute(key): key for key in NODE_META}
 _KINDS: dict[type, Any] = {
     str: StringAttr,
     int: IntegerAttr,
+    float: FloatAttr,
     bool: IntegerAttr,
     list: ArrayAttr,
     dict: DictionaryAttr,

@@ -51,8 +51,8 @@ STRUCTURES: dict[str, Structure] = {
         ),
         Structure(
             "torch.graph",
-            "One graph: the forward of a module, or of a leaf; a `fed` leaf takes casts from its caller. Its block"
-            " arguments are the placeholders; `arg_attrs` says what else is known of them.",
+            "One graph: the forward of a module, or of a leaf; a `fed` leaf takes more than its input from its caller."
+            " Its block arguments are the placeholders; `arg_attrs` says what else is known of them.",
             {"sym_name": str, "path": str, "kind": str},
             {"arg_attrs": list, **UNIT_FLAGS},
             has_body=True,

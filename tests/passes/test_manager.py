@@ -27,10 +27,14 @@ def test_unknown_names_get_the_nearest_one(text: str, sentence: str) -> None:
         parse_passes(text, PASSES)
 
 
-def test_records_name_every_pass() -> None:
+@pytest.mark.parametrize("mode", PIPELINES)
+def test_records_name_every_pass(mode: str) -> None:
     seen: list[str] = []
-    records = run_passes(
-        Program({}, {}), parse_passes(PIPELINES["train"], PASSES), lambda each, _: seen.append(each.name)
-    )
-    assert seen == [record.name.partition("{")[0] for record in records] == list(PASSES)
+    passes = parse_passes(PIPELINES[mode], PASSES)
+    records = run_passes(Program({}, {}), passes, lambda each, _: seen.append(each.name))
+    assert seen == [record.name.partition("{")[0] for record in records] == [each.name for each in passes]
     assert not any(record.changed for record in records)
+
+
+def test_every_pass_is_in_a_pipeline() -> None:
+    assert {each.name for text in PIPELINES.values() for each in parse_passes(text, PASSES)} == {*PASSES}

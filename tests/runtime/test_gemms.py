@@ -270,3 +270,28 @@ def test_grid_values_are_held_in_the_smallest_dtype_that_has_them(name: str, dty
 def test_geometry_prints_and_parses() -> None:
     assert parse_geometry(print_geometry(_GEOMETRY)) == _GEOMETRY
     assert parse_geometry("") is None
+
+
+@pytest.mark.parametrize("how", _PER_TENSOR)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_a_gemm_gives_may_be_written_in_place(name: str, how: str) -> None:
+    """As a relu(inplace=True) after a layer, or `y += x` in a residual block, does; also where no bias is added."""
+    _, x_shape, w_shape, b_shape, geometry = OPERATIONS[name]
+    layer = _layer(name, how)
+    for has_bias in {False, b_shape is not None}:
+        torch.manual_seed(0)
+        x, w = torch.randn(x_shape, requires_grad=True), torch.randn(w_shape, requires_grad=True)
+        b = torch.randn(b_shape, requires_grad=True) if has_bias else None
+        kind = "conv" if geometry else name.split("_broadcast")[0].split("_folded")[0].split("_plus")[0]
+        methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).method for role in ROLES)
+        plan = GemmPlan(kind, layer, methods, 0, geometry)  # type: ignore[arg-type]
+        names = {"fwd_lhs": (x, layer.fwd.lhs), "fwd_rhs": (w, layer.fwd.rhs), "grad_lhs": (x, layer.grad.rhs)}
+        casts = {key: cast(value, spec, None, 0, 0) for key, (value, spec) in names.items()}
+        casts["bwd_rhs"] = cast(w, layer.bwd.rhs, None, 0, 2)
+        found = []
+        for write in (lambda y: y.mul_(2.0), lambda y: y * 2.0):
+            x.grad = w.grad = None
+            y = write(run_gemm(x, w, b, casts, RunState(), plan))  # type: ignore[arg-type]
+            y.backward(torch.ones_like(y))
+            found.append((y.detach(), x.grad, w.grad))
+        assert all(torch.equal(left, right) for left, right in zip(*found))

@@ -37,7 +37,12 @@ def _program(model: nn.Module) -> Program:
 
 def test_layers_of_one_function_have_a_graph_and_others_have_none() -> None:
     program = _program(Net())
-    assert {name for name in program.units if name not in ("#0", "conv", "fc")} == {"relu#0", "pool#0", "flatten#0"}
+    assert {name for name in program.units if name not in ("#0", "conv", "fc")} == {
+        "relu#0",
+        "pool#0",
+        "flatten#0",
+        "norm",
+    }
     (x, call, output) = program.units["pool#0"].graph.nodes
     assert call.target is F.max_pool2d
     assert call.args == (x,)

@@ -13,7 +13,7 @@ from passes.finding import Finding
 from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
-from passes.ir.program import GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, WRITES, Program, Unit
+from passes.ir.program import FOLDED, GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, WRITES, Program, Unit
 from passes.ir.types import META
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
@@ -108,10 +108,10 @@ def test_every_field_of_a_program_is_printed() -> None:
     fields = {field.name for field in dataclasses.fields(Program)}
     printed = {"units", "specs", "device", "passes", "refusals", "choices", "findings", "decisions"}
     assert fields == printed, "a new field is to be printed"
-    flags = {"is_forward_only"}
+    flags = {"is_observed", "is_forward_only"}
     assert {field.name for field in dataclasses.fields(Unit)} == {"path", "graph", "kind", "fed"} | flags
     unit = program.units["m#0"]
-    unit.is_forward_only = True
+    unit.is_observed = unit.is_forward_only = True
     again = parse_program(print_program(program))
     assert again.units["m#0"].is_forward_only
     assert dataclasses.replace(again, units={}) == dataclasses.replace(program, units={})
@@ -119,7 +119,8 @@ def test_every_field_of_a_program_is_printed() -> None:
 
 
 def test_meta_of_nodes_and_of_placeholders_survives() -> None:
-    values = {SITE: "m.add", GROUP: 3, SPEC: LayerSpec.parse(SCALED), REPEATED: True, WEIGHT: True, WRITES: True}
+    values = {SITE: "m.add", GROUP: 3, SPEC: LayerSpec.parse(SCALED), REPEATED: True, WEIGHT: True}
+    values |= {WRITES: True, FOLDED: "bn"}
     assert values.keys() == NODE_META.keys()
     program = _unary(1, **values)
     next(iter(program.units["m#0"].graph.nodes)).meta[WEIGHT] = True

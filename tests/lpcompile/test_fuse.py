@@ -1,0 +1,137 @@
+"""Fused products in compiled models: with and without the pass every output and gradient has the same bits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcompile import lpcompile, report
+from lpcompile.compiled import get_compiled
+from passes.ir.dialect import verify_text
+from passes.ir.parser import parse_program
+from passes.ir.printer import print_program
+from passes.ir.program import Program
+from passes.pipelines import PIPELINES
+from runtime.ops import OPS
+from tests.lpcompile.test_fold_batchnorm import _varied
+from tests.zoo.models import ZOO, build, run
+
+POLICIES = ["fp32-emulated", "hfp8", "int8", "fp8-rowwise", "bf16"]
+
+
+@pytest.fixture(autouse=True)
+def _carriers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shipped, inference runs without gradients: here they flow, so that they can be compared."""
+    monkeypatch.setitem(PIPELINES, "infer", PIPELINES["infer"].replace("place-regions{carriers=drop},", ""))
+
+
+class Block(nn.Module):
+    """A sum and an activation after layers, as functions, methods, in place and as modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(32, 32, bias=number != 1) for number in range(4))
+        self.act, self.gelu = nn.ReLU(inplace=True), nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.a(x))
+        y = self.b(h)
+        y += x  # x: also the layer's own input two lines above, and used again below
+        z = F.relu(x + self.c(y))
+        return self.gelu(self.d(z)) + x
+
+
+def _activations(program: Program) -> list[str]:
+    """What is fused into each product, "+" for a sum."""
+    found = []
+    for unit in program.units.values():
+        for node in (unit.fed or unit.graph).nodes:
+            if node.target is OPS["lp.gemm"].run:
+                found.append(("+" if node.args[-1] is not None else "") + str(node.kwargs.get("activation", "")))
+    return found
+
+
+def _without_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, text in PIPELINES.items():
+        monkeypatch.setitem(PIPELINES, mode, text.replace(",fuse,", ","))
+
+
+def _results(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_output_and_gradient_has_the_bits_of_the_unfused_model(
+    policy: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(8, 32)
+    monkeypatch.setitem(PIPELINES, "train", PIPELINES["train"].replace("select-kernels", "fuse,select-kernels"))
+    fused = lpcompile(copy.deepcopy(model).train(mode == "train"), policy, (x,), mode=mode)  # type: ignore[arg-type]
+    modules = ["relu", "+", "+relu", "gelu-tanh"]
+    assert _activations(get_compiled(fused).phase.program) == modules
+    _without_fuse(monkeypatch)
+    apart = lpcompile(copy.deepcopy(model).train(mode == "train"), policy, (x,), mode=mode)  # type: ignore[arg-type]
+    assert not any(_activations(get_compiled(apart).phase.program))
+    for got, wanted in zip(_results(fused, x), _results(apart, x), strict=True):
+        assert torch.equal(got, wanted)
+    with torch.no_grad():
+        assert torch.equal(fused(x), apart(x))
+    assert not report(fused).guard_misses
+    if policy == "fp32-emulated":
+        assert all(torch.equal(got, wanted) for got, wanted in zip(_results(fused, x), _results(model, x)))
+
+
+def test_training_as_shipped_is_not_fused() -> None:
+    """An engine's hooks would keep every fused graph from running."""
+    assert "fuse" not in PIPELINES["train"]
+
+
+@pytest.mark.parametrize("policy", ["int8", "bf16"])
+def test_conv_bn_relu_and_conv_bn_add_relu_are_one_product(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _varied(build("resnet18")), ZOO["resnet18"].batch(0)
+    fused = lpcompile(copy.deepcopy(model), policy, example_kwargs=batch, mode="infer")
+    program = get_compiled(fused).phase.program
+    kinds = _activations(program)
+    # the first convolution of the network and of each of 8 blocks; the second of 5 blocks without a convolution beside
+    assert (kinds.count("relu"), kinds.count("+relu")) == (9, 5)
+    text = print_program(program)
+    assert print_program(parse_program(text)) == text
+    verify_text(text)
+    _without_fuse(monkeypatch)
+    apart = lpcompile(copy.deepcopy(model), policy, example_kwargs=batch, mode="infer")
+    got, wanted = run(fused, batch), run(apart, batch)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    assert not report(fused).guard_misses
+
+
+def test_hooks_that_come_later_see_what_they_saw() -> None:
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(8, 32)
+    lpcompile(model, "fp32-emulated", (x,), mode="infer")
+    wanted = model(x)
+    seen: list[Tensor] = []
+    model.a.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+    assert torch.equal(model(x), wanted)
+    assert torch.equal(seen[0], F.linear(x, model.a.weight, model.a.bias))
+    assert "a has hooks" in report(model).guard_misses[""]
+
+
+@pytest.mark.parametrize("policy", ["hfp8", "int8"])
+def test_torch_compile_gives_the_same_bits(policy: str) -> None:
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(8, 32)
+    lpcompile(model, policy, (x,), mode="infer")
+    wanted = _results(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for got, want in zip(_results(compiled, x), wanted, strict=True):  # type: ignore[arg-type]
+        assert torch.equal(got, want)
