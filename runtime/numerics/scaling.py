@@ -37,7 +37,7 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     if not x.is_floating_point():
         raise FormatError("a scale is computed from real numbers", expected="a floating-point tensor", got=str(x.dtype))
     if spec.is_block:
-        return 1.0 / two_level_divisor(block_lanes(x, spec.along), get_block_format(spec.format).block)
+        return 1.0 / two_level_divisor(x, spec.along, get_block_format(spec.format).block)
     assert spec.scale is not None
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
     is_compiling = torch.compiler.is_compiling()  # then operations that fuse
@@ -78,12 +78,12 @@ def from_lanes(lanes: Tensor, x_shape: torch.Size, along: Along | None) -> Tenso
     return lanes.transpose(-1, -2) if along == "batched-column" else lanes.t().view(x_shape)
 
 
-def two_level_divisor(x: Tensor, block: int) -> Tensor:
-    """S of nvfp4, fp32, (): by what every value is divided; blocks along the last dim with NaN or Inf left out."""
-    fast = fast_divisor(x)
+def two_level_divisor(x: Tensor, along: Along | None, block: int) -> Tensor:
+    """S of nvfp4, fp32, (): by what every value is divided; blocks with NaN or Inf left out."""
+    fast = fast_divisor(x.reshape(matrix_shape(x.shape)) if along == "column" else x, along not in (None, "row"))
     if fast is not None:
         return fast
-    amax = group_amax(x.float(), ScaleSpec("block", block=(1, block)))
+    amax = group_amax(block_lanes(x, along).float(), ScaleSpec("block", block=(1, block)))
     finite = torch.where(amax.isfinite(), amax, 0.0)
     return divisor_of_amax(finite.amax() if finite.numel() else finite.new_zeros(()))
 

@@ -33,6 +33,8 @@
 #include <limits>
 #include <vector>
 
+#include "philox.h"
+
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 
 namespace {
@@ -51,12 +53,6 @@ inline __m512 with_sign(__m512 size, __m512 sign) {  // bitwise: sign ? sign : s
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(size), _mm512_castps_si512(sign),
                                                        _mm512_set1_epi32(int(0x80000000u)), 0xd8));
 }
-
-// Mirrors RandomPlan of cast.cpp.
-struct RandomPlan {
-  uint32_t key[2], high, step, stream;
-  int64_t offset;
-};
 
 // How to sum; mirrors How of accumulate.py. scale: the power of two of `scaled`, 0 for `direct`, -1 for `odd`. no_underflow: no
 // sum but 0 lies below the constant precision. is_general: what follows holds, and is not the default. digits: b, 0 if not
@@ -157,40 +153,12 @@ struct Words {
   __m512i word[4];
 };
 
-// The high half of each 64-bit lane in its low half. A shuffle, since shifts wait for the port of the multiplications.
-inline __m512i high_half(__m512i x) { return _mm512_shuffle_epi32(x, _MM_PERM_DDBB); }
-
-// Philox4x32-10 (runtime/numerics/random.py) of the counters first ... first + 15. The words of 8 counters lie in the low
-// halves of 64-bit lanes, where the multiplier reads them; what is in the high halves does not matter until the end.
-inline Words philox(const RandomPlan& plan, int64_t first) {
-  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+// The words of the counters first ... first + 15.
+inline Words philox_words(const RandomPlan& plan, int64_t first) {
   const __m512i even = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
-  uint32_t k0 = plan.key[0], k1 = plan.key[1];
+  const __m512i n[2] = {even, _mm512_add_epi64(even, _mm512_set1_epi64(1))};
   __m512i c[2][4];
-  // the first round: step and stream are the same for all counters
-  const uint64_t p1 = uint64_t(plan.step) * 0xCD9E8D57u;
-  for (int h = 0; h < 2; ++h) {
-    const __m512i counter = _mm512_add_epi64(even, _mm512_set1_epi64(h)), p0 = _mm512_mul_epu32(counter, m0);
-    const __m512i above = _mm512_add_epi32(high_half(counter), _mm512_set1_epi64(plan.high));
-    c[h][0] = _mm512_xor_si512(above, _mm512_set1_epi64(uint32_t(p1 >> 32) ^ k0));
-    c[h][1] = _mm512_set1_epi64(uint32_t(p1));
-    c[h][2] = _mm512_xor_si512(high_half(p0), _mm512_set1_epi64(plan.stream ^ k1));
-    c[h][3] = p0;
-  }
-#pragma GCC unroll 9
-  for (int round = 1; round < 10; ++round) {
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m512i p0 = _mm512_mul_epu32(c[h][0], m0), p1 = _mm512_mul_epu32(c[h][2], m1);
-      c[h][0] = _mm512_ternarylogic_epi64(high_half(p1), c[h][1], key0, 0x96);
-      c[h][1] = p1;
-      c[h][2] = _mm512_ternarylogic_epi64(high_half(p0), c[h][3], key1, 0x96);
-      c[h][3] = p0;
-    }
-  }
+  philox_rounds<2>(plan, n, c);
   Words words;
   for (int w = 0; w < 4; ++w)  // the low halves of the odd counters go into the high halves
     words.word[w] = _mm512_mask_shuffle_epi32(c[0][w], 0xaaaa, c[1][w], _MM_PERM_CCAA);
@@ -209,7 +177,7 @@ class Draws {
       group_ = number / 8;
       for (int r = 0; r < rows; ++r)
         for (int h = 0; h < 2; ++h)
-          words_[r][h] = philox(how_.random, group_ * how_.num_elements + element_ + r * row_stride_ + 16 * h);
+          words_[r][h] = philox_words(how_.random, group_ * how_.num_elements + element_ + r * row_stride_ + 16 * h);
     }
     word_ = int(number % 8) / 2;
     is_upper_ = number % 2;
