@@ -14,7 +14,7 @@ from runtime import gemm
 from runtime.errors import FormatError
 from runtime.kernels import reference
 from runtime.kernels.reference import RandomKey
-from runtime.numerics import quantize
+from runtime.numerics import encode, quantize
 from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.random import random_bits
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec
@@ -221,6 +221,16 @@ def test_integers_saturate_and_wrap(overflow: str, bits: int) -> None:
         how = AccumulateSpec(f"int{bits}", chunk, None, product, model, overflow)  # type: ignore[arg-type]
         result = gemm(a, b, a_format="int8", b_format="int8", accumulate=how)
         assert torch.equal(result, _integers(a, b, how, bits)), how
+
+
+def test_affine_operands_are_their_integers() -> None:
+    """uint8 with a zero point, times int8: no correction term is left over, in int32 as in fp32 sums."""
+    x, w = torch.randn(5, 70) * 40, torch.randn(70, 6) * 40
+    codes, zero = encode(x, "uint8:zero=100").long(), 100
+    expected = (codes - zero) @ quantize(w, "int8").long()
+    for accumulate in ("int32", "fp32"):
+        result = gemm(x, w, a_format="uint8:zero=100", b_format="int8", accumulate=accumulate)
+        assert torch.equal(result, expected.float()), accumulate
 
 
 def test_int32_ends() -> None:

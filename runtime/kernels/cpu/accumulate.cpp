@@ -231,12 +231,18 @@ inline __m512 accumulate(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
   return round_on<path>(is_odd ? add_to_odd(part, _mm512_mul_ps(a, b)) : _mm512_fmadd_ps(a, b, part), p);
 }
 
+// The product is rounded as well. It is on the accumulator's grid then, and its sum with what is on that grid, direct.
+template <Path path>
+inline __m512 accumulate_rounded(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
+  return round_on<path>(_mm512_add_ps(part, round_on<path>(_mm512_mul_ps(a, b), p)), p);
+}
+
 template <Path path>
 inline __m512 add_chunk(__m512 total, __m512 part, const CastPlan& p) {
   return round_on<path>(add_to_odd(total, part), p);
 }
 
-template <Path path>
+template <Path path, bool RoundedProduct>
 void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chunk, const CastPlan& p, __m512 total[kRows][2]) {
   const bool is_one_chunk = num_k <= chunk;
   for (int64_t start = 0; start < num_k; start += chunk) {
@@ -248,8 +254,8 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m512 x = _mm512_set1_ps(a[k * kRows + r]);
-        part[r][0] = accumulate<path>(part[r][0], x, left, p);
-        part[r][1] = accumulate<path>(part[r][1], x, right, p);
+        part[r][0] = RoundedProduct ? accumulate_rounded<path>(part[r][0], x, left, p) : accumulate<path>(part[r][0], x, left, p);
+        part[r][1] = RoundedProduct ? accumulate_rounded<path>(part[r][1], x, right, p) : accumulate<path>(part[r][1], x, right, p);
       }
     }
     for (int r = 0; r < kRows; ++r)
@@ -258,12 +264,19 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
   }
 }
 
-using MultiplyPanels = decltype(&multiply_panels<Path::kDirect>);
+using MultiplyPanels = decltype(&multiply_panels<Path::kDirect, false>);
 
-MultiplyPanels panels_of(float scale, bool is_clear, bool is_even) {
-  if (is_clear && scale < 0) return is_even ? multiply_panels<Path::kClearOddEven> : multiply_panels<Path::kClearOddAway>;
-  if (is_clear) return is_even ? multiply_panels<Path::kClearEven> : multiply_panels<Path::kClearAway>;
-  return scale > 0 ? multiply_panels<Path::kScaled> : scale == 0 ? multiply_panels<Path::kDirect> : multiply_panels<Path::kOdd>;
+MultiplyPanels panels_of(const How& how, bool is_clear, bool is_even) {
+  if (how.is_rounded_product) {  // direct
+    if (!is_clear) return multiply_panels<Path::kDirect, true>;
+    return is_even ? multiply_panels<Path::kClearEven, true> : multiply_panels<Path::kClearAway, true>;
+  }
+  if (is_clear && how.scale < 0)
+    return is_even ? multiply_panels<Path::kClearOddEven, false> : multiply_panels<Path::kClearOddAway, false>;
+  if (is_clear) return is_even ? multiply_panels<Path::kClearEven, false> : multiply_panels<Path::kClearAway, false>;
+  return how.scale > 0    ? multiply_panels<Path::kScaled, false>
+         : how.scale == 0 ? multiply_panels<Path::kDirect, false>
+                          : multiply_panels<Path::kOdd, false>;
 }
 
 constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
@@ -410,7 +423,7 @@ void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64
       general_of(how, is_clear)(panel_a, panel_b, k, chunk, *plan, how, how.first_element + i * kRows * n + j * kColumns, n,
                                 int(rows), total);
     else
-      panels_of(how.scale, is_clear, plan->odd_mask != 0)(panel_a, panel_b, k, chunk, used, total);
+      panels_of(how, is_clear, plan->odd_mask != 0)(panel_a, panel_b, k, chunk, used, total);
     const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
     const __mmask16 right = columns > 16 ? __mmask16((1u << (columns - 16)) - 1) : __mmask16(0);
     for (int64_t r = 0; r < rows; ++r) {

@@ -562,14 +562,34 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
   return said;
 }
 
-// Random words of a strip of `width` columns, `height` rows from `row` on: words[j height + i] of column j, element i. A
-// matrix whose blocks lie along its rows draws as if it were transposed.
+// Random words of a strip of `width` columns, `height` rows: words[i kRunBlocks + j] of row i, column j. A matrix whose
+// blocks lie along its rows draws as if it were transposed: down a column, then down the next, from element `start` on.
 inline void draw_strip(const RandomPlan& random, int64_t start, int64_t rows, int64_t height, int64_t width,
                        uint32_t* __restrict words, std::vector<uint32_t>& buffer) {
+  start += random.offset;
+#ifdef __AVX512DQ__
+  if (start % 4 == 0 && rows % 4 == 0) {  // then four rows of a column are the four words of one counter
+    const __m512i stride = _mm512_set1_epi64(rows / 4), lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t i = 0; i < height; i += 4)
+      for (int64_t j = 0; j < width; j += 32) {
+        __m512i n[4], c[4][4];
+        for (int g = 0; g < 4; ++g) {
+          const __m512i column = _mm512_add_epi64(lanes, _mm512_set1_epi64(j + 8 * g));
+          n[g] = _mm512_add_epi64(_mm512_mullo_epi64(column, stride), _mm512_set1_epi64((start + i) / 4));
+        }
+        philox_rounds<4>(random, n, c);
+        for (int w = 0; w < 4; ++w)
+          for (int g = 0; g < 4; ++g)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + (i + w) * kRunBlocks + j + 8 * g),
+                                _mm512_cvtepi64_epi32(c[g][w]));
+      }
+    return;
+  }
+#endif
   for (int64_t j = 0; j < width; ++j) {
-    const int64_t element = random.offset + start + j * rows, first = element / 4;
+    const int64_t element = start + j * rows, first = element / 4;
     philox(random, first, (element + height + 3) / 4 - first, buffer.data());
-    for (int64_t i = 0; i < height; ++i) words[i * width + j] = buffer[size_t(element % 4 + i)];
+    for (int64_t i = 0; i < height; ++i) words[i * kRunBlocks + j] = buffer[size_t(element % 4 + i)];
   }
 }
 
@@ -593,7 +613,7 @@ int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, 
       for (int64_t i = 0; i < height; ++i) {
         const int64_t at = base + (row + i) * columns + column;
         float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
-        cast_block<In, 1, C>(plan, x + at, to, width, s.factor, s.scale, divisor, is_divided, words.data() + i * width);
+        cast_block<In, 1, C>(plan, x + at, to, width, s.factor, s.scale, divisor, is_divided, words.data() + i * kRunBlocks);
         if (type != kFp32) narrow(to, out, at, width, type);
       }
     }

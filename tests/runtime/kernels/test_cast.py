@@ -25,7 +25,7 @@ from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
 
 needs_kernel = pytest.mark.skipif(build.load_library(SOURCE) is None, reason="no C++ compiler on this machine")
 WRITTEN = ["1-6-9", "1-5-2:subnormals=no", "1-3-0:top=none", "1-2-3:bias=-3,top=nan", "1-8-22", "1-8-23:subnormals=no"]
-NAMES = [*FORMATS, *WRITTEN, "int5", "int8:range=full", "pow2:bits=6,max=0", "dlfloat16:e0=zero"]
+NAMES = [*FORMATS, *WRITTEN, "int5", "int8:range=full", "uint8:zero=64", "pow2:bits=6,max=0", "dlfloat16:e0=zero"]
 DECLINED = {"e8m0"}
 ROOT = Path(__file__).parents[3]
 
