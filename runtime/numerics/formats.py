@@ -58,7 +58,7 @@ def get_format(name: str) -> "Format":
     raise FormatError(
         f'"{name}" is not a number format',
         expected="a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`",
-        hint=nearest_names(name, tuple(FORMATS)),
+        hint=nearest_names(name, (*FORMATS, *BLOCK_NAMES)),
     )
 
 
@@ -145,9 +145,15 @@ class FloatFormat:
     """Where the row comes from."""
 
     def __post_init__(self) -> None:
+        bits = max(2, min(self.exponent, 8)), max(0, min(self.mantissa, 23))
+        if bits != (self.exponent, self.mantissa):
+            raise FormatError(
+                f'"{self.name}" is not a float format this version has',
+                expected="2 to 8 exponent bits and 0 to 23 mantissa bits, those of fp32, which carries every value",
+                got=f"{self.exponent} and {self.mantissa}",
+                hint=f"1-{bits[0]}-{bits[1]}",
+            )
         rules = [
-            (2 <= self.exponent <= 8, "2 to 8 exponent bits"),
-            (0 <= self.mantissa <= 23, "0 to 23 mantissa bits"),
             (self.top in get_args(Top), f"top one of {', '.join(get_args(Top))}"),
             (
                 self.top != "ieee" or self.mantissa >= 1,

@@ -137,7 +137,10 @@ def test_a_written_float_is_ieee_like_and_has_options() -> None:
     ("name", "said"),
     [
         ("e4m4", 'Try "e4m3"?'),
-        ("1-9-3", "2 to 8 exponent bits"),
+        ("mxfp5", 'Try "mxfp'),
+        ("1-9-30", 'this version has. Expected 2 to 8 exponent bits and 0 to 23 mantissa bits'),
+        ("1-9-30", 'Got 9 and 30. Try 1-8-23.'),
+        ("1-9-3", 'Got 9 and 3. Try 1-8-3.'),
         ("1-1-3", "2 to 8 exponent bits"),
         ("1-5-24", "0 to 23 mantissa bits"),
         ("1-5-0", "tell Inf from NaN"),
