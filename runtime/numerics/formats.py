@@ -151,7 +151,7 @@ class FloatFormat:
                 f'"{self.name}" is not a float format this version has',
                 expected="2 to 8 exponent bits and 0 to 23 mantissa bits, those of fp32, which carries every value",
                 got=f"{self.exponent} and {self.mantissa}",
-                hint=f"1-{bits[0]}-{bits[1]}",
+                hint=f'"1-{bits[0]}-{bits[1]}"? It is the nearest',
             )
         rules = [
             (self.top in get_args(Top), f"top one of {', '.join(get_args(Top))}"),
