@@ -17,6 +17,7 @@ from runtime.kernels import cast
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cpu import build
 from runtime.kernels.cpu.cast_library import SOURCE, cast_library
+from runtime.numerics import quantize
 from runtime.numerics.cast_plans import cast_plan, table_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FORMATS
@@ -256,3 +257,33 @@ def test_a_nan_of_any_payload_stays_one(name: str, dtype: torch.dtype) -> None:
     x = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).view(torch.float32)
     assert bool(x.isnan().all())
     assert bool(fast_to_grid(x, QuantSpec.parse(name), None, dtype=dtype).isnan().all())
+
+
+def casts_of_every_loop() -> list[Tensor]:
+    """A cast through each loop of cast.cpp, for the test below and the process that it starts."""
+    x = torch.cat([hard_values("e4m3"), hard_values("dlfloat16")])[:12000]
+    block, places = x.view(100, 120), itertools.product(("mxfp8", "nvfp4"), ROUNDINGS)
+    names = ("e4m3", "1-6-9", "dlfloat16", "bf16", "nf4", "int8", "fp4-radix4")
+    scalars = [quantize(x, name, mode, seed=3, offset=5) for name in names for mode in ROUNDINGS]
+    return scalars + [
+        fast_to_grid(block, QuantSpec(name, mode, along=along), None, seed=3, offset=offset)
+        for (name, mode), along, offset in itertools.product(places, ("row", "column"), (5, 8))
+    ]
+
+
+@needs_kernel
+def test_a_cpu_without_vectors_gets_the_same_bits(tmp_path: Path) -> None:
+    """The portable path: the same file compiled for what the compiler takes for a default, plain x86-64 say."""
+    code = (
+        "import sys, torch; from runtime.kernels.cpu import build;"
+        "build.FLAGS = tuple(flag for flag in build.FLAGS if flag != '-march=native');"
+        "from tests.runtime.kernels.test_cast import casts_of_every_loop; torch.save(casts_of_every_loop(), sys.argv[1])"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    saved = tmp_path / "plain.pt"
+    command = [sys.executable, "-W", "error", "-c", code, str(saved)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
+    assert len(list((tmp_path / "lpcompile").glob("cast-*.so"))) == 1
+    plain, expected = torch.load(saved), casts_of_every_loop()
+    assert len(plain) == len(expected) == 60
+    assert all(map(same_bits, plain, expected))
