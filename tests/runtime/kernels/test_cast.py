@@ -287,3 +287,33 @@ def test_a_cpu_without_vectors_gets_the_same_bits(tmp_path: Path) -> None:
     plain, expected = torch.load(saved), casts_of_every_loop()
     assert len(plain) == len(expected) == 60
     assert all(map(same_bits, plain, expected))
+
+
+def test_a_machine_without_a_compiler_serves_everything_and_says_once_per_file_what_is_missing(tmp_path: Path) -> None:
+    """A process whose PATH has no compiler and whose cache is empty."""
+    code = (
+        "import sys, torch, warnings\n"
+        "from runtime import gemm\n"
+        "from runtime.numerics import quantize\n"
+        "x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    results = [quantize(x, name, 'stochastic', seed=1) for name in ('e4m3', 'nf4', 'mxfp8') for _ in range(2)]\n"
+        "    for name in ('1-6-9/16', '1-6-9/16 rounded', 'fp32'):\n"
+        "        results.append(gemm(x, x.T, a_format='e4m3', b_format='e5m2', accumulate=name))\n"
+        "torch.save((results, [str(one.message) for one in said]), sys.argv[1])\n"
+    )
+    outcomes = []
+    for number, path in enumerate((os.environ["PATH"], str(tmp_path))):
+        saved = tmp_path / f"{number}.pt"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path)} if number else {}
+        subprocess.run([sys.executable, "-c", code, str(saved)], env=environment, cwd=ROOT, check=True, timeout=300)
+        outcomes.append(torch.load(saved))
+    (with_kernels, _), (without, said) = outcomes
+    assert all(map(same_bits, with_kernels, without))
+    assert len(said) == len({one.partition(":")[0] for one in said}) == 2  # cast.cpp and accumulate.cpp
+    for one in said:
+        assert "no C++ compiler: looked for g++, c++, clang++" in one
+        assert "the pure-torch path serves, with equal bits and slower" in one
+        assert "Install g++" in one
