@@ -63,7 +63,7 @@ class _Draws:
         return Fraction(half >> (16 - self.digits), 2**self.digits)
 
 
-def _oracle(a: Tensor, b: Tensor, how: AccumulateSpec, seed: int = 0, step: int = 0) -> Tensor:
+def exact_sums(a: Tensor, b: Tensor, how: AccumulateSpec, seed: int = 0, step: int = 0) -> Tensor:
     """One matrix product; a and b hold grid values."""
     row, fp32 = get_format(how.format), get_format("fp32")
     assert isinstance(row, FloatFormat)
@@ -106,7 +106,7 @@ def test_every_add_is_rounded_once(mode: str, accumulate: str) -> None:
             how = AccumulateSpec(accumulate, chunk, mode, product, model)  # type: ignore[arg-type]
             a, b = _values(m, k, 3.0, k), _values(k, n, 0.1, n)
             result = gemm(a, b, a_format=lhs, b_format=rhs, accumulate=how, seed=2**40 + 1, step=5)
-            expected = _oracle(quantize(a, lhs), quantize(b, rhs), how, 2**40 + 1, 5)
+            expected = exact_sums(quantize(a, lhs), quantize(b, rhs), how, 2**40 + 1, 5)
             assert torch.equal(result, expected), (lhs, rhs, how, m, k, n)
 
 
@@ -123,7 +123,7 @@ def test_any_shape_and_size(accumulate: str, mode: str, k: int, chunk: int | Non
     a, b = quantize(_values(2, k, size, k), "e4m3"), quantize(_values(k, 3, 1.0, 7), "e5m2")
     how = AccumulateSpec(accumulate, chunk, mode)  # type: ignore[arg-type]
     result = gemm(a, b, a_format="e4m3", b_format="e5m2", accumulate=how, seed=seed)
-    assert torch.equal(result, _oracle(a, b, how, seed))
+    assert torch.equal(result, exact_sums(a, b, how, seed))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_any_pair_of_operands_in_any_way_to_add(  # type: ignore[no-untyped-def]
     how = AccumulateSpec(accumulate, chunk, mode, product, model)
     result = gemm(a, b, a_format=lhs, b_format=rhs, accumulate=how, seed=k)
     left, right = quantize(a, lhs), quantize(b.mT, rhs).mT
-    assert torch.equal(result, _oracle(left, right, how, k))
+    assert torch.equal(result, exact_sums(left, right, how, k))
 
 
 @pytest.mark.parametrize("accumulate", ["1-6-9", "dlfloat16", "bf16"])
