@@ -152,12 +152,17 @@ class Matmul:
 
     def bwd_folded(self, dy: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         """da of one matrix for the whole batch as one GEMM, as torch.matmul folds it; for operands without scale."""
-        return multiply(_matrix(rhs.transpose(-1, -2)).t(), _matrix(dy.transpose(-1, -2))).t()
+        return multiply(_matrix(dy.transpose(-1, -2)).t(), _matrix(rhs.transpose(-1, -2)))
 
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         if len(rhs_shape) == 2:  # one matrix for the whole batch: a single GEMM over all rows, as torch.matmul folds it
             return multiply(_matrix(lhs).t(), _matrix(dy))
         return multiply(lhs.transpose(-1, -2), dy).sum_to_size(rhs_shape)
+
+    def grad_folded(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        """db of every matrix of the batch from one `lhs` as one GEMM, likewise; its rows are dy's."""
+        turned = (*rhs_shape[:-2], rhs_shape[-1], rhs_shape[-2])
+        return multiply(_matrix(dy.transpose(-1, -2)), lhs).view(turned).transpose(-1, -2)
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         raise AssertionError("a product of activations has no bias")

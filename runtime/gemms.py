@@ -305,7 +305,7 @@ def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size,
     dy, w = _foldable(plan, "bwd", dy, w)
     lhs, rhs = _load(dy.grid, method), _load(w.grid, method)
     if isinstance(plan.contraction, Matmul) and len(lhs_shape) == 2 < lhs.dim() and dy.scale is w.scale is None:
-        dx = plan.contraction.bwd_folded(lhs, rhs, _product(plan, "bwd", dy, w, state, is_swapped=True))
+        dx = plan.contraction.bwd_folded(lhs, rhs, _product(plan, "bwd", dy, w, state))
     else:
         dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, _product(plan, "bwd", dy, w, state))
     return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
@@ -314,6 +314,10 @@ def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size,
 def multiply_grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size, state: RunState) -> Tensor:
     spec, method = plan.spec.grad, plan.method("grad")
     dy, x = _foldable(plan, "grad", dy, x)
+    if isinstance(plan.contraction, Matmul) and x.grid.dim() == 2 < len(rhs_shape) and dy.scale is x.scale is None:
+        lhs, rhs = _load(dy.grid, method), _load(x.grid, method)
+        dw = plan.contraction.grad_folded(lhs, rhs, rhs_shape, _product(plan, "grad", dy, x, state))
+        return _round_out(dw, spec, method)
     multiply = _product(plan, "grad", dy, x, state, is_swapped=plan.contraction.grad_rows == "rhs")
     dw = plan.contraction_of("grad").grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, multiply)
     return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, method)
