@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from runtime.kernels.cpu.cast_library import CastPlan, TablePlan, cast_library, is_readable, run_cast
+from runtime.kernels.cpu.cast_library import cast_library, is_readable, run_cast
 from runtime.kernels.cpu.philox import random_plan, signed_seed
 from runtime.kernels.traced_cast import Draw
 from runtime.kernels.triton import is_readable_by_triton
@@ -76,9 +76,7 @@ def _values_into(
         _on_cpu(x.contiguous(), scale, out, format, rounding, draw)
 
 
-def _on_cpu(
-    x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding: Rounding, draw: Draw
-) -> None:
+def _on_cpu(x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding: Rounding, draw: Draw) -> None:
     plan = cast_plan(format, rounding) or table_plan(format, rounding)
     assert plan is not None
     random = random_plan(*draw) if rounding == "stochastic" else None
@@ -97,7 +95,7 @@ def _on_cuda(x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, d
     plan = cast_plan(format, rounding)
     assert plan is not None
     factors, tile = (None, matrix_shape(x.shape)) if scale is None else _tiles(scale, x.shape)
-    random = tuple(draw) if rounding == "stochastic" else None
+    random = (draw.seed, draw.step, draw.stream, draw.offset) if rounding == "stochastic" else None
     grid, _ = launch_cast(x.contiguous(), factors, plan, torch.float32, tile, random)
     return grid if scale is None else grid * scale
 

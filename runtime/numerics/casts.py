@@ -49,9 +49,9 @@ def quantize(
     Overflow is judged after rounding: 464 is 448 in e4m3, by ties to even.
     Under torch.compile and torch.export a scalar format is cast by operations that the compiler fuses, with the same
     bits; make_fx sees one node, lp::quantize_values.
-    `out` takes the result and is returned; x's shape, dtype and device. It may be x, or share memory with x or the scale
-    in any other way: what is written is what would have been without that. The memory of a large new result costs more
-    than the cast (page faults), so a loop should keep one.
+    `out` takes the result and is returned; x's shape, dtype and device. It may be x, or share memory with x or the
+    scale in any other way: what is written is what would have been without that. The memory of a large new result
+    costs more than the cast (page faults), so a loop should keep one.
     No gradient passes; the op torch.ops.lp.quantize_values has the straight-through one.
     A block format makes its own scales, along the last dim, and always saturates: scale and overflow are refused.
     Stochastic rounding of element i draws the word of (seed, step, stream, offset + i), i flat in C order.

@@ -269,7 +269,9 @@ class IntFormat:
             )
         if self.zero and not (not self.signed and 0 < self.zero < 2**self.bits - 1):
             raise FormatError(
-                f'"{self.name}" has no such zero point', expected="unsigned, and 0 <= zero < 2^bits - 1", got=str(self.zero)
+                f'"{self.name}" has no such zero point',
+                expected="unsigned, and 0 <= zero < 2^bits - 1",
+                got=str(self.zero),
             )
 
     @property

@@ -60,7 +60,8 @@ WRONG_VALUES = [
     (
         fwd("{x: 1-9-9}"),
         '3: rules[0].fwd.x: "1-9-9" is not a float format this version has. Did you mean "1-8-9"? It is the nearest. '
-        "Expected 2 to 8 exponent bits and 0 to 23 mantissa bits, those of fp32, which carries every value. Got 9 and 9.",
+        "Expected 2 to 8 exponent bits and 0 to 23 mantissa bits, those of fp32, which carries every value. "
+        "Got 9 and 9.",
     ),
     (
         fwd("{x: {format: e4m3, rounding: stochastc}}"),

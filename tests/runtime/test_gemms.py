@@ -289,4 +289,4 @@ def test_affine_operands_need_no_correction(accumulate: str, fidelity: str) -> N
     codes = encode(x, "uint8:zero=2").long() - 2
     assert int(codes.min()) < 0
     sums = (codes.reshape(-1, 16) @ quantize(w, "int8").long().t()).float().view(3, 5, 7)
-    assert torch.allclose(results["y"] - b.detach(), sums, rtol=0, atol=1e-5)  # whole numbers, and a bias added somewhere
+    assert torch.allclose(results["y"] - b.detach(), sums, rtol=0, atol=1e-5)  # a bias is added somewhere

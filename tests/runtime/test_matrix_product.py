@@ -307,8 +307,8 @@ def test_the_op_has_a_straight_through_gradient_and_gemm_has_none() -> None:
     torch.library.opcheck(torch.ops.lp.matrix_product.default, (a, b, spec, 0, 0))
 
 
-PLAIN = ["e4m3", "e5m2", "hfp8-143", "e2m1", "dlfloat16", "bf16", "fp16", "tf32", "int8", "uint8:zero=9", "nf4", "mxfp8",
-         "fp4-radix4", "int1", "fp32", "nvfp4"]  # fmt: skip
+PLAIN = ["e4m3", "e5m2", "hfp8-143", "e2m1", "dlfloat16", "bf16", "fp16", "tf32", "int8", "uint8:zero=9", "nf4",
+         "mxfp8", "fp4-radix4", "int1", "fp32", "nvfp4"]  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)

@@ -277,7 +277,7 @@ def test_a_cpu_without_vectors_gets_the_same_bits(tmp_path: Path) -> None:
     code = (
         "import sys, torch; from runtime.kernels.cpu import build;"
         "build.FLAGS = tuple(flag for flag in build.FLAGS if flag != '-march=native');"
-        "from tests.runtime.kernels.test_cast import casts_of_every_loop; torch.save(casts_of_every_loop(), sys.argv[1])"
+        "from tests.runtime.kernels.test_cast import casts_of_every_loop as casts; torch.save(casts(), sys.argv[1])"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     saved = tmp_path / "plain.pt"
@@ -298,7 +298,7 @@ def test_a_machine_without_a_compiler_serves_everything_and_says_once_per_file_w
         "x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))\n"
         "with warnings.catch_warnings(record=True) as said:\n"
         "    warnings.simplefilter('always')\n"
-        "    results = [quantize(x, name, 'stochastic', seed=1) for name in ('e4m3', 'nf4', 'mxfp8') for _ in range(2)]\n"
+        "    results = [quantize(x, n, 'stochastic', seed=1) for n in ('e4m3', 'nf4', 'mxfp8') for _ in range(2)]\n"
         "    for name in ('1-6-9/16', '1-6-9/16 rounded', 'fp32'):\n"
         "        results.append(gemm(x, x.T, a_format='e4m3', b_format='e5m2', accumulate=name))\n"
         "torch.save((results, [str(one.message) for one in said]), sys.argv[1])\n"

@@ -56,7 +56,9 @@ def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
 def test_a_scale_of_any_shape_that_broadcasts(name: str, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(1)
     scale = torch.rand(shape, generator=generator) + 0.1
-    for dtype, mode in itertools.product((torch.float32, torch.bfloat16, torch.float64), ("nearest_even", "stochastic")):
+    for dtype, mode in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float64), ("nearest_even", "stochastic")
+    ):
         x = (torch.randn(3, 5, 7, generator=generator) * 3).to(dtype)
         expected = by_the_oracle(x, name, mode, scale.to(torch.float64 if dtype == torch.float64 else torch.float32))
         assert same_bits(quantize(x, name, mode, scale, **DRAW), expected)
@@ -93,8 +95,8 @@ def test_what_cannot_be_written_is_refused_in_four_parts() -> None:
         (torch.empty(4, 3), "the shape of x", "Expected (3, 4). Got (4, 3)"),
         (torch.empty(3, 4, dtype=torch.bfloat16), "the dtype of x", "Expected torch.float32. Got torch.bfloat16"),
         (torch.empty(3, 4, device="meta"), "the device of x", "Expected cpu. Got meta"),
-        (torch.empty(3, 1).expand(3, 4), "cannot be written", "Got one expanded from fewer elements. Try out.contiguous()"),
-        (torch.empty(3, 4, requires_grad=True), "cannot be written", "Got one that requires a gradient. Try out.detach()"),
+        (torch.empty(3, 1).expand(3, 4), "cannot be written", "expanded from fewer elements. Try out.contiguous()"),
+        (torch.empty(3, 4, requires_grad=True), "cannot be written", "that requires a gradient. Try out.detach()"),
     ):  # fmt: skip
         for name in ("e4m3", "mxfp8"):
             with pytest.raises(FormatError) as caught:

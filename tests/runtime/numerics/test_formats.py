@@ -44,7 +44,16 @@ DTYPES = {
     "1-3-4": ml_dtypes.float8_e3m4,
 }
 SMALL = [name for name, row in FORMATS.items() if row.bits <= 8]
-SMALL += ["int8:range=full", "uint2", "uint4:zero=5", "uint1", "pow2:bits=5", "pow2:max=7", "1-3-0:top=none", "1-4-3:subnormals=no"]
+SMALL += [
+    "int8:range=full",
+    "uint2",
+    "uint4:zero=5",
+    "uint1",
+    "pow2:bits=5",
+    "pow2:max=7",
+    "1-3-0:top=none",
+    "1-4-3:subnormals=no",
+]
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -138,7 +147,7 @@ def test_a_written_float_is_ieee_like_and_has_options() -> None:
     [
         ("e4m4", 'Try "e4m3"?'),
         ("mxfp5", 'Try "mxfp'),
-        ("1-9-30", 'this version has. Expected 2 to 8 exponent bits and 0 to 23 mantissa bits'),
+        ("1-9-30", "this version has. Expected 2 to 8 exponent bits and 0 to 23 mantissa bits"),
         ("1-9-30", 'Got 9 and 30. Try "1-8-23"? It is the nearest.'),
         ("1-9-3", 'Got 9 and 3. Try "1-8-3"? It is the nearest.'),
         ("1-1-3", "2 to 8 exponent bits"),

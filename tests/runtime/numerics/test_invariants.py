@@ -55,8 +55,8 @@ def test_idempotence(name: str, mode: Rounding, values: list[float]) -> None:
 def test_idempotence_under_a_scale_that_is_a_power_of_two(
     name: str, mode: Rounding, granularity: str, values: list[float]
 ) -> None:
-    """Of values; the scale may halve when the largest magnitude was rounded down. Under amax the second scale can be one
-    fp32 off, and values with it. A power of two below 2^-126 does not become a scale.
+    """Of values; the scale may halve when the largest magnitude was rounded down. Under amax the second scale can be
+    one fp32 off, and values with it. A power of two below 2^-126 does not become a scale.
     """
     x = torch.tensor(values).view(4, 6)
     x = torch.where(x.abs() < 2.0**-60, 0.0, x)

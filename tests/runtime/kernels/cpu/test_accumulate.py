@@ -140,7 +140,7 @@ def test_nan_and_inf_in_every_way_to_add(text: str) -> None:
 @pytest.mark.parametrize("accumulate", ["fp16", "1-6-9", "bf16", "dlfloat16"])
 @pytest.mark.parametrize("mode", ["nearest_even", "nearest_away"])
 def test_a_sum_of_two_values_of_the_accumulator_is_rounded_once(mode: Rounding, accumulate: str) -> None:
-    """What makes rounded products direct: fp32's rounding of such a sum never makes a tie. Sums in float64 are exact."""
+    """What makes rounded products direct: fp32's rounding of such a sum makes no tie. Sums in float64 are exact."""
     generator = torch.Generator().manual_seed(7)
     size = torch.exp2(torch.randint(-12, 13, (2**16, 2), generator=generator).double())
     pairs = round_to_grid((torch.rand(2**16, 2, generator=generator) + 1) * size, get_format(accumulate), mode).float()
