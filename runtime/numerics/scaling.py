@@ -58,8 +58,9 @@ def affine_of_range(low: float, high: float, bits: int = 8) -> tuple[float, str]
     """(scale, format) of the affine quantizer of [low, high], made to hold 0: value = (code - zero) scale, 0 exact.
 
     scale = (high - low) / (2^bits - 1), zero = round(-low / scale), nearest-even; both ends move by less than a
-    scale / 2, and a range without positive numbers gets one step of them. [0, 0] and a range that is not finite give scale 1.
-    quantize(x, format, scale=scale) is the cast; the format is a row as any other, for policies and GEMMs too.
+    scale / 2, and a range without positive numbers gets one step of them. [0, 0] and a range that is not finite give
+    scale 1. quantize(x, format, scale=scale) is the cast; the format is a row as any other, for policies and GEMMs
+    too.
     Source: Jacob et al., arXiv 1712.05877, section 2.1 (integer zero point; not a real offset).
     """
     if not 2 <= bits <= 16:

@@ -178,15 +178,15 @@ template <class In, bool Scaled, int Step, Chance C>
 bool cast_run(const CastPlan& plan, const typename In::Storage* x, float* out, int64_t count,
               const float* __restrict scale, bool back, const uint32_t* __restrict words) {
   const CastPlan p = plan;
+  const uint32_t taken = back ? 0xffffffffu : 0u, one = ~taken & bits_of(1.0f);
   uint32_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < count; ++i) {
-    const float value = In::load(x[i]);
-    const float y = Scaled ? value / scale[Step * i] : value;
-    const float q = rounded<C>(p, y, C != kFixed ? words[i] : 0);
+    const float value = In::load(x[i]), s = Scaled ? scale[Step * i] : 1.0f;
+    const float q = rounded<C>(p, Scaled ? value / s : value, C != kFixed ? words[i] : 0);
     beyond |= is_beyond(q, p.min, p.max);
     const float kept = saturated(q, p.min, p.max) + p.zero;
-    out[i] = Scaled ? kept * (back ? scale[Step * i] : 1.0f) : kept;
+    out[i] = Scaled ? kept * float_of((bits_of(s) & taken) | one) : kept;  // a branch here would end the vectors
   }
   return beyond != 0;
 }
