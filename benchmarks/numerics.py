@@ -2,7 +2,9 @@
 
     python -m benchmarks.numerics [--rounds 9] [--threads 2]
 
-Casts: 16.8 M fp32 elements, time over that of `out.copy_(x)`; the casts allocate their result, the copy does not.
+Casts: 16.8 M fp32 elements, time over that of `out.copy_(x)`. "into out" is `quantize(x, format, out=out)`, which
+like the copy writes memory that is there; the other rows allocate their result, and on many machines the page faults of
+64 MiB cost more than the cast: `x.clone()` shows how much.
 GEMMs: rate over that of torch.mm on the same values in fp32, packing included; FWD is NT, BWD NN, GRAD TN.
 Emulated: operands e4m3, accumulated in chunks of 64 as the AccumulateSpec says.
 """
@@ -25,15 +27,21 @@ from runtime.numerics import quantize
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec
 
-CASTS = (
-    "e4m3", "1-6-9", "dlfloat16", "hfp8-143", "e5m2", "bf16", "int8 nearest_even tensor/amax",
-    "e4m3 nearest_even row/amax",
-    "e4m3 nearest_even block[1,128]/amax", "e4m3 stochastic", "uint8", "nf4",
-    "mxfp8", "mxfp8 nearest_even column", "mxfp6", "mxfp4", "mxint8", "nvfp4", "mxfp8 stochastic",
+INTO = (
+    "e4m3", "1-6-9", "dlfloat16", "hfp8-143", "e5m2", "bf16", "int8", "uint8:zero=100", "nf4", "fp4-radix4",
+    "mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4",
+    "e4m3 stochastic", "1-6-9 stochastic", "dlfloat16 stochastic", "nf4 stochastic", "mxfp8 stochastic",
 )  # fmt: skip
-"""A bare block format goes through `quantize`, all else is the cast of a GEMM's operand."""
+"""By `quantize`, into a tensor that is there."""
+CASTS = (
+    "e4m3", "1-6-9", "e4m3 stochastic", "nf4", "int8 nearest_even tensor/amax", "e4m3 nearest_even row/amax",
+    "e4m3 nearest_even block[1,128]/amax", "mxfp8", "mxfp8 nearest_even column", "mxfp8 stochastic column", "nvfp4",
+    "nvfp4 nearest_even column",
+)  # fmt: skip
+"""Casts of a GEMM's operand, scales computed; a bare block format goes through `quantize`."""
 ACCUMULATORS = (
-    "1-6-9/64", "dlfloat16/64", "1-6-9/64 stochastic", "1-6-9/64 toward_zero", "1-6-9/64 rounded", "1-6-9/64 per_chunk",
+    "1-6-9/64", "dlfloat16/64", "1-6-9/64 stochastic", "1-6-9/64 toward_zero", "1-6-9/64 rounded",
+    "dlfloat16/64 rounded", "1-6-9/64 per_chunk",
     "1-6-9/64 stochastic per_chunk",
 )  # fmt: skip
 GEMMS = ((512, 512, 512), (1024, 1024, 1024), (2048, 768, 3072))
@@ -53,7 +61,10 @@ def main() -> None:
 def _casts(rounds: int) -> Table:
     x = torch.randn(4096, 4096)
     out = torch.empty_like(x)
-    contenders: dict[str, Callable[[], object]] = {"out.copy_(x)": lambda: out.copy_(x)}
+    contenders: dict[str, Callable[[], object]] = {"out.copy_(x)": lambda: out.copy_(x), "x.clone()": x.clone}
+    for text in INTO:
+        contenders[f"{text}, into out"] = _cast_into(x, out, QuantSpec.parse(text))
+    contenders["e4m3 with a scale, into out"] = lambda: quantize(x, "e4m3", scale=0.3, out=out)
     for text in CASTS:
         contenders[text] = _cast(x, QuantSpec.parse(text))
     e4m3 = QuantSpec("e4m3")
@@ -67,6 +78,10 @@ def _casts(rounds: int) -> Table:
         table.add_row(name, f"{each:.1f}", f"{each / times['out.copy_(x)']:.2f}")
     table.caption = "; ".join(missing)
     return table
+
+
+def _cast_into(x: Tensor, out: Tensor, spec: QuantSpec) -> Callable[[], Tensor]:
+    return lambda: quantize(x, spec.format, spec.rounding, out=out)
 
 
 def _cast(x: Tensor, spec: QuantSpec) -> Callable[[], Tensor]:

@@ -1,11 +1,19 @@
-"""The public GEMM: both operands quantized, summed as an AccumulateSpec says. No layer, no gradient."""
+"""The public GEMM: both operands quantized, summed as an AccumulateSpec says. No layer.
+
+It is one op, lp::matrix_product, which fx, make_fx, export and torch.compile keep as a node. The op has the
+straight-through gradient, da = dy q(b)^T and db = q(a)^T dy with fp32 sums; `gemm` itself gives none.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
 
 from runtime.errors import FormatError
 from runtime.kernels import reference
 from runtime.kernels.cpu import accumulate as cpu_accumulate
+from runtime.kernels.cpu.philox import signed_seed
 from runtime.kernels.reference import RandomKey
 from runtime.numerics.block_formats import default_rounding, is_block_format
 from runtime.numerics.casts import quantize
@@ -49,16 +57,60 @@ def gemm(
             expected="(..., M, K) and (..., K, N)",
             got=f"{(*a.shape,)}, {(*b.shape,)}",
         )
+    spec = _checked_spec(a_format, b_format, accumulate, chunk, rounding, product, model, step)
+    result: Tensor = torch.ops.lp.matrix_product(a.detach(), b.detach(), spec, signed_seed(seed), step)
+    return result
+
+
+@torch.compiler.assume_constant_result
+def _checked_spec(
+    a_format: str,
+    b_format: str,
+    accumulate: str | AccumulateSpec,
+    chunk: int | None,
+    rounding: Rounding | None,
+    product: Product,
+    model: AccumulateModel,
+    step: int,
+) -> str:
     how = _accumulator(accumulate, chunk, rounding, product, model)
     spec = GemmSpec(_cast(a_format, "row"), _cast(b_format, "column"), how)
     if reason := reference.declines(spec):
         raise FormatError(reason, hint='a_format="int8", b_format="int8", or a float accumulator')
     check_counter(step, 0, 0)
-    left = quantize(a.float(), a_format)
-    right = quantize(b.float().transpose(-1, -2), b_format).transpose(-1, -2)
+    return str(spec)
+
+
+def _matrix_product(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Tensor:
+    spec, key = GemmSpec.parse(text), RandomKey(seed, step)
+    left, right = _quantized(a, b, spec)
     if a.device.type == "cpu" and cpu_accumulate.declines(spec) is None:
-        return cpu_accumulate.multiply(left, right, spec, RandomKey(seed, step))
-    return reference.multiply(left, right, spec, RandomKey(seed, step))
+        return cpu_accumulate.multiply(left, right, spec, key)
+    return reference.multiply(left, right, spec, key)
+
+
+def _quantized(a: Tensor, b: Tensor, spec: GemmSpec) -> tuple[Tensor, Tensor]:
+    """Both operands on their grids, fp32, blocks along the sum."""
+    right = quantize(b.float().transpose(-1, -2), spec.rhs.format, spec.rhs.rounding)
+    return quantize(a.float(), spec.lhs.format, spec.lhs.rounding), right.transpose(-1, -2)
+
+
+def _shape(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Tensor:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.text = inputs[:3]
+    ctx.save_for_backward(a, b)
+
+
+def _straight_through(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    left, right = _quantized(a, b, GemmSpec.parse(ctx.text))
+    da = (dy @ right.transpose(-1, -2)).sum_to_size(a.shape).to(a.dtype)
+    db = (left.transpose(-1, -2) @ dy).sum_to_size(b.shape).to(b.dtype)
+    return da, db, None, None, None
 
 
 def _cast(name: str, along: str) -> QuantSpec:
@@ -80,3 +132,10 @@ def _accumulator(
     if (chunk, rounding, product, model) != (None, None, "fma", "per_mac"):
         raise FormatError("the accumulator is described twice", got=str(accumulate), hint="a bare format name")
     return AccumulateSpec.parse(accumulate) if isinstance(accumulate, str) else accumulate
+
+
+_OPS = Library("lp", "FRAGMENT")
+_OPS.define("matrix_product(Tensor a, Tensor b, str spec, int seed, SymInt step) -> Tensor")
+_OPS.impl("matrix_product", _matrix_product, "CompositeExplicitAutograd")
+register_fake("lp::matrix_product", _shape, lib=_OPS)
+register_autograd("lp::matrix_product", _straight_through, setup_context=_save, lib=_OPS)

@@ -1,7 +1,7 @@
 """Cast kernels: the grid values of runtime/numerics/casts.py, bit for bit, at the speed of memory.
 
 The C++ kernel serves fp32, bf16 and fp16 tensors on the CPU (a strided one is copied first), every format within
-fp32's normal exponents, tables of up to 38 values, block formats, every rounding, every granularity of scale. All else
+fp32's normal exponents, tables of up to 62 values, block formats, every rounding, every granularity of scale. All else
 takes the oracle, and so does a machine without a compiler. On CUDA Triton kernels serve the same dtypes and scales,
 block formats and every format with a `cast_plan`; tables take the oracle there. Nothing here waits for a CUDA device.
 """
@@ -14,13 +14,11 @@ from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.cast_library import (
-    DTYPES,
-    OUT_DTYPES,
     CastPlan,
     TablePlan,
     cast_library,
     is_readable,
-    num_threads,
+    run_cast,
 )
 from runtime.kernels.cpu.philox import random_plan, signed_seed
 from runtime.kernels.traced_cast import Draw, is_traced, traced_to_grid
@@ -30,7 +28,7 @@ from runtime.numerics.cast_plans import block_plan, cast_plan, table_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter
-from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes, matrix_shape, tile_shape
+from runtime.numerics.scaling import expand_scale, matrix_shape, tile_shape
 from runtime.numerics.specs import QuantSpec, ScaleSpec
 
 
@@ -107,9 +105,10 @@ def _blocks_to_grid(
     plan, is_stochastic = block_plan(get_block_format(spec.format), spec.rounding), spec.rounding == "stochastic"
     if is_stochastic:
         check_counter(step, stream, offset)
-    lanes = block_lanes(x.detach(), spec.along)
+    is_column = spec.along in ("column", "batched-column")
+    matrix = x.detach().reshape(matrix_shape(x.shape)) if spec.along == "column" else x.detach()
     cast = partial(
-        fast_blocks, lanes, plan, is_divided=False, is_stochastic=is_stochastic,
+        fast_blocks, matrix, plan, is_divided=False, is_stochastic=is_stochastic, is_column=is_column,
         seed=seed, step=step, stream=stream, offset=offset,
     )  # fmt: skip
     fast = cast(dtype=torch.float32 if x.is_cuda and dtype == torch.bfloat16 else dtype)
@@ -124,7 +123,7 @@ def _blocks_to_grid(
     if not x.is_cuda and dtype == torch.bfloat16 and int(fast.said) & 2:
         fast = cast(dtype=torch.float32)
         assert fast is not None
-    return from_lanes(fast.values, x.shape, spec.along), is_bad
+    return fast.values.view(x.shape), is_bad
 
 
 def _held(grid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,33 +170,16 @@ def _cast_to_grid_cuda(
 def _cast_to_grid(
     x: Tensor, scale: Tensor | None, spec_text: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
 ) -> tuple[Tensor, Tensor]:
-    library, spec = cast_library(), QuantSpec.parse(spec_text)
+    spec = QuantSpec.parse(spec_text)
     plan = _plan(spec)
-    assert library is not None
     assert plan is not None
     out = torch.empty(x.shape, dtype=dtype)
-    m, k = matrix_shape(x.shape)
-    rows, columns = tile_shape(x.shape, spec.scale or _WHOLE)
-    if scale is None:
-        m, k = 1, m * k
     draw = None
     if spec.rounding == "stochastic":
         check_counter(step, stream, offset)
         draw = random_plan(seed, step, stream, offset)
-    run = library.lp_cast if isinstance(plan, CastPlan) else library.lp_cast_table
-    beyond = run(
-        plan,
-        x.data_ptr(),
-        DTYPES.index(x.dtype),
-        out.data_ptr(),
-        OUT_DTYPES.index(dtype),
-        *(m, k),
-        None if scale is None else scale.data_ptr(),
-        *(rows, columns),
-        draw,
-        num_threads(x.numel()),
-    )
-    return out, torch.tensor(beyond != 0)
+    beyond = run_cast(plan, x, out, scale, tile_shape(x.shape, spec.scale or _WHOLE), draw)
+    return out, torch.tensor(beyond)
 
 
 def _cast_to_grid_shape(

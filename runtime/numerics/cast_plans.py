@@ -69,12 +69,12 @@ def table_plan(format: str, rounding: Rounding) -> TablePlan | None:
     before = -row.beyond_max if row.min == -row.max else 2 * row.grid[0] - row.grid[1]
     values = torch.tensor((before, *row.grid, row.beyond_max), dtype=torch.float32)
     starts = values if rounding == "stochastic" else _starts(values, row, rounding)
-    fill = [0.0] * (MAX_TABLE - len(values))
+    fill = MAX_TABLE - len(values)
     array = np.ctypeslib.as_ctypes
     return TablePlan(
         count=len(values),
-        values=array(np.array([*values.tolist(), *fill], np.float32)),
-        starts=array(np.array([*starts.tolist(), *fill], np.float32)),
+        values=array(np.array([*values.tolist(), *[values[-1].item()] * fill], np.float32)),
+        starts=array(np.array([*starts.tolist(), *[math.inf] * fill], np.float32)),
         max=row.max,
         min=row.min,
         zero=-0.0 if row.has_negative_zero else 0.0,

@@ -12,6 +12,7 @@ from torch import Tensor
 from runtime.errors import FormatError, nearest_names
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.traced_cast import Draw, is_traced, traced_quantize
+from runtime.kernels.value_cast import fast_values, is_served
 from runtime.numerics.block_casts import grid_of_blocks, quantize_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
 from runtime.numerics.cast_plans import block_plan
@@ -20,7 +21,7 @@ from runtime.numerics.formats import Format, get_format
 from runtime.numerics.grid import GridOverflow, round_to_grid
 from runtime.numerics.random import check_counter
 from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
-from runtime.numerics.specs import QuantSpec, Rounding
+from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding
 
 Overflow = Literal["saturate", "ieee"]
 
@@ -36,6 +37,7 @@ def quantize(
     stream: int = 0,
     offset: int = 0,
     overflow: Overflow = "saturate",
+    out: Tensor | None = None,
 ) -> Tensor:
     """round_to_grid(x / scale) * scale, in x's dtype and shape.
 
@@ -45,35 +47,87 @@ def quantize(
     Saturates: beyond the largest value, Inf too, gives the largest value. overflow="ieee" gives instead what the top
     code means, Inf (ieee) or NaN (nan, merged, fnuz, e8m0); a format with neither saturates all the same.
     Overflow is judged after rounding: 464 is 448 in e4m3, by ties to even.
-    Under torch.compile a scalar format is cast by operations that the compiler fuses, with the same bits.
+    Under torch.compile and torch.export a scalar format is cast by operations that the compiler fuses, with the same
+    bits; make_fx sees one node, lp::quantize_values.
+    `out` takes the result and is returned; x's shape, dtype and device. It may be x, or share memory with x or the
+    scale in any other way: what is written is what would have been without that. The memory of a large new result
+    costs more than the cast (page faults), so a loop should keep one.
+    No gradient passes; the op torch.ops.lp.quantize_values has the straight-through one.
     A block format makes its own scales, along the last dim, and always saturates: scale and overflow are refused.
     Stochastic rounding of element i draws the word of (seed, step, stream, offset + i), i flat in C order.
     Raises FormatError: x integer or complex; scale not positive and finite; an unknown format, rounding or overflow.
     """
     if overflow not in ("saturate", "ieee"):
         raise FormatError(f'"{overflow}" is not an overflow rule', hint=nearest_names(overflow, ("saturate", "ieee")))
+    if out is not None:
+        _check_out(out, x)
+    draw = Draw(seed, step, stream, offset)
     if isinstance(format, BlockFormat) or (isinstance(format, str) and is_block_format(format)):
         block = get_block_format(format) if isinstance(format, str) else format
         if scale is not None:
             raise FormatError(f"{block.name} makes its own scales", hint="no scale argument, or a scalar format")
         if overflow != "saturate":
             raise FormatError(f"the elements of {block.name} saturate", hint='overflow="saturate"')
-        mode = rounding or get_format(block.element).rounding
-        plan, is_stochastic = block_plan(block, mode), mode == "stochastic"
-        if is_stochastic:
-            check_counter(step, stream, offset)
-        fast = fast_blocks(
-            x, plan, is_divided=True, is_stochastic=is_stochastic, seed=seed, step=step, stream=stream, offset=offset
-        )
-        if fast is not None:
-            return fast.values.to(x.dtype)
-        return quantize_blocks(x, block, mode, seed=seed, step=step, stream=stream, offset=offset)
+        return _quantize_blocks(x, block, rounding, draw, out)
     if isinstance(format, str) and overflow == "saturate" and is_traced(x, format, rounding):
-        return traced_quantize(x, format, rounding, scale, Draw(seed, step, stream, offset))
+        return _given(traced_quantize(x, format, rounding, scale, draw), out)
     row = get_format(format) if isinstance(format, str) else format
+    mode = rounding or row.rounding
     divisor = None if scale is None else _checked_scale(scale, x)
-    q = round_to_grid(x, row, rounding or row.rounding, divisor, seed, step, stream, offset, overflow)
-    return (q if divisor is None else q * divisor).to(x.dtype)
+    if isinstance(format, str) and overflow == "saturate" and mode in ROUNDINGS and is_served(x, format, mode, divisor):
+        if out is None or _can_be_written(out, x, divisor):
+            return fast_values(x, format, mode, divisor, draw, out)
+        return out.copy_(fast_values(x, format, mode, divisor, draw))
+    q = round_to_grid(x, row, mode, divisor, seed, step, stream, offset, overflow)
+    return _given((q if divisor is None else q * divisor).to(x.dtype), out)
+
+
+def _quantize_blocks(
+    x: Tensor, block: BlockFormat, rounding: Rounding | None, draw: Draw, out: Tensor | None
+) -> Tensor:
+    mode = rounding or get_format(block.element).rounding
+    plan, is_stochastic = block_plan(block, mode), mode == "stochastic"
+    if is_stochastic:
+        check_counter(*draw[1:])
+    into = out if out is not None and x.dtype == torch.float32 and _can_be_written(out, x, None) else None
+    fast = fast_blocks(x, plan, is_divided=True, is_stochastic=is_stochastic, out=into, **draw._asdict())
+    if fast is None:
+        return _given(quantize_blocks(x, block, mode, **draw._asdict()), out)
+    return fast.values if into is not None else _given(fast.values.to(x.dtype), out)
+
+
+def _given(values: Tensor, out: Tensor | None) -> Tensor:
+    return values if out is None else out.copy_(values)
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    """FormatError unless `out` can hold the result."""
+    for what, wanted, found in (
+        ("shape", tuple(x.shape), tuple(out.shape)), ("dtype", x.dtype, out.dtype), ("device", x.device, out.device)
+    ):  # fmt: skip
+        if wanted != found:
+            raise FormatError(
+                f"out does not have the {what} of x", where="quantize", expected=str(wanted), got=str(found),
+                hint="out=torch.empty_like(x)",
+            )  # fmt: skip
+    if out.requires_grad or any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
+        is_leaf = out.requires_grad
+        raise FormatError(
+            "out cannot be written", where="quantize", expected="a tensor of its own memory and no gradient",
+            got="one that requires a gradient" if is_leaf else "one expanded from fewer elements",
+            hint="out.detach()" if is_leaf else "out.contiguous()",
+        )  # fmt: skip
+
+
+def _can_be_written(out: Tensor, x: Tensor, scale: Tensor | None) -> bool:
+    """Whether a kernel may write `out` while it reads x and the scale: x itself, or memory of its own."""
+    if not out.is_contiguous():
+        return False
+    memory = out.untyped_storage().data_ptr()
+    if scale is not None and scale.untyped_storage().data_ptr() == memory:
+        return False
+    is_same = x.is_contiguous() and x.data_ptr() == out.data_ptr()
+    return is_same or x.untyped_storage().data_ptr() != memory
 
 
 @torch.no_grad()

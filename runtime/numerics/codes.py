@@ -1,6 +1,6 @@
 """Codes: the bits of a grid value, and back.
 
-    float   sign, exponent, fraction from the top bit down       int   two's complement
+    float   sign, exponent, fraction from the top bit down       int   two's complement, or value + zero
     lookup  the index in the table
 
 0 <= code < 2^bits; uint8 for formats of up to 8 bits, else int32 up to 31 bits, else int64.
@@ -30,7 +30,7 @@ def codes_of_grid(q: Tensor, row: Format) -> Tensor:
     elif isinstance(row, FloatFormat):
         code = _codes_of_floats(q, is_nan, row)
     else:
-        code = q.long() & (2**row.bits - 1)
+        code = q.long() + row.zero & (2**row.bits - 1)
     return code.to(_code_dtype(row.bits))
 
 
@@ -45,7 +45,7 @@ def grid_of_codes(codes: Tensor, row: Format) -> Tensor:
         return torch.tensor(row.values, dtype=torch.float32, device=codes.device)[code]
     if not isinstance(row, FloatFormat):
         wraps = row.signed & (code >> (row.bits - 1))
-        return (code - (wraps << row.bits)).float()
+        return (code - (wraps << row.bits) - row.zero).float()
     sign = 1.0 - 2.0 * (code >> (row.bits - 1)).double()
     field = code >> row.mantissa & (2**row.exponent - 1)
     m = code & (2**row.mantissa - 1)

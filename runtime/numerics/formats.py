@@ -9,7 +9,8 @@ Every value of every float and lookup format is a value of fp32 (checked when th
 exactly. The named rows are FORMATS; others are written
 
     1-E-M[:bias=B,top=T,subnormals=yes|no]       floats
-    intB[:range=full|narrow], uintB              integers; narrow, which leaves -2^(B-1) out, is what `intB` means
+    intB[:range=full|narrow], uintB[:zero=Z]     integers; narrow, which leaves -2^(B-1) out, is what `intB` means;
+                                                 affine: code q stands for q - Z, so that 0 is exact
     pow2[:bits=B,max=K]                          sign, zero and 2^(B-1) - 1 powers of two, the largest 2^K
     dlfloat16:e0=normal|zero                     what exponent field 0 means; normal is what `dlfloat16` means
 
@@ -56,8 +57,8 @@ def get_format(name: str) -> "Format":
         return _parse_dlfloat(name, options)
     raise FormatError(
         f'"{name}" is not a number format',
-        expected="a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`",
-        hint=nearest_names(name, tuple(FORMATS)),
+        expected="a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`",
+        hint=nearest_names(name, (*FORMATS, *BLOCK_NAMES)),
     )
 
 
@@ -144,9 +145,15 @@ class FloatFormat:
     """Where the row comes from."""
 
     def __post_init__(self) -> None:
+        bits = max(2, min(self.exponent, 8)), max(0, min(self.mantissa, 23))
+        if bits != (self.exponent, self.mantissa):
+            raise FormatError(
+                f'"{self.name}" is not a float format this version has',
+                expected="2 to 8 exponent bits and 0 to 23 mantissa bits, those of fp32, which carries every value",
+                got=f"{self.exponent} and {self.mantissa}",
+                hint=f'"1-{bits[0]}-{bits[1]}"? It is the nearest',
+            )
         rules = [
-            (2 <= self.exponent <= 8, "2 to 8 exponent bits"),
-            (0 <= self.mantissa <= 23, "0 to 23 mantissa bits"),
             (self.top in get_args(Top), f"top one of {', '.join(get_args(Top))}"),
             (
                 self.top != "ieee" or self.mantissa >= 1,
@@ -248,6 +255,8 @@ class IntFormat:
     """Two's complement, or unsigned."""
     narrow: bool = True
     """Signed only: leave out -2^(bits-1), so that the range is symmetric and negation never overflows."""
+    zero: int = 0
+    """Unsigned only: the zero point of an affine quantizer, the code that stands for 0. A value is code - zero."""
     rounding: DefaultRounding = "nearest_even"
     """The rounding a bare format name means."""
     source: str = ""
@@ -257,6 +266,12 @@ class IntFormat:
         if not 1 + self.signed <= self.bits <= 32:
             raise FormatError(
                 f'"{self.name}" is not an integer format this version has', expected=f"{1 + self.signed} to 32 bits"
+            )
+        if self.zero and not (not self.signed and 0 < self.zero < 2**self.bits - 1):
+            raise FormatError(
+                f'"{self.name}" has no such zero point',
+                expected="unsigned, and 0 <= zero < 2^bits - 1",
+                got=str(self.zero),
             )
 
     @property
@@ -272,12 +287,12 @@ class IntFormat:
     @property
     def max(self) -> float:
         """Largest value."""
-        return 2.0 ** (self.bits - self.signed) - 1
+        return 2.0 ** (self.bits - self.signed) - 1 - self.zero
 
     @property
     def min(self) -> float:
         """Smallest value."""
-        return 0.0 if not self.signed else -self.max - (not self.narrow)
+        return float(-self.zero) if not self.signed else -self.max - (not self.narrow)
 
     @property
     def tiny(self) -> float:
@@ -393,15 +408,18 @@ def _parse_float(name: str, exponent: int, mantissa: int, options: list[str]) ->
 
 
 def _parse_integer(name: str, bits: int, signed: bool, options: list[str]) -> "Format":
-    """`intB:range=full|narrow` and `uintB`; int1 is a row."""
-    narrow = signed
+    """`intB:range=full|narrow` and `uintB:zero=Z`; int1 is a row."""
+    narrow, zero = signed, 0
     for option in options:
-        if not signed or option not in ("range=full", "range=narrow"):
-            raise _not_an_option(name, option, "range=full or range=narrow" if signed else "no option")
-        narrow = option == "range=narrow"
+        if signed and option in ("range=full", "range=narrow"):
+            narrow = option == "range=narrow"
+        elif not signed and (matched := re.fullmatch(r"zero=(\d+)", option)):
+            zero = int(matched[1])
+        else:
+            raise _not_an_option(name, option, "range=full or range=narrow" if signed else "zero=CODE")
     if signed and bits == 1:
         raise FormatError(f'"{name}": int1 is -1 and 1, and has no range to choose', hint="int1")
-    return IntFormat(name, bits, signed, narrow, source="written as " + ("intB" if signed else "uintB"))
+    return IntFormat(name, bits, signed, narrow, zero, source="written as " + ("intB" if signed else "uintB"))
 
 
 def _parse_pow2(name: str, options: list[str]) -> FloatFormat:

@@ -38,9 +38,9 @@ rounded to 7 digits. Finite codes count +0 and -0 both. Rounding is the one that
 nearest_away, toward_zero and stochastic work with every format (int1: not toward_zero, it has no 0).
 """
 _WRITTEN = """
-Also written: `1-E-M[:bias=B,top=ieee|nan|none|merged|fnuz,subnormals=yes|no]`, `intB[:range=full|narrow]`, `uintB`,
-`pow2[:bits=B,max=K]`, `dlfloat16:e0=normal|zero`. Exponent field 0 of DLFloat16 is one more binade (normal, the
-default) or zero.
+Also written: `1-E-M[:bias=B,top=ieee|nan|none|merged|fnuz,subnormals=yes|no]`, `intB[:range=full|narrow]`,
+`uintB[:zero=Z]` (affine: code q stands for q - Z), `pow2[:bits=B,max=K]`, `dlfloat16:e0=normal|zero`. Exponent
+field 0 of DLFloat16 is one more binade (normal, the default) or zero.
 
 Specials: `Inf, NaN`: the top exponent, as in IEEE 754. `NaN`: the all-ones code, of either sign. `one NaN/Inf`: the
 same code for both. `NaN, no -0`: the code of -0 is NaN. Every format saturates unless `overflow="ieee"` is asked for;

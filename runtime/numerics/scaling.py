@@ -37,7 +37,7 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     if not x.is_floating_point():
         raise FormatError("a scale is computed from real numbers", expected="a floating-point tensor", got=str(x.dtype))
     if spec.is_block:
-        return 1.0 / two_level_divisor(block_lanes(x, spec.along), get_block_format(spec.format).block)
+        return 1.0 / two_level_divisor(x, spec.along, get_block_format(spec.format).block)
     assert spec.scale is not None
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
     is_compiling = torch.compiler.is_compiling()  # then operations that fuse
@@ -52,6 +52,27 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
         scale = power_of_two((exponent - (fraction == 0.5).int()).clamp(-126, 127))
     scale = scale.clamp(MIN_SCALE, MAX_SCALE).float()
     return torch.where(torch.isfinite(amax) & (amax > 0), scale, torch.ones_like(scale))
+
+
+def affine_of_range(low: float, high: float, bits: int = 8) -> tuple[float, str]:
+    """(scale, format) of the affine quantizer of [low, high], made to hold 0: value = (code - zero) scale, 0 exact.
+
+    scale = (high - low) / (2^bits - 1), zero = round(-low / scale), nearest-even; both ends move by less than a
+    scale / 2, and a range without positive numbers gets one step of them. [0, 0] and a range that is not finite give
+    scale 1. quantize(x, format, scale=scale) is the cast; the format is a row as any other, for policies and GEMMs
+    too.
+    Source: Jacob et al., arXiv 1712.05877, section 2.1 (integer zero point; not a real offset).
+    """
+    if not 2 <= bits <= 16:
+        raise FormatError(
+            "an affine quantizer has a code for 0 and one on each side", expected="2 to 16 bits", got=str(bits)
+        )
+    low, high, steps = min(low, 0.0), max(high, 0.0), 2**bits - 1
+    scale = max((high - low) / steps, -low / (steps - 1))
+    if not 0 < scale < MAX_SCALE:
+        return 1.0, f"uint{bits}"
+    zero = min(round(-low / scale), steps - 1)
+    return scale, f"uint{bits}:zero={zero}" if zero else f"uint{bits}"
 
 
 def expand_scale(scale: Tensor, x_shape: torch.Size, spec: QuantSpec) -> Tensor:
@@ -78,12 +99,12 @@ def from_lanes(lanes: Tensor, x_shape: torch.Size, along: Along | None) -> Tenso
     return lanes.transpose(-1, -2) if along == "batched-column" else lanes.t().view(x_shape)
 
 
-def two_level_divisor(x: Tensor, block: int) -> Tensor:
-    """S of nvfp4, fp32, (): by what every value is divided; blocks along the last dim with NaN or Inf left out."""
-    fast = fast_divisor(x)
+def two_level_divisor(x: Tensor, along: Along | None, block: int) -> Tensor:
+    """S of nvfp4, fp32, (): by what every value is divided; blocks with NaN or Inf left out."""
+    fast = fast_divisor(x.reshape(matrix_shape(x.shape)) if along == "column" else x, along not in (None, "row"))
     if fast is not None:
         return fast
-    amax = group_amax(x.float(), ScaleSpec("block", block=(1, block)))
+    amax = group_amax(block_lanes(x, along).float(), ScaleSpec("block", block=(1, block)))
     finite = torch.where(amax.isfinite(), amax, 0.0)
     return divisor_of_amax(finite.amax() if finite.numel() else finite.new_zeros(()))
 

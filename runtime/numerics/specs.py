@@ -168,8 +168,8 @@ class AccumulateSpec:
         if isinstance(row, IntFormat):
             if self.rounding is not None:
                 raise FormatError("integers add exactly", got=f"rounding {self.rounding}", hint="no rounding")
-            if row.bits > 32:
-                raise FormatError(f"{self.format} is no accumulator here", expected="at most 32 bits")
+            if row.bits > 32 or row.zero:
+                raise FormatError(f"{self.format} is no accumulator here", expected="at most 32 bits and no zero point")
             return
         if self.overflow != "saturate":
             raise FormatError(f"{self.format} saturates", got=f"overflow {self.overflow}", hint="an integer format")

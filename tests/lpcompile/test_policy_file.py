@@ -12,7 +12,7 @@ from lpcompile.errors import LpError, NotSupported, ParseError, PolicyError
 from lpcompile.policy import Policy
 from lpcompile.policy_file import load_policy, policy_schema, shipped_policies
 from lpcompile.policy_rules import Site
-from runtime.numerics.formats import FORMATS
+from runtime.numerics.formats import BLOCK_NAMES, FORMATS
 
 SITES = [
     Site("stem", "conv2d", 0, 3, 64, 27),
@@ -21,6 +21,7 @@ SITES = [
     Site("attn", "matmul", None, 3, None, None),
 ]
 ALL_FORMATS = ", ".join(FORMATS)
+NAMES = ", ".join((*FORMATS, *BLOCK_NAMES))
 SHIPPED = "bf16, fp16, fp32, fp32-emulated, fp8-rowwise, hfp8, int8"
 
 
@@ -44,8 +45,8 @@ def fwd(table: str) -> str:
 # Error sentences: text of the file, kind, what `str(error)` is
 
 UNKNOWN_FORMAT = (
-    f'"e4m4" is not a number format. Did you mean "e4m3"? Known: {ALL_FORMATS}. '
-    "Expected a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`."
+    f'"e4m4" is not a number format. Did you mean "e4m3"? Known: {NAMES}. '
+    "Expected a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`."
 )
 WRONG_VALUES = [
     ("rules:\n  - fwd: {x: bf16}\n  - fwd:\n      w: bf16\n      x: e4m4\n", f"5: rules[1].fwd.x: {UNKNOWN_FORMAT}"),
@@ -59,7 +60,9 @@ WRONG_VALUES = [
     ),
     (
         fwd("{x: 1-9-9}"),
-        '3: rules[0].fwd.x: "1-9-9" is not a float format this version has. Expected 2 to 8 exponent bits.',
+        '3: rules[0].fwd.x: "1-9-9" is not a float format this version has. Did you mean "1-8-9"? It is the nearest. '
+        "Expected 2 to 8 exponent bits and 0 to 23 mantissa bits, those of fp32, which carries every value. "
+        "Got 9 and 9.",
     ),
     (
         fwd("{x: {format: e4m3, rounding: stochastc}}"),

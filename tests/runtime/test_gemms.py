@@ -2,6 +2,7 @@
 bit for bit.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,11 +16,12 @@ from runtime.errors import NotSupported
 from runtime.gemms import GemmPlan, cast, parse_geometry, print_geometry, run_gemm
 from runtime.kernels import torch_native
 from runtime.kernels.dispatch import GemmRequest, choose
-from runtime.numerics import quantize
+from runtime.numerics import encode, quantize
 from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale, expand_scale
-from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec, QuantSpec
+from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec, QuantSpec, Rounding
 from runtime.state import RunState
+from tests.runtime.test_matrix_product import exact_sums
 
 _GEOMETRY = ConvGeometry((2, 1), (1, 0), (1, 2), 2)
 _ONE_D = ConvGeometry((1,), (2,), (1,), 1)
@@ -295,3 +297,30 @@ def test_what_a_gemm_gives_may_be_written_in_place(name: str, how: str) -> None:
             y.backward(torch.ones_like(y))
             found.append((y.detach(), x.grad, w.grad))
         assert all(torch.equal(left, right) for left, right in zip(*found))
+
+
+@pytest.mark.parametrize("mode", ["nearest_even", "toward_zero"])
+def test_batched_products_of_activations_add_as_told_in_every_role(mode: Rounding) -> None:
+    """Attention's kind of product, FWD, BWD and GRAD, each matrix of the batch against sums of fractions."""
+    how = AccumulateSpec("1-6-9", 3, mode)
+    pairs = (("e4m3", "e4m3"), ("e5m2", "e4m3"), ("e5m2", "e4m3"))
+    layer = LayerSpec(*(GemmSpec(QuantSpec(lhs), QuantSpec(rhs), how) for lhs, rhs in pairs))
+    results, (x, w, _, dy), _ = _run("matmul", layer)
+    a, b, d = quantize(x, "e4m3"), quantize(w, "e4m3"), quantize(dy, "e5m2")
+    for batch in itertools.product(range(2), range(3)):
+        assert torch.equal(results["y"][batch], exact_sums(a[batch], b[batch], how))
+        assert torch.equal(results["dx"][batch], exact_sums(d[batch], b[batch].mT, how))
+        assert torch.equal(results["dw"][batch], exact_sums(a[batch].mT, d[batch], how))
+
+
+@pytest.mark.parametrize(("accumulate", "fidelity"), [("fp32", "format-exact"), ("int32", "emulated")])
+def test_affine_operands_need_no_correction(accumulate: str, fidelity: str) -> None:
+    """uint8 with a zero point times int8: the grid values are code - zero, whole numbers that bf16 holds."""
+    spec = _spec("uint8:zero=2", "int8", accumulate)
+    layer = LayerSpec(spec, _spec("fp32", "fp32"), _spec("fp32", "fp32"))
+    assert choose(GemmRequest("linear", "fwd", spec)).fidelity == fidelity
+    results, (x, w, b, _), _ = _run("linear", layer)
+    codes = encode(x, "uint8:zero=2").long() - 2
+    assert int(codes.min()) < 0
+    sums = (codes.reshape(-1, 16) @ quantize(w, "int8").long().t()).float().view(3, 5, 7)
+    assert torch.allclose(results["y"] - b.detach(), sums, rtol=0, atol=1e-5)  # a bias is added somewhere

@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime import gemm
 from runtime.errors import FormatError
 from runtime.kernels import reference
 from runtime.kernels.reference import RandomKey
-from runtime.numerics import quantize
+from runtime.numerics import encode, quantize
 from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.random import random_bits
-from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec
+from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec
 
 OPERANDS = [("e4m3", "e5m2"), ("dlfloat16", "hfp8-143"), ("bf16", "int8"), ("fp32", "fp16")]
 ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "tf32", "fp32"]
@@ -62,7 +63,7 @@ class _Draws:
         return Fraction(half >> (16 - self.digits), 2**self.digits)
 
 
-def _oracle(a: Tensor, b: Tensor, how: AccumulateSpec, seed: int = 0, step: int = 0) -> Tensor:
+def exact_sums(a: Tensor, b: Tensor, how: AccumulateSpec, seed: int = 0, step: int = 0) -> Tensor:
     """One matrix product; a and b hold grid values."""
     row, fp32 = get_format(how.format), get_format("fp32")
     assert isinstance(row, FloatFormat)
@@ -105,7 +106,7 @@ def test_every_add_is_rounded_once(mode: str, accumulate: str) -> None:
             how = AccumulateSpec(accumulate, chunk, mode, product, model)  # type: ignore[arg-type]
             a, b = _values(m, k, 3.0, k), _values(k, n, 0.1, n)
             result = gemm(a, b, a_format=lhs, b_format=rhs, accumulate=how, seed=2**40 + 1, step=5)
-            expected = _oracle(quantize(a, lhs), quantize(b, rhs), how, 2**40 + 1, 5)
+            expected = exact_sums(quantize(a, lhs), quantize(b, rhs), how, 2**40 + 1, 5)
             assert torch.equal(result, expected), (lhs, rhs, how, m, k, n)
 
 
@@ -122,7 +123,7 @@ def test_any_shape_and_size(accumulate: str, mode: str, k: int, chunk: int | Non
     a, b = quantize(_values(2, k, size, k), "e4m3"), quantize(_values(k, 3, 1.0, 7), "e5m2")
     how = AccumulateSpec(accumulate, chunk, mode)  # type: ignore[arg-type]
     result = gemm(a, b, a_format="e4m3", b_format="e5m2", accumulate=how, seed=seed)
-    assert torch.equal(result, _oracle(a, b, how, seed))
+    assert torch.equal(result, exact_sums(a, b, how, seed))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +224,16 @@ def test_integers_saturate_and_wrap(overflow: str, bits: int) -> None:
         assert torch.equal(result, _integers(a, b, how, bits)), how
 
 
+def test_affine_operands_are_their_integers() -> None:
+    """uint8 with a zero point, times int8: no correction term is left over, in int32 as in fp32 sums."""
+    x, w = torch.randn(5, 70) * 40, torch.randn(70, 6) * 40
+    codes, zero = encode(x, "uint8:zero=100").long(), 100
+    expected = (codes - zero) @ quantize(w, "int8").long()
+    for accumulate in ("int32", "fp32"):
+        result = gemm(x, w, a_format="uint8:zero=100", b_format="int8", accumulate=accumulate)
+        assert torch.equal(result, expected.float()), accumulate
+
+
 def test_int32_ends() -> None:
     ones = torch.full((1, 4), 32767.0)
     saturated, wrapped = (
@@ -261,3 +272,89 @@ def test_accumulator_prints_and_parses(text: str) -> None:
 
 def test_naming_the_default_rounding_changes_nothing() -> None:
     assert AccumulateSpec("dlfloat16", rounding="nearest_away") == AccumulateSpec.parse("dlfloat16")
+
+
+class Product(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        how = {"a_format": "e4m3", "b_format": "mxfp8", "accumulate": "1-6-9/4 stochastic"}
+        return gemm(a * 2, b, seed=2**63 + 5, step=3, **how) + 1  # type: ignore[arg-type]
+
+
+def test_it_is_one_node_of_fx_export_and_compiled_code() -> None:
+    a, b, other = torch.randn(2, 5, 40), torch.randn(40, 3), torch.randn(2, 5, 40)
+    expected = Product()(other, b)
+    graph = make_fx(Product(), tracing_mode="fake")(a, b)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.lp.matrix_product.default) == 1
+    assert torch.equal(graph(other, b), expected)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Product(), (a, b), strict=strict).module()(other, b), expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(Product(), fullgraph=True)(other, b), expected)
+
+
+def test_the_op_has_a_straight_through_gradient_and_gemm_has_none() -> None:
+    a, b = torch.randn(2, 1, 4, 40, requires_grad=True), torch.randn(3, 40, 5, requires_grad=True)
+    assert not gemm(a, b, a_format="e4m3").requires_grad
+    spec = str(GemmSpec(QuantSpec("e4m3"), QuantSpec("mxfp4", along="column"), AccumulateSpec("1-6-9", 8)))
+    y = torch.ops.lp.matrix_product(a, b, spec, 0, 0)
+    dy = torch.randn(2, 3, 4, 5)
+    da, db = torch.autograd.grad(y, (a, b), dy)
+    left = quantize(a.detach(), "e4m3").requires_grad_()
+    right = quantize(b.detach().mT, "mxfp4").mT.requires_grad_()
+    want = torch.autograd.grad(left.double() @ right.double(), (left, right), dy.double())
+    assert torch.allclose(da, want[0], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(db, want[1], rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(torch.ops.lp.matrix_product.default, (a, b, spec, 0, 0))
+
+
+PLAIN = ["e4m3", "e5m2", "hfp8-143", "e2m1", "dlfloat16", "bf16", "fp16", "tf32", "int8", "uint8:zero=9", "nf4",
+         "mxfp8", "fp4-radix4", "int1", "fp32", "nvfp4"]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(PLAIN), st.sampled_from(PLAIN), st.sampled_from(ACCUMULATORS), st.sampled_from(ROUNDINGS),
+    st.sampled_from(PRODUCTS), st.sampled_from(ACCUMULATE_MODELS), st.integers(0, 9), st.integers(1, 5) | st.none(),
+    st.sampled_from([2.0**-14, 1.0, 300.0]),
+)  # fmt: skip
+def test_any_pair_of_operands_in_any_way_to_add(  # type: ignore[no-untyped-def]
+    lhs, rhs, accumulate, mode, product, model, k, chunk, size
+) -> None:
+    a, b = _values(2, k, size, k), _values(k, 2, 1.0, k + 1)
+    how = AccumulateSpec(accumulate, chunk, mode, product, model)
+    result = gemm(a, b, a_format=lhs, b_format=rhs, accumulate=how, seed=k)
+    left, right = quantize(a, lhs), quantize(b.mT, rhs).mT
+    assert torch.equal(result, exact_sums(left, right, how, k))
+
+
+@pytest.mark.parametrize("accumulate", ["1-6-9", "dlfloat16", "bf16"])
+@pytest.mark.parametrize("mode", ["nearest_even", "nearest_away", "toward_zero"])
+def test_a_chunk_of_all_is_none_and_of_one_rounds_every_product(mode: str, accumulate: str) -> None:
+    """Algorithm notes 12.10. Chunk 1 is Q(c + Q(a b)): the plain sum of rounded products."""
+    a, b = _values(4, 60, 3.0, 1), _values(60, 5, 0.1, 2)
+
+    def run(chunk: int | None, product: str = "fma") -> Tensor:
+        how = AccumulateSpec(accumulate, chunk, mode, product)  # type: ignore[arg-type]
+        return gemm(a, b, a_format="e4m3", b_format="e5m2", accumulate=how)
+
+    assert torch.equal(run(60), run(None))
+    assert torch.equal(run(1000), run(None))
+    assert torch.equal(run(1), run(None, "rounded"))
+    exact = quantize(a, "e4m3").double() @ quantize(b, "e5m2").double()
+    single = gemm(a, b, a_format="e4m3", b_format="e5m2")
+    assert torch.allclose(single.double(), exact, rtol=0, atol=59 * 2.0**-24 * float((a.abs() @ b.abs()).max()) * 1.2)
+
+
+def test_dlfloat_counts_exactly_to_1024() -> None:
+    """Algorithm notes 12.11 and A3: integers add and multiply exactly up to 2^10; 1024 + 1 is 1026, by ties away."""
+    small = torch.arange(33.0)
+    products = gemm(small[:, None], small[None], a_format="dlfloat16", b_format="dlfloat16", accumulate="dlfloat16")
+    assert torch.equal(products, torch.outer(small, small))
+    ones = torch.ones(1, 1500)
+
+    def total(n: int, accumulate: str = "dlfloat16", **options: int) -> float:
+        return gemm(ones[:, :n], ones[:, :n].mT, accumulate=accumulate, a_format="dlfloat16", **options).item()
+
+    assert [total(n) for n in (1, 1000, 1024, 1025, 1500)] == [1, 1000, 1024, 1026, 1976]
+    assert total(1500, "1-6-9") == 1024  # ties to even stay
+    assert total(1500, "1-6-9", chunk=64) == 1500

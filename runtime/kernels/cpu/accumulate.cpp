@@ -33,6 +33,8 @@
 #include <limits>
 #include <vector>
 
+#include "philox.h"
+
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 
 namespace {
@@ -51,12 +53,6 @@ inline __m512 with_sign(__m512 size, __m512 sign) {  // bitwise: sign ? sign : s
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(size), _mm512_castps_si512(sign),
                                                        _mm512_set1_epi32(int(0x80000000u)), 0xd8));
 }
-
-// Mirrors RandomPlan of cast.cpp.
-struct RandomPlan {
-  uint32_t key[2], high, step, stream;
-  int64_t offset;
-};
 
 // How to sum; mirrors How of accumulate.py. scale: the power of two of `scaled`, 0 for `direct`, -1 for `odd`. no_underflow: no
 // sum but 0 lies below the constant precision. is_general: what follows holds, and is not the default. digits: b, 0 if not
@@ -157,40 +153,12 @@ struct Words {
   __m512i word[4];
 };
 
-// The high half of each 64-bit lane in its low half. A shuffle, since shifts wait for the port of the multiplications.
-inline __m512i high_half(__m512i x) { return _mm512_shuffle_epi32(x, _MM_PERM_DDBB); }
-
-// Philox4x32-10 (runtime/numerics/random.py) of the counters first ... first + 15. The words of 8 counters lie in the low
-// halves of 64-bit lanes, where the multiplier reads them; what is in the high halves does not matter until the end.
-inline Words philox(const RandomPlan& plan, int64_t first) {
-  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+// The words of the counters first ... first + 15.
+inline Words philox_words(const RandomPlan& plan, int64_t first) {
   const __m512i even = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
-  uint32_t k0 = plan.key[0], k1 = plan.key[1];
+  const __m512i n[2] = {even, _mm512_add_epi64(even, _mm512_set1_epi64(1))};
   __m512i c[2][4];
-  // the first round: step and stream are the same for all counters
-  const uint64_t p1 = uint64_t(plan.step) * 0xCD9E8D57u;
-  for (int h = 0; h < 2; ++h) {
-    const __m512i counter = _mm512_add_epi64(even, _mm512_set1_epi64(h)), p0 = _mm512_mul_epu32(counter, m0);
-    const __m512i above = _mm512_add_epi32(high_half(counter), _mm512_set1_epi64(plan.high));
-    c[h][0] = _mm512_xor_si512(above, _mm512_set1_epi64(uint32_t(p1 >> 32) ^ k0));
-    c[h][1] = _mm512_set1_epi64(uint32_t(p1));
-    c[h][2] = _mm512_xor_si512(high_half(p0), _mm512_set1_epi64(plan.stream ^ k1));
-    c[h][3] = p0;
-  }
-#pragma GCC unroll 9
-  for (int round = 1; round < 10; ++round) {
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m512i p0 = _mm512_mul_epu32(c[h][0], m0), p1 = _mm512_mul_epu32(c[h][2], m1);
-      c[h][0] = _mm512_ternarylogic_epi64(high_half(p1), c[h][1], key0, 0x96);
-      c[h][1] = p1;
-      c[h][2] = _mm512_ternarylogic_epi64(high_half(p0), c[h][3], key1, 0x96);
-      c[h][3] = p0;
-    }
-  }
+  philox_rounds<2>(plan, n, c);
   Words words;
   for (int w = 0; w < 4; ++w)  // the low halves of the odd counters go into the high halves
     words.word[w] = _mm512_mask_shuffle_epi32(c[0][w], 0xaaaa, c[1][w], _MM_PERM_CCAA);
@@ -209,7 +177,7 @@ class Draws {
       group_ = number / 8;
       for (int r = 0; r < rows; ++r)
         for (int h = 0; h < 2; ++h)
-          words_[r][h] = philox(how_.random, group_ * how_.num_elements + element_ + r * row_stride_ + 16 * h);
+          words_[r][h] = philox_words(how_.random, group_ * how_.num_elements + element_ + r * row_stride_ + 16 * h);
     }
     word_ = int(number % 8) / 2;
     is_upper_ = number % 2;
@@ -263,12 +231,18 @@ inline __m512 accumulate(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
   return round_on<path>(is_odd ? add_to_odd(part, _mm512_mul_ps(a, b)) : _mm512_fmadd_ps(a, b, part), p);
 }
 
+// The product is rounded as well. It is on the accumulator's grid then, and its sum with what is on that grid, direct.
+template <Path path>
+inline __m512 accumulate_rounded(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
+  return round_on<path>(_mm512_add_ps(part, round_on<path>(_mm512_mul_ps(a, b), p)), p);
+}
+
 template <Path path>
 inline __m512 add_chunk(__m512 total, __m512 part, const CastPlan& p) {
   return round_on<path>(add_to_odd(total, part), p);
 }
 
-template <Path path>
+template <Path path, bool RoundedProduct>
 void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chunk, const CastPlan& p, __m512 total[kRows][2]) {
   const bool is_one_chunk = num_k <= chunk;
   for (int64_t start = 0; start < num_k; start += chunk) {
@@ -280,8 +254,8 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const __m512 x = _mm512_set1_ps(a[k * kRows + r]);
-        part[r][0] = accumulate<path>(part[r][0], x, left, p);
-        part[r][1] = accumulate<path>(part[r][1], x, right, p);
+        part[r][0] = RoundedProduct ? accumulate_rounded<path>(part[r][0], x, left, p) : accumulate<path>(part[r][0], x, left, p);
+        part[r][1] = RoundedProduct ? accumulate_rounded<path>(part[r][1], x, right, p) : accumulate<path>(part[r][1], x, right, p);
       }
     }
     for (int r = 0; r < kRows; ++r)
@@ -290,12 +264,19 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
   }
 }
 
-using MultiplyPanels = decltype(&multiply_panels<Path::kDirect>);
+using MultiplyPanels = decltype(&multiply_panels<Path::kDirect, false>);
 
-MultiplyPanels panels_of(float scale, bool is_clear, bool is_even) {
-  if (is_clear && scale < 0) return is_even ? multiply_panels<Path::kClearOddEven> : multiply_panels<Path::kClearOddAway>;
-  if (is_clear) return is_even ? multiply_panels<Path::kClearEven> : multiply_panels<Path::kClearAway>;
-  return scale > 0 ? multiply_panels<Path::kScaled> : scale == 0 ? multiply_panels<Path::kDirect> : multiply_panels<Path::kOdd>;
+MultiplyPanels panels_of(const How& how, bool is_clear, bool is_even) {
+  if (how.is_rounded_product) {  // direct
+    if (!is_clear) return multiply_panels<Path::kDirect, true>;
+    return is_even ? multiply_panels<Path::kClearEven, true> : multiply_panels<Path::kClearAway, true>;
+  }
+  if (is_clear && how.scale < 0)
+    return is_even ? multiply_panels<Path::kClearOddEven, false> : multiply_panels<Path::kClearOddAway, false>;
+  if (is_clear) return is_even ? multiply_panels<Path::kClearEven, false> : multiply_panels<Path::kClearAway, false>;
+  return how.scale > 0    ? multiply_panels<Path::kScaled, false>
+         : how.scale == 0 ? multiply_panels<Path::kDirect, false>
+                          : multiply_panels<Path::kOdd, false>;
 }
 
 constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
@@ -442,7 +423,7 @@ void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64
       general_of(how, is_clear)(panel_a, panel_b, k, chunk, *plan, how, how.first_element + i * kRows * n + j * kColumns, n,
                                 int(rows), total);
     else
-      panels_of(how.scale, is_clear, plan->odd_mask != 0)(panel_a, panel_b, k, chunk, used, total);
+      panels_of(how, is_clear, plan->odd_mask != 0)(panel_a, panel_b, k, chunk, used, total);
     const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
     const __mmask16 right = columns > 16 ? __mmask16((1u << (columns - 16)) - 1) : __mmask16(0);
     for (int64_t r = 0; r < rows; ++r) {

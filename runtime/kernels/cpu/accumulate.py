@@ -6,6 +6,7 @@ s the significant bits of a product (those of the operands, added) and m the fra
     exact products   s <= 24, and the smallest product is no fp32 underflow
     direct           nearest rounding and s <= min(22 - m, m + 1): then rounding the fp32 sum is rounding the exact sum
     scaled           direct, for an accumulator with subnormals whose exponents fit below those of fp32
+    rounded product  nearest rounding and m <= 10: a product rounded by Q has m + 1 bits, so its sum is direct
     odd              m <= 21: the fp32 sum is rounded to odd first
     no underflow     the smallest product is a multiple of the accumulator's quantum: sums need no care for being small,
                      and where the largest |a| and |b| of a tile say that none saturates either, Q is two operations
@@ -99,7 +100,8 @@ def is_direct(spec: GemmSpec) -> bool:
     row = get_format(spec.accumulate)
     assert isinstance(row, FloatFormat)
     nearest = spec.accumulator.mode in ("nearest_even", "nearest_away")
-    return nearest and _product_bits(spec) <= min(22 - row.mantissa, row.mantissa + 1)
+    bits = row.mantissa + 1 if spec.accumulator.product == "rounded" else _product_bits(spec)
+    return nearest and bits <= min(22 - row.mantissa, row.mantissa + 1)
 
 
 def never_underflows(spec: GemmSpec) -> bool:
@@ -119,7 +121,7 @@ def path_scale(spec: GemmSpec) -> float:
     assert isinstance(row, FloatFormat)
     if not is_direct(spec):
         return -1.0
-    if never_underflows(spec) or _is_general(spec):
+    if never_underflows(spec) or _is_general(spec) or spec.accumulator.product == "rounded":
         return 0.0
     scale = 2.0 ** (-126 - row.emin)
     fits = row.subnormals and row.emin > -126 and _smallest_product(spec) * scale >= 2.0**-149
@@ -130,7 +132,8 @@ def path_scale(spec: GemmSpec) -> float:
 def _is_general(spec: GemmSpec) -> bool:
     """Whether accumulate.cpp shall not run its default loop."""
     how = spec.accumulator
-    return how.mode not in ("nearest_even", "nearest_away") or how.product != "fma" or how.model != "per_mac"
+    is_nearest, is_fused = how.mode in ("nearest_even", "nearest_away"), how.product == "fma"
+    return not is_nearest or how.model != "per_mac" or not (is_fused or is_direct(spec))
 
 
 def _how(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) -> How:

@@ -30,6 +30,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "philox.h"
+
 namespace {
 
 // Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/numerics/cast_plans.py fills it
@@ -52,10 +54,10 @@ struct CastPlan {
 // Mirrors TablePlan: the table continued by one value past each end, so that overflow is judged after rounding.
 struct TablePlan {
   int64_t count;       // of values; there are count - 1 thresholds
-  float values[40];
+  float values[64];  // the last is repeated to the end, which starts at Inf
   // starts[i]: the least y that values[i] is chosen for; starts[0] is not read. stochastic: starts[i] = values[i], and
   // chance decides between values[i] and values[i + 1].
-  float starts[40];
+  float starts[64];
   float max, min, zero;
 };
 
@@ -68,12 +70,6 @@ struct BlockPlan {
   float unit;        // what an element of 1 stands for
   int bf16_from;     // smallest k at which every element times 2^k is a bf16
   CastPlan element, scale;
-};
-
-struct RandomPlan {
-  uint32_t key[2];
-  uint32_t high, step, stream;  // counter words 1 (to which the high half of the counter is added), 2 and 3
-  int64_t offset;
 };
 
 inline uint32_t bits_of(float v) {
@@ -108,44 +104,38 @@ struct Fp16 {
   }
 };
 
-// Philox4x32-10 (Salmon et al., SC 2011): words [4 first, 4 (first + count)) of the stream; see runtime/numerics/random.py.
-void philox(const RandomPlan& plan, int64_t first, int64_t count, uint32_t* __restrict words) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint64_t n = uint64_t(first + i);
-    uint32_t c0 = uint32_t(n), c1 = uint32_t(n >> 32) + plan.high, c2 = plan.step, c3 = plan.stream;
-    uint32_t k0 = plan.key[0], k1 = plan.key[1];
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
-      c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-      c1 = uint32_t(p1);
-      c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-      c3 = uint32_t(p0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    words[4 * i] = c0;
-    words[4 * i + 1] = c1;
-    words[4 * i + 2] = c2;
-    words[4 * i + 3] = c3;
-  }
+// How a value is rounded: kFixed as the plan says; by chance in fp32, where the spacing of the low half is a power of two
+// that has an inverse; by chance in double, in every other format.
+enum Chance { kFixed, kSingle, kDouble };
+
+inline Chance chance_of(const CastPlan& p, bool is_stochastic) {
+  if (!is_stochastic) return kFixed;
+  const bool is_power = (bits_of(p.spacing) & 0x7fffffu) == 0;
+  return is_power && p.spacing >= 0x1p-126f ? kSingle : kDouble;
 }
 
-// y rounded by `p`, not saturated; NaN for NaN. word: 32 random bits, if Stochastic. spacing: p.spacing as a double.
-template <bool Stochastic>
-inline float rounded(const CastPlan& p, double spacing, float y, uint32_t word) {
+// y rounded by `p`, not saturated; NaN for NaN. word: 32 random bits, unless kFixed. In the low half of kSingle t = a /
+// spacing and what is behind its point are exact, and up is rest >= 1 - word 2^-32, that is, floor(rest 2^32) + word
+// reaches 2^32.
+template <Chance C>
+inline float rounded(const CastPlan& p, float y, uint32_t word) {
   const uint32_t bits = bits_of(y), magnitude = bits & 0x7fffffffu;
   const float a = float_of(magnitude);
   float upper, lower;
-  if (Stochastic) {
-    upper = float_of((magnitude + uint32_t(uint64_t(word) >> (32 - p.shift))) & p.keep_mask);
-    const double t = std::min(a, p.low) / spacing, below = std::floor(t);
-    lower = float((below + (t - below >= 1.0 - word * 0x1p-32 ? 1.0 : 0.0)) * spacing);
-  } else {
+  if (C == kFixed) {
     upper = float_of((magnitude + p.round_bias + ((magnitude >> p.shift) & p.odd_mask)) & p.keep_mask);
     const float nearest = (a + p.magic) - p.magic, d = a - nearest;
     lower = nearest + (d >= p.up_at ? p.spacing : 0.0f) - (d < p.down_below ? p.spacing : 0.0f);
+  } else {
+    upper = float_of((magnitude + (word >> 1 >> (31 - p.shift))) & p.keep_mask);
+    if (C == kSingle) {
+      const float t = (a < p.low ? a : p.low) * (1.0f / p.spacing), below = std::floor(t);
+      const uint32_t rest = uint32_t((t - below) * 0x1p32f);
+      lower = (below + (rest + word < word ? 1.0f : 0.0f)) * p.spacing;
+    } else {
+      const double spacing = p.spacing, t = std::min(a, p.low) / spacing, below = std::floor(t);
+      lower = float((below + (t - below >= 1.0 - word * 0x1p-32 ? 1.0 : 0.0)) * spacing);
+    }
   }
   const float q = a < p.low ? lower : upper;
   return y != y ? y : float_of(bits_of(q) | (bits & 0x80000000u));
@@ -180,74 +170,125 @@ void narrow(const float* __restrict from, void* to, int64_t at, int64_t count, i
   }
 }
 
-// One run of elements that shares a scale (Step 0) or has one each (Step 1). True if a value lay out of range, or a NaN.
-template <class In, bool Scaled, int Step, bool Stochastic>
-bool cast_run(const CastPlan& plan, const typename In::Storage* __restrict x, float* __restrict out, int64_t count,
-              const float* __restrict scale, const uint32_t* __restrict words) {
+// x and out may be the same memory: element i is read before it is written, and no loop looks at another one.
+//
+// One run of elements that shares a scale (Step 0) or has one each (Step 1); `back`: whether its values are multiplied by
+// it at the end. True if a value lay out of range, or a NaN.
+template <class In, bool Scaled, int Step, Chance C>
+bool cast_run(const CastPlan& plan, const typename In::Storage* x, float* out, int64_t count,
+              const float* __restrict scale, bool back, const uint32_t* __restrict words) {
   const CastPlan p = plan;
-  const double spacing = p.spacing;
+  const uint32_t taken = back ? 0xffffffffu : 0u, one = ~taken & bits_of(1.0f);
   uint32_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < count; ++i) {
-    const float value = In::load(x[i]);
-    const float y = Scaled ? value / scale[Step * i] : value;
-    const float q = rounded<Stochastic>(p, spacing, y, Stochastic ? words[i] : 0);
+    const float value = In::load(x[i]), s = Scaled ? scale[Step * i] : 1.0f;
+    const float q = rounded<C>(p, Scaled ? value / s : value, C != kFixed ? words[i] : 0);
     beyond |= is_beyond(q, p.min, p.max);
-    out[i] = saturated(q, p.min, p.max) + p.zero;
+    const float kept = saturated(q, p.min, p.max) + p.zero;
+    out[i] = Scaled ? kept * float_of((bits_of(s) & taken) | one) : kept;  // a branch here would end the vectors
   }
   return beyond != 0;
 }
 
-// The same on a table.
-template <class In, bool Scaled, int Step, bool Stochastic>
-bool cast_run(const TablePlan& plan, const typename In::Storage* __restrict x, float* __restrict out, int64_t count,
-              const float* __restrict scale, const uint32_t* __restrict words) {
+// q: the value of the last start that y has reached, above: the one after it, of sixteen y. By bisection in registers with
+// AVX-512, else one comparison per start; NaN has reached none.
+inline void look_up(const TablePlan& plan, const float* y, float* q, float* above) {
+#ifdef __AVX512F__
+  const auto entry = [](const float* table, __m512i index, bool is_long) {
+    const __m512 low =
+        _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+    if (!is_long) return low;
+    const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), index, _mm512_loadu_ps(table + 48));
+    return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), high);
+  };
+  const bool is_long = plan.count > 32;
+  const __m512 v = _mm512_loadu_ps(y);
+  __m512i index = _mm512_setzero_si512();
+  for (int step = is_long ? 32 : 16; step; step /= 2) {
+    const __m512i further = _mm512_or_si512(index, _mm512_set1_epi32(step));
+    const __mmask16 is_reached = _mm512_cmp_ps_mask(v, entry(plan.starts, further, is_long), _CMP_GE_OQ);
+    index = _mm512_mask_mov_epi32(index, is_reached, further);
+  }
+  _mm512_storeu_ps(q, entry(plan.values, index, is_long));
+  if (above == nullptr) return;
+  const __m512i next = _mm512_min_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(1)), _mm512_set1_epi32(63));
+  _mm512_storeu_ps(above, entry(plan.values, next, is_long));
+#else
+  float behind[16];
+  for (int i = 0; i < 16; ++i) q[i] = plan.values[0], behind[i] = plan.values[1];
+  for (int64_t at = 1; at < plan.count; ++at) {
+    const float start = plan.starts[at], here = plan.values[at], next = plan.values[at + 1];
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) {
+      const bool is_reached = y[i] >= start;
+      q[i] = is_reached ? here : q[i];
+      behind[i] = is_reached ? next : behind[i];
+    }
+  }
+  if (above != nullptr) std::memcpy(above, behind, sizeof(behind));
+#endif
+}
+
+// The same on a table, sixteen elements at a time; what is behind the last element is computed and not kept.
+template <class In, bool Scaled, int Step, Chance C>
+bool cast_run(const TablePlan& plan, const typename In::Storage* x, float* out, int64_t count,
+              const float* __restrict scale, bool back, const uint32_t* __restrict words) {
   constexpr int64_t kLanes = 16;
   uint32_t beyond = 0;
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t lanes = std::min(kLanes, count - first);
-    float y[kLanes] = {}, q[kLanes], above[kLanes];
-    for (int64_t i = 0; i < lanes; ++i) {
-      const float value = In::load(x[first + i]);
-      y[i] = Scaled ? value / scale[Step * (first + i)] : value;
-    }
-    for (int64_t i = 0; i < kLanes; ++i) q[i] = plan.values[0], above[i] = plan.values[1];
-    for (int64_t entry = 1; entry < plan.count; ++entry) {
-      const float start = plan.starts[entry], here = plan.values[entry];
-      const float next = plan.values[std::min(entry + 1, plan.count - 1)];
+    float y[kLanes], factor[kLanes], q[kLanes], above[kLanes];
+    uint32_t word[kLanes];
+    const auto load = [&](int64_t i) {
+      const float value = In::load(x[first + i]), s = Scaled ? scale[Step * (first + i)] : 1.0f;
+      y[i] = Scaled ? value / s : value;
+      factor[i] = back ? s : 1.0f;
+      word[i] = C != kFixed ? words[first + i] : 0;
+    };
+    if (lanes == kLanes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const bool is_reached = y[i] >= start;
-        q[i] = is_reached ? here : q[i];
-        if (Stochastic) above[i] = is_reached ? next : above[i];
-      }
+      for (int64_t i = 0; i < kLanes; ++i) load(i);
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) y[i] = 0.0f, factor[i] = 1.0f, word[i] = 0;
+      for (int64_t i = 0; i < lanes; ++i) load(i);
     }
-    for (int64_t i = 0; i < lanes; ++i) {
-      if (Stochastic && q[i] != above[i]) {
+    look_up(plan, y, q, C != kFixed ? above : nullptr);
+#pragma omp simd reduction(| : beyond)
+    for (int64_t i = 0; i < kLanes; ++i) {
+      float chosen = q[i];
+      if (C != kFixed) {
         const bool mirrored = above[i] <= 0.0f;  // `near` is the smaller in magnitude
         const double near = mirrored ? above[i] : q[i], far = mirrored ? q[i] : above[i];
         const double inside = std::max(double(y[i]), double(plan.values[0]));
-        const bool is_far = std::abs(inside - near) / std::abs(far - near) >= 1.0 - words[first + i] * 0x1p-32;
-        q[i] = float(is_far ? far : near);
+        const bool is_far = std::abs(inside - near) / std::abs(far - near) >= 1.0 - word[i] * 0x1p-32;
+        chosen = q[i] == above[i] ? q[i] : float(is_far ? far : near);
       }
-      const float chosen = y[i] != y[i] ? y[i] : q[i] == 0.0f ? std::copysign(0.0f, y[i]) : q[i];
-      beyond |= is_beyond(chosen, plan.min, plan.max);
-      out[first + i] = saturated(chosen, plan.min, plan.max) + plan.zero;
+      chosen = chosen == 0.0f ? std::copysign(0.0f, y[i]) : chosen;
+      chosen = y[i] != y[i] ? y[i] : chosen;
+      beyond |= i < lanes ? is_beyond(chosen, plan.min, plan.max) : 0;
+      q[i] = (saturated(chosen, plan.min, plan.max) + plan.zero) * factor[i];
+    }
+    if (lanes == kLanes) {
+      std::memcpy(out + first, q, sizeof(q));
+    } else {
+      std::memcpy(out + first, q, size_t(lanes) * sizeof(float));
     }
   }
   return beyond != 0;
 }
 
 constexpr int64_t kRun = 4096;  // elements a run has at most: its random words stay in the first-level cache
+constexpr int64_t kWords = kRun + 136;  // words before and behind those of a run included
 
 // Elements [begin, end) of the flat tensor, cut where the scale changes. Tile (i, j) of the matrix has scale[i tiles + j].
-template <class In, bool Scaled, bool Stochastic, class Plan>
+template <class In, bool Scaled, Chance C, class Plan>
 bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
                 int64_t columns, const float* scale, int64_t tile_rows, int64_t tile_columns,
-                const RandomPlan& random) {
+                bool back, const RandomPlan& random) {
   const int64_t tiles = (columns + tile_columns - 1) / tile_columns;
-  const bool each = Scaled && tile_columns == 1, is_cut = Scaled || Stochastic || type != kFp32;
-  std::vector<uint32_t> buffer(Stochastic ? kRun + 8 : 0);
+  const bool each = Scaled && tile_columns == 1, is_cut = Scaled || C != kFixed || type != kFp32;
+  std::vector<uint32_t> buffer(C != kFixed ? kWords : 0);
   std::vector<float> wide(type == kFp32 ? 0 : kRun);
   bool beyond = false;
   for (int64_t at = begin; at < end;) {
@@ -257,35 +298,49 @@ bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, int 
     const int64_t count = std::min({end - at, tile_end - column, is_cut ? kRun : end - at});
     const float* s = Scaled ? scale + (row / tile_rows) * tiles + tile : nullptr;
     const uint32_t* words = nullptr;
-    if (Stochastic) {
+    if (C != kFixed) {
       const int64_t element = random.offset + at, first = element / 4;
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
       words = buffer.data() + element % 4;
     }
     float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
-    beyond |= each ? cast_run<In, Scaled, 1, Stochastic>(plan, x + at, to, count, s, words)
-                   : cast_run<In, Scaled, 0, Stochastic>(plan, x + at, to, count, s, words);
+    beyond |= each ? cast_run<In, Scaled, 1, C>(plan, x + at, to, count, s, back, words)
+                   : cast_run<In, Scaled, 0, C>(plan, x + at, to, count, s, back, words);
     if (type != kFp32) narrow(to, out, at, count, type);
     at += count;
   }
   return beyond;
 }
 
+template <class In>
+auto range_of(const CastPlan& plan, bool is_scaled, bool is_stochastic) {
+  switch (chance_of(plan, is_stochastic)) {
+    case kFixed: return is_scaled ? cast_range<In, true, kFixed, CastPlan> : cast_range<In, false, kFixed, CastPlan>;
+    case kSingle: return is_scaled ? cast_range<In, true, kSingle, CastPlan> : cast_range<In, false, kSingle, CastPlan>;
+    default: return is_scaled ? cast_range<In, true, kDouble, CastPlan> : cast_range<In, false, kDouble, CastPlan>;
+  }
+}
+
+template <class In>
+auto range_of(const TablePlan&, bool is_scaled, bool is_stochastic) {
+  if (is_stochastic) return is_scaled ? cast_range<In, true, kDouble, TablePlan> : cast_range<In, false, kDouble, TablePlan>;
+  return is_scaled ? cast_range<In, true, kFixed, TablePlan> : cast_range<In, false, kFixed, TablePlan>;
+}
+
 template <class In, class Plan>
 bool cast_all(const Plan& plan, const void* x, void* out, int type, int64_t rows, int64_t columns, const float* scale,
-              int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
+              int64_t tile_rows, int64_t tile_columns, bool back, const RandomPlan* random, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = rows * columns;
   const RandomPlan draw = random ? *random : RandomPlan{};
+  const auto range = range_of<In>(plan, scale != nullptr, random != nullptr);
   int beyond = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : beyond)
   for (int part = 0; part < threads; ++part) {
     // parts begin at multiples of 64 elements, so that no two threads write one cache line
     const int64_t share = (count / threads + 64) & ~int64_t(63);
     const int64_t begin = std::min(count, part * share), end = std::min(count, begin + share);
-    const auto range = random ? (scale ? cast_range<In, true, true, Plan> : cast_range<In, false, true, Plan>)
-                              : (scale ? cast_range<In, true, false, Plan> : cast_range<In, false, false, Plan>);
-    beyond |= range(plan, typed, out, type, begin, end, columns, scale, tile_rows, tile_columns, draw);
+    beyond |= range(plan, typed, out, type, begin, end, columns, scale, tile_rows, tile_columns, back, draw);
   }
   return beyond != 0;
 }
@@ -410,7 +465,7 @@ int scale_blocks(const BlockPlan& p, BlockScales& s, int64_t count, float diviso
 #pragma omp simd reduction(| : said)
     for (int64_t i = 0; i < count; ++i) {
       const bool is_bad = !(s.amax[i] <= greatest);
-      const float scale = saturated(rounded<false>(e4m3, 0, s.amax[i] * up, 0), e4m3.min, e4m3.max);
+      const float scale = saturated(rounded<kFixed>(e4m3, s.amax[i] * up, 0), e4m3.min, e4m3.max);
       s.factor[i] = is_bad ? nan : std::min(1.0f / (scale * down), greatest);
       s.scale[i] = scale;
       said |= is_bad;
@@ -427,19 +482,18 @@ int scale_blocks(const BlockPlan& p, BlockScales& s, int64_t count, float diviso
   return said;
 }
 
-// One block of `count` <= Block elements, with its factor and its scale.
-template <class In, int Block, bool Stochastic>
-inline void cast_block(const BlockPlan& plan, const typename In::Storage* __restrict x, float* __restrict out,
-                       int64_t count, float factor, float scale, float divisor, bool is_divided,
-                       const uint32_t* __restrict words) {
-  const CastPlan& p = plan.element;
-  const double spacing = p.spacing;
+// A run of elements along which a block's factor and scale stay (Step 0) or change with each (Step 1).
+template <class In, int Step, Chance C>
+inline void cast_block(const BlockPlan& plan, const typename In::Storage* x, float* out,
+                       int64_t count, const float* __restrict factor, const float* __restrict scale, float divisor,
+                       bool is_divided, const uint32_t* __restrict words) {
+  const CastPlan p = plan.element;
   const float unit = plan.unit, per_unit = 1.0f / unit;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float y = In::load(x[i]) * factor * per_unit;
-    const float q = rounded<Stochastic>(p, spacing, y, Stochastic ? words[i] : 0);
-    out[i] = (saturated(q, p.min, p.max) + p.zero) * unit * scale;
+    const float y = In::load(x[i]) * factor[Step * i] * per_unit;
+    const float q = rounded<C>(p, y, C != kFixed ? words[i] : 0);
+    out[i] = (saturated(q, p.min, p.max) + p.zero) * unit * scale[Step * i];
   }
   if (is_divided) {
 #pragma omp simd
@@ -447,7 +501,7 @@ inline void cast_block(const BlockPlan& plan, const typename In::Storage* __rest
   }
 }
 
-template <class In, int Block>
+template <class In>
 inline float block_amax(const typename In::Storage* __restrict x, int64_t count) {
   uint32_t top = 0;
 #pragma omp simd reduction(max : top)
@@ -455,12 +509,27 @@ inline float block_amax(const typename In::Storage* __restrict x, int64_t count)
   return float_of(top);
 }
 
-// Blocks [begin, end), counted row by row.
-template <class In, int Block, bool Stochastic>
+// The same over `height` rows, for each of `width` columns.
+template <class In>
+inline void column_amax(const typename In::Storage* __restrict x, int64_t height, int64_t columns, int64_t width,
+                        float* __restrict amax) {
+  std::fill(amax, amax + width, 0.0f);
+  for (int64_t row = 0; row < height; ++row) {
+    const typename In::Storage* __restrict line = x + row * columns;
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) {
+      const uint32_t magnitude = bits_of(In::load(line[j])) & 0x7fffffffu;
+      amax[j] = float_of(std::max(bits_of(amax[j]), magnitude));
+    }
+  }
+}
+
+// Blocks [begin, end) along the columns, counted row by row.
+template <class In, int Block, Chance C>
 int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
                 int64_t columns, float divisor, bool is_divided, const RandomPlan& random) {
   const int64_t blocks = (columns + Block - 1) / Block;
-  std::vector<uint32_t> buffer(Stochastic ? kRun + 8 : 0);
+  std::vector<uint32_t> buffer(C != kFixed ? kWords : 0);
   std::vector<float> wide(type == kFp32 ? 0 : kRun);
   BlockScales s;
   int said = 0;
@@ -469,24 +538,23 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
     const int64_t run = std::min({end - block, blocks - block % blocks, kRun / Block});
     const int64_t count = std::min(run * Block, columns - column);
     const uint32_t* words = nullptr;
-    if (Stochastic) {
+    if (C != kFixed) {
       const int64_t element = random.offset + at, first = element / 4;
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
       words = buffer.data() + element % 4;
     }
     float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
     const int64_t whole = count / Block, rest = count % Block;
-    for (int64_t i = 0; i < whole; ++i) s.amax[i] = block_amax<In, Block>(x + at + i * Block, Block);
-    if (rest) s.amax[whole] = block_amax<In, Block>(x + at + whole * Block, rest);
+    for (int64_t i = 0; i < whole; ++i) s.amax[i] = block_amax<In>(x + at + i * Block, Block);
+    if (rest) s.amax[whole] = block_amax<In>(x + at + whole * Block, rest);
     said |= scale_blocks(plan, s, run, divisor);
     for (int64_t i = 0; i < run; ++i) {
       const int64_t first = i * Block;
+      const auto* from = x + at + first;
       if (i < whole)
-        cast_block<In, Block, Stochastic>(plan, x + at + first, to + first, Block, s.factor[i], s.scale[i], divisor,
-                                          is_divided, words + first);
+        cast_block<In, 0, C>(plan, from, to + first, Block, &s.factor[i], &s.scale[i], divisor, is_divided, words + first);
       else
-        cast_block<In, Block, Stochastic>(plan, x + at + first, to + first, rest, s.factor[i], s.scale[i], divisor,
-                                          is_divided, words + first);
+        cast_block<In, 0, C>(plan, from, to + first, rest, &s.factor[i], &s.scale[i], divisor, is_divided, words + first);
     }
     if (type != kFp32) narrow(to, out, at, count, type);
     block += run;
@@ -494,38 +562,121 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
   return said;
 }
 
-template <class In, int Block>
-int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, int type, int64_t rows, int64_t columns,
-                    float divisor, bool is_divided, const RandomPlan* random, int threads) {
-  const auto* typed = static_cast<const typename In::Storage*>(x);
-  const int64_t count = rows * ((columns + Block - 1) / Block);
-  const RandomPlan draw = random ? *random : RandomPlan{};
+// Random words of a strip of `width` columns, `height` rows: words[i kRunBlocks + j] of row i, column j. A matrix whose
+// blocks lie along its rows draws as if it were transposed: down a column, then down the next, from element `start` on.
+inline void draw_strip(const RandomPlan& random, int64_t start, int64_t rows, int64_t height, int64_t width,
+                       uint32_t* __restrict words, std::vector<uint32_t>& buffer) {
+  start += random.offset;
+#ifdef __AVX512DQ__
+  if (start % 4 == 0 && rows % 4 == 0) {  // then four rows of a column are the four words of one counter
+    const __m512i stride = _mm512_set1_epi64(rows / 4), lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t i = 0; i < height; i += 4)
+      for (int64_t j = 0; j < width; j += 32) {
+        __m512i n[4], c[4][4];
+        for (int g = 0; g < 4; ++g) {
+          const __m512i column = _mm512_add_epi64(lanes, _mm512_set1_epi64(j + 8 * g));
+          n[g] = _mm512_add_epi64(_mm512_mullo_epi64(column, stride), _mm512_set1_epi64((start + i) / 4));
+        }
+        philox_rounds<4>(random, n, c);
+        for (int w = 0; w < 4; ++w)
+          for (int g = 0; g < 4; ++g)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + (i + w) * kRunBlocks + j + 8 * g),
+                                _mm512_cvtepi64_epi32(c[g][w]));
+      }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < width; ++j) {
+    const int64_t element = start + j * rows, first = element / 4;
+    philox(random, first, (element + height + 3) / 4 - first, buffer.data());
+    for (int64_t i = 0; i < height; ++i) words[i * kRunBlocks + j] = buffer[size_t(element % 4 + i)];
+  }
+}
+
+// Blocks along the rows of each [rows, columns] matrix: bands [begin, end) of Block rows, matrix by matrix.
+template <class In, int Block, Chance C>
+int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
+               int64_t rows, int64_t columns, float divisor, bool is_divided, const RandomPlan& random) {
+  const int64_t bands = (rows + Block - 1) / Block;
+  std::vector<uint32_t> buffer(C != kFixed ? kWords : 0), words(C != kFixed ? Block * kRunBlocks : 0);
+  std::vector<float> wide(type == kFp32 ? 0 : kRunBlocks);
+  BlockScales s;
   int said = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
-  for (int part = 0; part < threads; ++part) {
-    const auto some = random ? cast_blocks<In, Block, true> : cast_blocks<In, Block, false>;
-    said |= some(plan, typed, out, type, count * part / threads, count * (part + 1) / threads, columns, divisor,
-                 is_divided, draw);
+  for (int64_t band = begin; band < end; ++band) {
+    const int64_t matrix = band / bands, row = band % bands * Block, height = std::min<int64_t>(Block, rows - row);
+    for (int64_t column = 0; column < columns; column += kRunBlocks) {
+      const int64_t width = std::min(kRunBlocks, columns - column), base = matrix * rows * columns;
+      const auto* from = x + base + row * columns + column;
+      column_amax<In>(from, height, columns, width, s.amax);
+      said |= scale_blocks(plan, s, width, divisor);
+      if (C != kFixed) draw_strip(random, base + column * rows + row, rows, height, width, words.data(), buffer);
+      for (int64_t i = 0; i < height; ++i) {
+        const int64_t at = base + (row + i) * columns + column;
+        float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
+        cast_block<In, 1, C>(plan, x + at, to, width, s.factor, s.scale, divisor, is_divided, words.data() + i * kRunBlocks);
+        if (type != kFp32) narrow(to, out, at, width, type);
+      }
+    }
   }
   return said;
 }
 
+template <class In, int Block, Chance C>
+int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, int type, int64_t matrices, int64_t rows,
+                    int64_t columns, bool is_column, float divisor, bool is_divided, const RandomPlan& random,
+                    int threads) {
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  const int64_t count = is_column ? matrices * ((rows + Block - 1) / Block) : rows * ((columns + Block - 1) / Block);
+  int said = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
+  for (int part = 0; part < threads; ++part) {
+    const int64_t begin = count * part / threads, end = count * (part + 1) / threads;
+    said |= is_column ? cast_bands<In, Block, C>(plan, typed, out, type, begin, end, rows, columns, divisor, is_divided, random)
+                      : cast_blocks<In, Block, C>(plan, typed, out, type, begin, end, columns, divisor, is_divided, random);
+  }
+  return said;
+}
+
+template <class In, int Block>
+int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, int type, int64_t matrices, int64_t rows,
+                    int64_t columns, bool is_column, float divisor, bool is_divided, const RandomPlan* random,
+                    int threads) {
+  const Chance chance = chance_of(plan.element, random != nullptr);
+  const RandomPlan draw = random ? *random : RandomPlan{};
+  const auto cast = chance == kFixed    ? cast_all_blocks<In, Block, kFixed>
+                    : chance == kSingle ? cast_all_blocks<In, Block, kSingle>
+                                        : cast_all_blocks<In, Block, kDouble>;
+  return cast(plan, x, out, type, matrices, rows, columns, is_column, divisor, is_divided, draw, threads);
+}
+
+inline float finite(float amax) { return amax <= std::numeric_limits<float>::max() ? amax : 0.0f; }
+
 // max |x| over the blocks that hold neither NaN nor Inf.
 template <class In, int Block>
-float finite_amax(const void* x, int64_t rows, int64_t columns, int threads) {
+float finite_amax(const void* x, int64_t matrices, int64_t rows, int64_t columns, bool is_column, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
-  uint32_t whole = 0;
+  const int64_t bands = (rows + Block - 1) / Block, items = is_column ? matrices * bands : rows;
+  float whole = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : whole)
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t first = 0; first < columns; first += Block) {
-      const auto* block = typed + row * columns + first;
-      const int64_t count = std::min<int64_t>(Block, columns - first);
-      const float amax = count == Block ? block_amax<In, Block>(block, Block) : block_amax<In, Block>(block, count);
-      const uint32_t top = bits_of(amax);
-      whole = std::max(whole, top < 0x7f800000u ? top : 0u);
+  for (int64_t item = 0; item < items; ++item) {
+    if (!is_column) {
+      for (int64_t first = 0; first < columns; first += Block) {
+        const auto* block = typed + item * columns + first;
+        const int64_t count = std::min<int64_t>(Block, columns - first);
+        whole = std::max(whole, finite(count == Block ? block_amax<In>(block, Block) : block_amax<In>(block, count)));
+      }
+      continue;
+    }
+    const int64_t row = item / bands * rows + item % bands * Block;
+    const int64_t height = std::min<int64_t>(Block, rows - item % bands * Block);
+    float amax[kRunBlocks];
+    for (int64_t column = 0; column < columns; column += kRunBlocks) {
+      const int64_t width = std::min(kRunBlocks, columns - column);
+      column_amax<In>(typed + row * columns + column, height, columns, width, amax);
+      for (int64_t j = 0; j < width; ++j) whole = std::max(whole, finite(amax[j]));
     }
   }
-  return float_of(whole);
+  return whole;
 }
 
 // A fresh block of many megabytes costs more in page faults than in work (4 KiB pages, 50 ms against 8 for 64 MiB):
@@ -543,40 +694,46 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 extern "C" {
 
 // dtype: 0 fp32, 1 bf16, 2 fp16; type of out: these and 3 int8. scale: null, or one fp32 per tile of the [rows, columns]
-// matrix. random: null unless stochastic. Returns 1 if any value rounded out of range or was NaN, else 0.
+// matrix, by which values are multiplied at the end if `back`. random: null unless stochastic. Returns 1 if any value rounded out of range or was NaN, else 0.
 int lp_cast(const CastPlan* plan, const void* x, int dtype, void* out, int type, int64_t rows, int64_t columns,
-            const float* scale, int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
+            const float* scale, int64_t tile_rows, int64_t tile_columns, int back, const RandomPlan* random,
+            int threads) {
   ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
   const auto cast =
       dtype == 0 ? cast_all<Fp32, CastPlan> : dtype == 1 ? cast_all<Bf16, CastPlan> : cast_all<Fp16, CastPlan>;
-  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, random, threads);
+  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
 }
 
 // The same for a table.
 int lp_cast_table(const TablePlan* plan, const void* x, int dtype, void* out, int type, int64_t rows, int64_t columns,
-                  const float* scale, int64_t tile_rows, int64_t tile_columns, const RandomPlan* random, int threads) {
+                  const float* scale, int64_t tile_rows, int64_t tile_columns, int back, const RandomPlan* random,
+            int threads) {
   ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
   const auto cast =
       dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>;
-  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, random, threads);
+  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
 }
 
-// Blocks along the columns, 16 elements each under the rule two_level, else 32. divisor: S of two_level; is_divided:
-// whether values are divided by it. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too fine for bf16.
-int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t rows, int64_t columns,
-                   float divisor, int is_divided, const RandomPlan* random, int threads) {
-  ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
+// Blocks of 16 elements under the rule two_level, else of 32: along the columns of a [rows, columns] matrix, or, if
+// is_column, along the rows of each of `matrices` ones. divisor: S of two_level; is_divided: whether values are divided by
+// it. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too fine for bf16.
+int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t matrices, int64_t rows,
+                   int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, matrices * rows * columns * kOutBytes[type]);
   const bool is_short = plan->rule == 4;
   const auto cast = dtype == 0   ? (is_short ? cast_all_blocks<Fp32, 16> : cast_all_blocks<Fp32, 32>)
                     : dtype == 1 ? (is_short ? cast_all_blocks<Bf16, 16> : cast_all_blocks<Bf16, 32>)
                                  : (is_short ? cast_all_blocks<Fp16, 16> : cast_all_blocks<Fp16, 32>);
-  return cast(*plan, x, out, type, rows, columns, divisor, is_divided != 0, random, threads);
+  if (!is_column) rows *= matrices, matrices = 1;
+  return cast(*plan, x, out, type, matrices, rows, columns, is_column != 0, divisor, is_divided != 0, random, threads);
 }
 
-// max |x| over the blocks of 16 columns that hold neither NaN nor Inf; 0 if there is none.
-float lp_finite_amax(const void* x, int dtype, int64_t rows, int64_t columns, int threads) {
+// max |x| over the blocks of 16 elements, laid as above, that hold neither NaN nor Inf; 0 if there is none.
+float lp_finite_amax(const void* x, int dtype, int64_t matrices, int64_t rows, int64_t columns, int is_column,
+                     int threads) {
   const auto amax = dtype == 0 ? finite_amax<Fp32, 16> : dtype == 1 ? finite_amax<Bf16, 16> : finite_amax<Fp16, 16>;
-  return amax(x, rows, columns, threads);
+  if (!is_column) rows *= matrices, matrices = 1;
+  return amax(x, matrices, rows, columns, is_column != 0, threads);
 }
 
 // out: one fp32 scale per tile of the [rows, columns] matrix, row-major. max: the format's largest value.
@@ -592,7 +749,7 @@ void lp_random_bits(const RandomPlan* plan, int64_t* out, int64_t count, int thr
   const int64_t runs = (count + kRun - 1) / kRun;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<uint32_t> buffer(kRun + 8);
+    std::vector<uint32_t> buffer(kWords);
 #pragma omp for schedule(static)
     for (int64_t run = 0; run < runs; ++run) {
       const int64_t begin = run * kRun, size = std::min(kRun, count - begin);

@@ -28,10 +28,13 @@ def cast_library() -> ctypes.CDLL | None:
         plan, draw = ctypes.POINTER(CastPlan), ctypes.POINTER(RandomPlan)
         shape = [size, size]
         into: list[Any] = [pointer, integer, pointer, integer, *shape]
-        library.lp_cast.argtypes = [plan, *into, pointer, *shape, draw, integer]
-        library.lp_cast_table.argtypes = [ctypes.POINTER(TablePlan), *into, pointer, *shape, draw, integer]
-        library.lp_cast_blocks.argtypes = [ctypes.POINTER(BlockPlan), *into, ctypes.c_float, integer, draw, integer]
-        library.lp_finite_amax.argtypes = [pointer, integer, *shape, integer]
+        rest: list[Any] = [pointer, *shape, integer, draw, integer]
+        library.lp_cast.argtypes = [plan, *into, *rest]
+        library.lp_cast_table.argtypes = [ctypes.POINTER(TablePlan), *into, *rest]
+        library.lp_cast_blocks.argtypes = [
+            ctypes.POINTER(BlockPlan), *into, size, integer, ctypes.c_float, integer, draw, integer
+        ]  # fmt: skip
+        library.lp_finite_amax.argtypes = [pointer, integer, size, *shape, integer, integer]
         library.lp_finite_amax.restype = ctypes.c_float
         library.lp_scale.argtypes = [pointer, integer, pointer, *shape, *shape, ctypes.c_double, integer, integer]
         library.lp_scale.restype = None
@@ -69,7 +72,7 @@ class CastPlan(ctypes.Structure):
     ]
 
 
-MAX_TABLE = 40
+MAX_TABLE = 64
 """Values a table may have, those past its ends counted."""
 
 
@@ -111,3 +114,33 @@ class RandomPlan(ctypes.Structure):
         ("stream", ctypes.c_uint32),
         ("offset", ctypes.c_int64),
     ]
+
+
+def run_cast(
+    plan: CastPlan | TablePlan,
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor | None,
+    tile: tuple[int, int],
+    draw: RandomPlan | None,
+    *,
+    is_multiplied: bool = False,
+) -> bool:
+    """x / scale rounded into `out`, times the scale if `is_multiplied`; whether a value overflowed or was NaN.
+
+    x and out contiguous, of one shape, the same memory or apart; scale: contiguous fp32, one per `tile` of the matrix
+    view, or None. draw: None unless the rounding is stochastic.
+    """
+    library = cast_library()
+    assert library is not None
+    k = x.shape[-1] if x.ndim else 1
+    m, k = (1, x.numel()) if scale is None else (x.numel() // k, k)
+    tile = (m, k) if scale is None else tile
+    run = library.lp_cast if isinstance(plan, CastPlan) else library.lp_cast_table
+    beyond = run(
+        plan,
+        *(x.data_ptr(), DTYPES.index(x.dtype), out.data_ptr(), OUT_DTYPES.index(out.dtype), m, k),
+        *(None if scale is None else scale.data_ptr(), *tile, is_multiplied),
+        *(draw, num_threads(x.numel())),
+    )
+    return bool(beyond)

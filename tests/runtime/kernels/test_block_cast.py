@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
+from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.cpu import block_cast
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.build import load_library
@@ -16,7 +17,8 @@ from runtime.numerics import decode, quantize
 from runtime.numerics.block_casts import encode_blocks, quantize_blocks
 from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat, get_block_format
 from runtime.numerics.cast_plans import block_plan
-from runtime.numerics.specs import ROUNDINGS
+from runtime.numerics.casts import to_grid
+from runtime.numerics.specs import ROUNDINGS, QuantSpec
 
 pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
 RULES = ("floor", "ceil", "rceil", "even")
@@ -124,3 +126,34 @@ def test_a_row_of_ones_own_takes_the_oracle() -> None:
         quantize(x, "mxfp8", "nearest")  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="step does not fit"):
         quantize(x, "mxfp8", "stochastic", step=-1)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4:scale=even", "mxint8:scale=rceil", "nvfp4"])
+def test_blocks_along_columns_equal_the_oracle_on_the_transpose(name: str) -> None:
+    """Ragged bands and strips, any offset of the random words, every dtype in and bf16 out."""
+    for (columns, rows), offset, mode in itertools.product([(300, 113), (75, 113), (5, 36)], (0, 7, 8), ROUNDINGS):
+        draw = {"seed": 3, "step": 2, "stream": 5, "offset": offset}
+        hard = hard_blocks(rows).t()[:, :columns].contiguous() if columns <= 91 else torch.randn(rows, columns)
+        for x in (hard, hard.bfloat16(), hard.half()) if offset == 7 else (hard,):
+            spec = QuantSpec(name, mode, along="column")
+            want = to_grid(x, spec, None, **draw)
+            assert same_bits(fast_to_grid(x, spec, None, **draw), want.contiguous()), (columns, rows, offset, mode)
+    many = torch.randn(3, 2, 50, 40, generator=torch.Generator().manual_seed(1))
+    for along, mode in itertools.product(("column", "batched-column"), ROUNDINGS):
+        spec = QuantSpec(name, mode, along=along)  # type: ignore[arg-type]
+        want = to_grid(many, spec, None, seed=4, offset=4)
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            got = fast_to_grid(many, spec, None, seed=4, offset=4)
+            torch.set_num_threads(before)
+            assert same_bits(got, want.contiguous()), (along, mode)
+        narrow = fast_to_grid(many, spec, None, dtype=torch.bfloat16, seed=4, offset=4)
+        assert torch.equal(narrow.float(), want)
+
+
+def test_a_column_cast_makes_no_copy_of_x() -> None:
+    x = torch.randn(64, 96)
+    assert fast_to_grid(x, QuantSpec("mxfp8", along="column"), None).is_contiguous()
+    for empty in (torch.empty(0, 5), torch.empty(5, 0)):
+        assert fast_to_grid(empty, QuantSpec("mxfp8", along="column"), None).shape == empty.shape

@@ -17,6 +17,7 @@ from runtime.kernels import cast
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cpu import build
 from runtime.kernels.cpu.cast_library import SOURCE, cast_library
+from runtime.numerics import quantize
 from runtime.numerics.cast_plans import cast_plan, table_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FORMATS
@@ -25,7 +26,7 @@ from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
 
 needs_kernel = pytest.mark.skipif(build.load_library(SOURCE) is None, reason="no C++ compiler on this machine")
 WRITTEN = ["1-6-9", "1-5-2:subnormals=no", "1-3-0:top=none", "1-2-3:bias=-3,top=nan", "1-8-22", "1-8-23:subnormals=no"]
-NAMES = [*FORMATS, *WRITTEN, "int5", "int8:range=full", "pow2:bits=6,max=0", "dlfloat16:e0=zero"]
+NAMES = [*FORMATS, *WRITTEN, "int5", "int8:range=full", "uint8:zero=64", "pow2:bits=6,max=0", "dlfloat16:e0=zero"]
 DECLINED = {"e8m0"}
 ROOT = Path(__file__).parents[3]
 
@@ -256,3 +257,63 @@ def test_a_nan_of_any_payload_stays_one(name: str, dtype: torch.dtype) -> None:
     x = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).view(torch.float32)
     assert bool(x.isnan().all())
     assert bool(fast_to_grid(x, QuantSpec.parse(name), None, dtype=dtype).isnan().all())
+
+
+def casts_of_every_loop() -> list[Tensor]:
+    """A cast through each loop of cast.cpp, for the test below and the process that it starts."""
+    x = torch.cat([hard_values("e4m3"), hard_values("dlfloat16")])[:12000]
+    block, places = x.view(100, 120), itertools.product(("mxfp8", "nvfp4"), ROUNDINGS)
+    names = ("e4m3", "1-6-9", "dlfloat16", "bf16", "nf4", "int8", "fp4-radix4")
+    scalars = [quantize(x, name, mode, seed=3, offset=5) for name in names for mode in ROUNDINGS]
+    return scalars + [
+        fast_to_grid(block, QuantSpec(name, mode, along=along), None, seed=3, offset=offset)
+        for (name, mode), along, offset in itertools.product(places, ("row", "column"), (5, 8))
+    ]
+
+
+@needs_kernel
+def test_a_cpu_without_vectors_gets_the_same_bits(tmp_path: Path) -> None:
+    """The portable path: the same file compiled for what the compiler takes for a default, plain x86-64 say."""
+    code = (
+        "import sys, torch; from runtime.kernels.cpu import build;"
+        "build.FLAGS = tuple(flag for flag in build.FLAGS if flag != '-march=native');"
+        "from tests.runtime.kernels.test_cast import casts_of_every_loop as casts; torch.save(casts(), sys.argv[1])"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    saved = tmp_path / "plain.pt"
+    command = [sys.executable, "-W", "error", "-c", code, str(saved)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
+    assert len(list((tmp_path / "lpcompile").glob("cast-*.so"))) == 1
+    plain, expected = torch.load(saved), casts_of_every_loop()
+    assert len(plain) == len(expected) == 60
+    assert all(map(same_bits, plain, expected))
+
+
+def test_a_machine_without_a_compiler_serves_everything_and_says_once_per_file_what_is_missing(tmp_path: Path) -> None:
+    """A process whose PATH has no compiler and whose cache is empty."""
+    code = (
+        "import sys, torch, warnings\n"
+        "from runtime import gemm\n"
+        "from runtime.numerics import quantize\n"
+        "x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    results = [quantize(x, n, 'stochastic', seed=1) for n in ('e4m3', 'nf4', 'mxfp8') for _ in range(2)]\n"
+        "    for name in ('1-6-9/16', '1-6-9/16 rounded', 'fp32'):\n"
+        "        results.append(gemm(x, x.T, a_format='e4m3', b_format='e5m2', accumulate=name))\n"
+        "torch.save((results, [str(one.message) for one in said]), sys.argv[1])\n"
+    )
+    outcomes = []
+    for number, path in enumerate((os.environ["PATH"], str(tmp_path))):
+        saved = tmp_path / f"{number}.pt"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path)} if number else {}
+        subprocess.run([sys.executable, "-c", code, str(saved)], env=environment, cwd=ROOT, check=True, timeout=300)
+        outcomes.append(torch.load(saved))
+    (with_kernels, _), (without, said) = outcomes
+    assert all(map(same_bits, with_kernels, without))
+    assert len(said) == len({one.partition(":")[0] for one in said}) == 2  # cast.cpp and accumulate.cpp
+    for one in said:
+        assert "no C++ compiler: looked for g++, c++, clang++" in one
+        assert "the pure-torch path serves, with equal bits and slower" in one
+        assert "Install g++" in one

@@ -44,7 +44,16 @@ DTYPES = {
     "1-3-4": ml_dtypes.float8_e3m4,
 }
 SMALL = [name for name, row in FORMATS.items() if row.bits <= 8]
-SMALL += ["int8:range=full", "uint2", "uint1", "pow2:bits=5", "pow2:max=7", "1-3-0:top=none", "1-4-3:subnormals=no"]
+SMALL += [
+    "int8:range=full",
+    "uint2",
+    "uint4:zero=5",
+    "uint1",
+    "pow2:bits=5",
+    "pow2:max=7",
+    "1-3-0:top=none",
+    "1-4-3:subnormals=no",
+]
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -137,7 +146,10 @@ def test_a_written_float_is_ieee_like_and_has_options() -> None:
     ("name", "said"),
     [
         ("e4m4", 'Try "e4m3"?'),
-        ("1-9-3", "2 to 8 exponent bits"),
+        ("mxfp5", 'Try "mxfp'),
+        ("1-9-30", "this version has. Expected 2 to 8 exponent bits and 0 to 23 mantissa bits"),
+        ("1-9-30", 'Got 9 and 30. Try "1-8-23"? It is the nearest.'),
+        ("1-9-3", 'Got 9 and 3. Try "1-8-3"? It is the nearest.'),
         ("1-1-3", "2 to 8 exponent bits"),
         ("1-5-24", "0 to 23 mantissa bits"),
         ("1-5-0", "tell Inf from NaN"),
@@ -150,7 +162,9 @@ def test_a_written_float_is_ieee_like_and_has_options() -> None:
         ("uint33", "1 to 32 bits"),
         ("int8:range=wide", '"range=wide" is not a format option. Expected range=full or range=narrow'),
         ("int1:range=full", "no range to choose"),
-        ("uint8:range=full", "Expected no option"),
+        ("uint8:range=full", "Expected zero=CODE"),
+        ("uint8:zero=255", "0 <= zero < 2^bits - 1"),
+        ("int8:zero=3", "Expected range=full or range=narrow"),
         ("pow2:bits=2", "bits=3 to 9 or max=INTEGER"),
         ("pow2:max=128", "values that fp32 does not"),
         ("dlfloat16:e0=none", "e0=normal or e0=zero"),

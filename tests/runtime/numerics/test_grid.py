@@ -33,6 +33,16 @@ def test_e8m0_equals_ml_dtypes() -> None:
     )
 
 
+@pytest.mark.slow
+def test_e8m0_equals_ml_dtypes_on_ten_million_patterns() -> None:
+    x = torch.randint(-(2**31), 2**31, (10**7,), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    x = x.view(torch.float32)
+    x = x[~((x > 2.0**-127) & (x < 1.5 * 2.0**-127))]
+    with np.errstate(all="ignore"):
+        codes = x.numpy().astype(ml_dtypes.float8_e8m0fnu)
+    assert np.array_equal(encode(x, "e8m0", overflow="ieee").numpy(), codes.view(np.uint8))
+
+
 def test_e8m0_saturates() -> None:
     x = torch.tensor([0.0, -3.0, 2.0**-149, 3e38, math.inf])
     assert quantize(x, "e8m0").tolist() == [2.0**-127] * 3 + [2.0**127] * 2

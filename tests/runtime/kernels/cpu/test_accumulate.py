@@ -8,8 +8,17 @@ from torch import Tensor
 
 from runtime.kernels import reference
 from runtime.kernels.cast import fast_to_grid
-from runtime.kernels.cpu.accumulate import accumulate_library, declines, multiply, never_underflows, path_scale
+from runtime.kernels.cpu.accumulate import (
+    accumulate_library,
+    declines,
+    is_direct,
+    multiply,
+    never_underflows,
+    path_scale,
+)
 from runtime.kernels.reference import RandomKey
+from runtime.numerics.formats import get_format
+from runtime.numerics.grid import round_to_grid
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec, Rounding
 
 pytestmark = pytest.mark.skipif(accumulate_library() is None, reason="needs a C++ compiler and AVX-512")
@@ -104,7 +113,7 @@ def test_what_it_cannot_do_exactly_it_declines(spec: GemmSpec, reason: str) -> N
     assert reason in (declines(spec) or "")
 
 
-@pytest.mark.parametrize("accumulate", ["dlfloat16", "1-6-9", "bf16", "e5m2"])
+@pytest.mark.parametrize("accumulate", ["dlfloat16", "1-6-9", "bf16", "e5m2", "fp16", "1-6-11"])
 @pytest.mark.parametrize("mode", ROUNDINGS)
 def test_every_way_to_add_equals_the_reference(mode: Rounding, accumulate: str) -> None:
     """Stochastic bits included: K crosses groups of eight draws, N two vectors, and the stream needs all its words."""
@@ -126,3 +135,17 @@ def test_nan_and_inf_in_every_way_to_add(text: str) -> None:
     result, expected = multiply(a, b, spec), reference.multiply(a, b, spec)
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("accumulate", ["fp16", "1-6-9", "bf16", "dlfloat16"])
+@pytest.mark.parametrize("mode", ["nearest_even", "nearest_away"])
+def test_a_sum_of_two_values_of_the_accumulator_is_rounded_once(mode: Rounding, accumulate: str) -> None:
+    """What makes rounded products direct: fp32's rounding of such a sum makes no tie. Sums in float64 are exact."""
+    generator = torch.Generator().manual_seed(7)
+    size = torch.exp2(torch.randint(-12, 13, (2**16, 2), generator=generator).double())
+    pairs = round_to_grid((torch.rand(2**16, 2, generator=generator) + 1) * size, get_format(accumulate), mode).float()
+    pairs *= 1 - 2 * torch.randint(0, 2, (2**16, 2), generator=generator)
+    spec = GemmSpec(QuantSpec(accumulate, mode), QuantSpec("int1"), AccumulateSpec(accumulate, None, mode, "rounded"))
+    assert is_direct(spec)
+    expected = round_to_grid(pairs.double().sum(1, keepdim=True), get_format(accumulate), mode).float()
+    assert torch.equal(multiply(pairs, torch.ones(2, 1), spec), expected)

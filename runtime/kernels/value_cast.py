@@ -1,0 +1,141 @@
+"""Value cast: what `quantize` gives on a scalar format, saturating, in one pass of C++, as a torch op.
+
+    lp::quantize_values        x rounded, in x's dtype
+    lp::quantize_values_into   the same into a tensor that is there
+
+The ops have a fake and a gradient, so fx, export and make_fx keep them as one node. Their gradient is straight-through,
+dx = dy: rounding is left out of the derivative and saturation with it (Bengio, Leonard, Courville 2013). The public
+`quantize` detaches its argument first and gives no gradient. On CUDA the Triton kernel runs, and the oracle where that
+cannot; on the CPU without a compiler, and for float64, the oracle does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from runtime.kernels.cpu.cast_library import cast_library, is_readable, run_cast
+from runtime.kernels.cpu.philox import random_plan, signed_seed
+from runtime.kernels.traced_cast import Draw
+from runtime.kernels.triton import is_readable_by_triton
+from runtime.numerics.cast_plans import cast_plan, table_plan
+from runtime.numerics.formats import embeds, get_format
+from runtime.numerics.grid import round_to_grid
+from runtime.numerics.random import check_counter
+from runtime.numerics.scaling import matrix_shape
+from runtime.numerics.specs import Rounding
+
+
+def is_served(x: Tensor, format: str, rounding: Rounding, scale: Tensor | None) -> bool:
+    """Whether a kernel takes this cast; the oracle has all others."""
+    plan = cast_plan(format, rounding)
+    if scale is not None and torch.broadcast_shapes(x.shape, scale.shape) != x.shape:
+        return False
+    if is_readable_by_triton(x):
+        return plan is not None
+    has_plan = plan is not None or table_plan(format, rounding) is not None
+    return has_plan and is_readable(x) and cast_library() is not None
+
+
+def fast_values(
+    x: Tensor, format: str, rounding: Rounding, scale: Tensor | None, draw: Draw, out: Tensor | None = None
+) -> Tensor:
+    """round(x / scale) * scale in x's dtype, no gradient. `scale`: fp32, positive, broadcast against x. `is_served`
+    must hold. `out`: contiguous, x's shape and dtype, x itself or apart from x and the scale.
+    """
+    given = (format, rounding, signed_seed(draw.seed), *draw[1:])
+    if rounding == "stochastic":
+        check_counter(*draw[1:])
+    if out is None:
+        values: Tensor = torch.ops.lp.quantize_values(x.detach(), scale, *given)
+        return values
+    torch.ops.lp.quantize_values_into(x.detach(), scale, out, *given)
+    return out
+
+
+def _values(
+    x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _values_into(x, scale, out, format, rounding, seed, step, stream, offset)
+    return out
+
+
+def _values_into(
+    x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding: Rounding, seed: int, step: int, stream: int,
+    offset: int,
+) -> None:  # fmt: skip
+    draw = Draw(seed, step, stream, offset)
+    if not is_served(x, format, rounding, scale):
+        q = round_to_grid(x, get_format(format), rounding, scale, *draw)
+        out.copy_(q if scale is None else q * scale)
+    elif x.is_cuda:
+        out.copy_(_on_cuda(x, scale, format, rounding, draw))
+    else:
+        _on_cpu(x.contiguous(), scale, out, format, rounding, draw)
+
+
+def _on_cpu(x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding: Rounding, draw: Draw) -> None:
+    plan = cast_plan(format, rounding) or table_plan(format, rounding)
+    assert plan is not None
+    random = random_plan(*draw) if rounding == "stochastic" else None
+    # A product by the scale, and a grid that x's dtype does not hold, are rounded to that dtype by torch.
+    is_exact = scale is None and embeds(get_format(format), _NAMES[x.dtype])
+    into = out if x.dtype == torch.float32 or is_exact else torch.empty(x.shape, dtype=torch.float32)
+    factors, tile = (None, (1, 1)) if scale is None else _tiles(scale, x.shape)
+    run_cast(plan, x, into, factors, tile, random, is_multiplied=True)
+    if into is not out:
+        out.copy_(into)
+
+
+def _on_cuda(x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, draw: Draw) -> Tensor:
+    from runtime.kernels.triton.cast import launch_cast  # imports triton
+
+    plan = cast_plan(format, rounding)
+    assert plan is not None
+    factors, tile = (None, matrix_shape(x.shape)) if scale is None else _tiles(scale, x.shape)
+    random = (draw.seed, draw.step, draw.stream, draw.offset) if rounding == "stochastic" else None
+    grid, _ = launch_cast(x.contiguous(), factors, plan, torch.float32, tile, random)
+    return grid if scale is None else grid * scale
+
+
+def _tiles(scale: Tensor, x_shape: torch.Size) -> tuple[Tensor, tuple[int, int]]:
+    """The scale as the kernels read it: one number for each tile of the matrix view, and the tile."""
+    m, k = matrix_shape(x_shape)
+    if scale.numel() == 1:
+        return scale.contiguous(), (m, k)
+    if scale.shape == (*x_shape[:-1], 1):
+        return scale.contiguous(), (1, k)
+    if scale.numel() == k == scale.shape[-1]:
+        return scale.contiguous(), (m, 1)
+    return scale.expand(x_shape).contiguous(), (1, 1)
+
+
+def _shape(
+    x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _nothing(
+    x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding: Rounding, seed: int, step: int, stream: int,
+    offset: int,
+) -> None:  # fmt: skip
+    return None
+
+
+def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return gradient, None, None, None, None, None, None, None
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WHAT = "str format, str rounding, int seed, SymInt step, SymInt stream, SymInt offset"
+_OPS = Library("lp", "FRAGMENT")
+_OPS.define(f"quantize_values(Tensor x, Tensor? scale, {_WHAT}) -> Tensor")
+_OPS.impl("quantize_values", _values, "CompositeExplicitAutograd")
+register_fake("lp::quantize_values", _shape, lib=_OPS)
+register_autograd("lp::quantize_values", _straight_through, lib=_OPS)
+_OPS.define(f"quantize_values_into(Tensor x, Tensor? scale, Tensor(a!) out, {_WHAT}) -> ()")
+_OPS.impl("quantize_values_into", _values_into, "CompositeExplicitAutograd")
+register_fake("lp::quantize_values_into", _nothing, lib=_OPS)
