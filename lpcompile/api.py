@@ -22,6 +22,7 @@ from lpcompile.capture.leaf_code import install_composite, install_leaf
 from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Recording
+from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
@@ -310,6 +311,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
 
     if _rounds_stochastically(compiled):
         model.register_forward_pre_hook(CountMicroBatches(compiled.state))
+    leave_warnings_once_out_of_graphs()
     set_compiled(model, compiled)
 
 
