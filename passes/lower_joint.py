@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.annotate import as_stored, refusal
 from passes.ir.gemm_nodes import GemmNode
 from passes.joint_products import JointSite, Product
-from runtime.gemms import GemmPlan, cast
+from runtime.gemms import GemmPlan, Operand, cast, has_free_scales, with_scales
 from runtime.kernels.dispatch import Choice, GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
 
@@ -96,7 +96,7 @@ def _rewrite(casts: "_Casts", site: JointSite, gemm: GemmNode, plan: GemmPlan) -
     if plan.method("fwd") != "as_is":
         x = casts.of(gemm.lhs, spec.fwd.lhs)
         w = casts.of(gemm.rhs, spec.fwd.rhs)
-        _replace(graph, site.fwd, _multiply(graph, site.fwd, "fwd", plan, x, w, gemm.bias))
+        _replace(graph, site.fwd, _multiply(casts, site.fwd, "fwd", plan, x, w, gemm.bias))
     for role, product in (("bwd", site.bwd), ("grad", site.grad)):
         if product is not None:
             held.append(role)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def _rewrite_product(casts: "_Casts", gemm: GemmNode, plan: GemmPlan, role: Role
         dy = _transpose(graph, node, dy)
     other, like = (gemm.rhs, gemm.lhs) if role == "bwd" else (gemm.lhs, gemm.rhs)
     a, b = casts.of(dy, numbers.lhs, is_gradient=True), casts.of(other, numbers.rhs)
-    new = _multiply(graph, node, role, plan, a, b, _shape(graph, node, like))
+    new = _multiply(casts, node, role, plan, a, b, _shape(graph, node, like))
     _replace(graph, node, _transpose(graph, node, new) if product.is_transposed else new)
 
 
@@ -130,7 +130,7 @@ def _rewrite_conv_backward(casts: "_Casts", node: fx.Node, gemm: GemmNode, plan:
         numbers = plan.spec.role(role)  # type: ignore[arg-type]
         other, like = (gemm.rhs, gemm.lhs) if role == "bwd" else (gemm.lhs, gemm.rhs)
         a, b = casts.of(dy, numbers.lhs, is_gradient=True), casts.of(other, numbers.rhs)
-        made[index] = _multiply(graph, node, role, plan, a, b, _shape(graph, node, like))  # type: ignore[arg-type]
+        made[index] = _multiply(casts, node, role, plan, a, b, _shape(graph, node, like))  # type: ignore[arg-type]
     if mask[2] and 1 in made:
         num_dims = dy.meta["val"].dim()
         with graph.inserting_before(node):
@@ -145,18 +145,34 @@ def _rewrite_conv_backward(casts: "_Casts", node: fx.Node, gemm: GemmNode, plan:
 
 
 def _multiply(
-    graph: fx.Graph, at: fx.Node, role: Role, plan: GemmPlan,
+    casts: "_Casts", at: fx.Node, role: Role, plan: GemmPlan,
     a: tuple[fx.Node, fx.Node | None], b: tuple[fx.Node, fx.Node | None], rest: Any,
 ) -> fx.Node:  # fmt: skip
-    op = {"fwd": lp.fwd, "bwd": lp.bwd, "grad": lp.grad}[role].default
+    """`gemms.multiply_traced` before `at`: the opaque product, then its scales where they can stand outside."""
+    op, numbers = {"fwd": lp.fwd, "bwd": lp.bwd, "grad": lp.grad}[role].default, plan.spec.role(role)
     value = at.meta["val"]
     dtype = value.dtype if isinstance(value, Tensor) else value[{"bwd": 0, "grad": 1}[role]].dtype
-    args = (*a, *b, rest, *plan.attributes, _NO_CLOCK, dtype)
-    with graph.inserting_before(at):
-        node = graph.call_function(op, args)
+    sides = ((a, numbers.lhs), (b, numbers.rhs))
+    lhs, rhs = (Operand(*(None if each is None else each.meta["val"] for each in pair), spec) for pair, spec in sides)  # type: ignore[arg-type]
+    is_free = has_free_scales(plan, role, lhs, rhs)
+    if is_free:
+        bias, args = (rest if role == "fwd" else None), (a[0], None, b[0], None, None if role == "fwd" else rest)
+        args = (*args, *plan.attributes, _NO_CLOCK, torch.float32)
+    else:
+        args = (*a, *b, rest, *plan.attributes, _NO_CLOCK, dtype)
+    with casts.graph.inserting_before(at):
+        node = casts.graph.call_function(op, args)
     node.meta["val"] = op(*fx.map_arg(args, lambda each: each.meta["val"]))
     _describe(node, at)
-    return node
+    if not is_free:
+        return node
+    inputs = {"y": node, "a_scale": a[1], "b_scale": b[1], "bias": bias}
+
+    def scale(**tensors: Tensor) -> tuple[Tensor, ...]:
+        optional = (tensors.get(name) for name in ("a_scale", "b_scale", "bias"))
+        return (with_scales(role, plan, tensors["y"], *optional).to(dtype),)
+
+    return casts.splice(at, scale, {name: each for name, each in inputs.items() if each is not None})[0]
 
 
 def _describe(node: fx.Node, like: fx.Node) -> None:
@@ -238,11 +254,11 @@ class _Casts:
         return self._representatives.setdefault(key, x)
 
     def _write(self, x: fx.Node, spec: QuantSpec, at: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        def run(value: Tensor) -> tuple[Tensor, ...]:
-            operand = cast(value, spec, None, 0, 0)
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            operand = cast(x, spec, None, 0, 0)
             return (operand.grid,) if operand.scale is None else (operand.grid, operand.scale)
 
-        outputs = _splice(self.graph, at, run, x, self._decompositions)
+        outputs = self.splice(at, run, {"x": x})
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
     def _write_watched(self, x: fx.Node, spec: QuantSpec, at: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -256,21 +272,24 @@ class _Casts:
             part.meta["val"] = value
         return parts[0], parts[1] if spec.has_scale else None
 
+    def splice(
+        self, at: fx.Node, run: Callable[..., tuple[Tensor, ...]], inputs: Mapping[str, fx.Node]
+    ) -> list[fx.Node]:
+        """Write the operations of `run(**inputs)` before `at`; its results."""
 
-def _splice(
-    graph: fx.Graph, at: fx.Node, run: Callable[[Tensor], tuple[Tensor, ...]], x: fx.Node,
-    decompositions: dict[Any, Callable[..., Any]],
-) -> list[fx.Node]:  # fmt: skip
-    """Write the operations of `run(x)` before `at`; its results."""
-    traced = make_fx(run, decomposition_table=decompositions, tracing_mode="real")(x.meta["val"])
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = x
-        elif node.op == "output":
-            return [copies[each] for each in node.args[0]]
-        else:
-            assert node.op == "call_function", node.format_node()
-            with graph.inserting_before(at):
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-    raise AssertionError("a graph has an output")
+        def by_position(*values: Tensor) -> tuple[Tensor, ...]:
+            return run(**dict(zip(inputs, values)))
+
+        values = [node.meta["val"] for node in inputs.values()]
+        traced = make_fx(by_position, decomposition_table=self._decompositions, tracing_mode="real")(*values)
+        given, copies = iter(inputs.values()), dict[fx.Node, fx.Node]()
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(given)
+            elif node.op == "output":
+                return [copies[each] for each in node.args[0]]
+            else:
+                assert node.op == "call_function", node.format_node()
+                with self.graph.inserting_before(at):
+                    copies[node] = self.graph.node_copy(node, copies.__getitem__)
+        raise AssertionError("a graph has an output")

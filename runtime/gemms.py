@@ -11,6 +11,7 @@ dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond
 sets `state.overflow` when `state.watch_overflow` asks for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -235,7 +236,7 @@ class _Gemm(torch.autograd.Function):
             fwd_rhs = fwd_rhs.detach().requires_grad_(needs_rhs)
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
         if _is_opaque(plan, "fwd"):
-            return opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
+            return multiply_traced("fwd", plan, a, b, bias, lhs.dtype, state)
         return multiply_fwd(plan, a, b, bias, state).to(lhs.dtype)
 
     @staticmethod
@@ -254,7 +255,7 @@ class _Gemm(torch.autograd.Function):
                 else cast(rhs, bwd.rhs, state, plan.site, _WEIGHT_BWD)
             )
             if _is_opaque(plan, "bwd"):
-                dx = opaque.multiply("bwd", plan.attributes, dy_cast.pair, w.pair, ctx.lhs_shape, ctx.dtypes[0], state)
+                dx = multiply_traced("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], state)
             else:
                 dx = multiply_bwd(plan, dy_cast, w, ctx.lhs_shape, state).to(ctx.dtypes[0])
         if needs_rhs:
@@ -264,7 +265,7 @@ class _Gemm(torch.autograd.Function):
             if needs_bias and grad.is_identity and isinstance(plan.contraction, Conv | ConvTranspose):
                 dw, db = plan.contraction.grad_and_bias_grad(dy, x.grid, ctx.rhs_shape)
             elif _is_opaque(plan, "grad"):
-                dw = opaque.multiply("grad", plan.attributes, dy_cast.pair, x.pair, ctx.rhs_shape, ctx.dtypes[1], state)
+                dw = multiply_traced("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], state)
             else:
                 dw = multiply_grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
         if needs_bias and db is None:
@@ -276,6 +277,43 @@ class _Gemm(torch.autograd.Function):
 def _is_opaque(plan: GemmPlan, role: Role) -> bool:
     """Whether the role is one op of runtime/traced.py; torch's own op is left to the compiler."""
     return torch.compiler.is_compiling() and plan.method(role) != "as_is"
+
+
+def multiply_traced(
+    role: Role, plan: GemmPlan, a: Operand, b: Operand, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    state: RunState | None,
+) -> Tensor:  # fmt: skip
+    """One role as compiled code has it: the opaque product, and its scales in operations that fuse with what follows.
+    rest: FWD's bias, else the shape of the result, which is in `dtype`.
+    """
+    if not has_free_scales(plan, role, a, b):
+        return opaque.multiply(role, plan.attributes, a.pair, b.pair, rest, dtype, state)
+    bare = rest if role != "fwd" else None
+    y = opaque.multiply(role, plan.attributes, (a.grid, None), (b.grid, None), bare, torch.float32, state)
+    bias = rest if isinstance(rest, Tensor) else None
+    return with_scales(role, plan, y, a.scale, b.scale, bias).to(dtype)
+
+
+def has_free_scales(plan: GemmPlan, role: Role, a: Operand, b: Operand) -> bool:
+    """Whether all that is left to do after the product of a linear layer is to multiply by scales and add the bias."""
+    if plan.kind not in ("linear", "linear_kn") or plan.spec.role(role).out != "fp32" or a.scale is b.scale is None:
+        return False
+    sides: tuple[tuple[Side, Operand], ...] = (("lhs", a), ("rhs", b))
+    return not any(varies_along_sum(plan.contraction, role, side, each.spec) for side, each in sides)
+
+
+def with_scales(
+    role: Role, plan: GemmPlan, y: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """A product without scales, times those of its rows and of its columns in the order of eager code, plus bias."""
+    rows, columns = a_scale, b_scale
+    if role == "grad" and plan.contraction.grad_rows == "rhs":
+        rows, columns = b_scale, a_scale
+    if rows is not None:
+        y = y * (rows if rows.dim() == 0 else rows.reshape(*y.shape[:-1], 1))
+    if columns is not None:
+        y = y * (columns if columns.dim() == 0 else columns.reshape(-1))
+    return y if bias is None else y + bias
 
 
 def multiply_fwd(plan: GemmPlan, x: Operand, w: Operand, bias: Tensor | None, state: RunState) -> Tensor:
