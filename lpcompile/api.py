@@ -24,6 +24,7 @@ from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Opaque, Recording
 from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
+from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
 from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
@@ -340,6 +341,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
         model.register_forward_pre_hook(WatchWeights(compiled.state))
     else:
         compiled.state.constants.why_none = "no pass found one to keep"
+    leave_warnings_once_out_of_graphs()
     set_compiled(model, compiled)
 
 

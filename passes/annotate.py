@@ -34,8 +34,8 @@ class Annotate(Pass):
                     continue
                 gemm = read_gemm(node) or Unreadable(str(node.target), "the compiler does not read this op as a GEMM")
                 assert not isinstance(gemm, Composite)  # by the condition "decomposed"
-                spec = _as_stored(gemm, spec)
-                reason = _refusal(gemm, spec, program.device)
+                spec = as_stored(gemm, spec)
+                reason = refusal(gemm, spec, program.device)
                 if not reason and node.meta.get(REPEATED) and "stochastic" in str(spec):
                     reason = "stochastic rounding of a product per time step would draw the same bits at every step"
                 if reason:
@@ -46,7 +46,7 @@ class Annotate(Pass):
         return changed
 
 
-def _as_stored(gemm: GemmNode | Unreadable, spec: LayerSpec) -> LayerSpec:
+def as_stored(gemm: GemmNode | Unreadable, spec: LayerSpec) -> LayerSpec:
     """The spec for the operands as they lie in memory: a policy speaks of w_NK, and transformers' Conv1D holds w_KN;
     of blocks it only says that there are, and they lie along the sum.
     """
@@ -80,7 +80,8 @@ def _transposed(spec: QuantSpec) -> QuantSpec:
     return replace(spec, scale=replace(spec.scale, granularity=granularity, block=block))
 
 
-def _refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
+def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
+    """Why nothing runs this GEMM as `spec`, which `as_stored` made, says; None if something does."""
     if isinstance(gemm, Unreadable):
         return gemm.reason
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):

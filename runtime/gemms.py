@@ -15,6 +15,7 @@ dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond
 sets `state.overflow` when `state.watch_overflow` asks for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -275,7 +276,7 @@ class _Gemm(torch.autograd.Function):
         spec = plan.spec.fwd
         a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
         if _is_opaque(plan, "fwd"):
-            y = opaque.multiply("fwd", plan.attributes, a.pair, b.pair, bias, lhs.dtype, state)
+            y = multiply_traced("fwd", plan, a, b, bias, lhs.dtype, state)
         elif lhs.dtype == torch.float32 and spec.out == "fp32" and not torch.compiler.is_compiling():
             y = _own(multiply_fwd(plan, a, b, bias, state, residual, activation == "relu"))
             residual = None
@@ -302,7 +303,7 @@ class _Gemm(torch.autograd.Function):
                 else _cast_weight(rhs, bwd.rhs, state, plan)
             )
             if _is_opaque(plan, "bwd"):
-                dx = opaque.multiply("bwd", plan.attributes, dy_cast.pair, w.pair, ctx.lhs_shape, ctx.dtypes[0], state)
+                dx = multiply_traced("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], state)
             else:
                 dx = multiply_bwd(plan, dy_cast, w, ctx.lhs_shape, state).to(ctx.dtypes[0])
         if needs_rhs:
@@ -310,7 +311,7 @@ class _Gemm(torch.autograd.Function):
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
             x = Operand(grad_lhs, grad_lhs_scale, grad.rhs)
             if _is_opaque(plan, "grad"):
-                dw = opaque.multiply("grad", plan.attributes, dy_cast.pair, x.pair, ctx.rhs_shape, ctx.dtypes[1], state)
+                dw = multiply_traced("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], state)
             else:
                 dw = multiply_grad(plan, dy_cast, x, ctx.rhs_shape, state).to(ctx.dtypes[1])
         if needs_bias:
@@ -329,6 +330,43 @@ def _own(y: Tensor) -> Tensor:
 def _is_opaque(plan: GemmPlan, role: Role) -> bool:
     """Whether the role is one op of runtime/traced.py; torch's own op is left to the compiler."""
     return torch.compiler.is_compiling() and plan.method(role) != "as_is"
+
+
+def multiply_traced(
+    role: Role, plan: GemmPlan, a: Operand, b: Operand, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    state: RunState | None,
+) -> Tensor:  # fmt: skip
+    """One role as compiled code has it: the opaque product, and its scales in operations that fuse with what follows.
+    rest: FWD's bias, else the shape of the result, which is in `dtype`.
+    """
+    if not has_free_scales(plan, role, a, b):
+        return opaque.multiply(role, plan.attributes, a.pair, b.pair, rest, dtype, state)
+    bare = rest if role != "fwd" else None
+    y = opaque.multiply(role, plan.attributes, (a.grid, None), (b.grid, None), bare, torch.float32, state)
+    bias = rest if isinstance(rest, Tensor) else None
+    return with_scales(role, plan, y, a.scale, b.scale, bias).to(dtype)
+
+
+def has_free_scales(plan: GemmPlan, role: Role, a: Operand, b: Operand) -> bool:
+    """Whether all that is left to do after the product of a linear layer is to multiply by scales and add the bias."""
+    if plan.kind not in ("linear", "linear_kn") or plan.spec.role(role).out != "fp32" or a.scale is b.scale is None:
+        return False
+    sides: tuple[tuple[Side, Operand], ...] = (("lhs", a), ("rhs", b))
+    return not any(varies_along_sum(plan.contraction, role, side, each.spec) for side, each in sides)
+
+
+def with_scales(
+    role: Role, plan: GemmPlan, y: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """A product without scales, times those of its rows and of its columns in the order of eager code, plus bias."""
+    rows, columns = a_scale, b_scale
+    if role == "grad" and plan.contraction.grad_rows == "rhs":
+        rows, columns = b_scale, a_scale
+    if rows is not None:
+        y = y * (rows if rows.dim() == 0 else rows.reshape(*y.shape[:-1], 1))
+    if columns is not None:
+        y = y * (columns if columns.dim() == 0 else columns.reshape(-1))
+    return y if bias is None else y + bias
 
 
 def multiply_fwd(

@@ -15,7 +15,7 @@ Attributes = tuple[str, str, str, int, str]
 
 def multiply(
     role: Role, attributes: Attributes, a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None],
-    rest: Tensor | Sequence[int] | None, dtype: torch.dtype, state: RunState,
+    rest: Tensor | Sequence[int] | None, dtype: torch.dtype, state: RunState | None,
 ) -> Tensor:  # fmt: skip
     """The product of two operands, each grid and scale, in one role. rest: FWD's bias, else the shape of the result."""
     op = {"fwd": torch.ops.lp.fwd, "bwd": torch.ops.lp.bwd, "grad": torch.ops.lp.grad}[role]

@@ -10,6 +10,8 @@ zeros and a NaN or Inf spreads to nothing but itself. Shapes, with the matrix vi
     column  (1, ..., 1, K)          block  [ceil(M / b0), ceil(K / b1)], one per tile, ragged at the edges
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -116,7 +118,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 def matrix_shape(x_shape: torch.Size) -> tuple[int, int]:
     """(M, K) of the matrix view; a tensor without dims is 1 x 1."""
-    return (x_shape[:-1].numel(), x_shape[-1]) if x_shape else (1, 1)
+    return (math.prod(x_shape[:-1]), x_shape[-1]) if x_shape else (1, 1)
 
 
 def tile_shape(x_shape: torch.Size, scale: ScaleSpec) -> tuple[int, int]:
