@@ -111,7 +111,7 @@ def traced_to_grid(
     q = _look_up(y, facts, word) if facts.values else _round(y, facts, word)
     if not facts.has_negative_zero:  # not by adding 0, which a compiler drops
         q = torch.where(q == 0, 0.0, q)
-    q = torch.where(y == y, q, y)  # Inductor has no vector code for isnan, nor for copysign below  # noqa: PLR0124
+    q = torch.where(y == y, q, y)  # Inductor has no vector code for isnan, nor for copysign below
     return q.clamp(facts.min, facts.max) if saturate else q
 
 
