@@ -26,7 +26,7 @@ from lpcompile.capture.recording import Opaque, Recording
 from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
 from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
-from lpcompile.compiled import Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
+from lpcompile.compiled import JOINT, Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
@@ -70,6 +70,8 @@ def lpcompile(
         raise LpError("not a model", expected="a torch.nn.Module", got=type(model).__name__)
     if mode not in ("train", "infer"):
         raise LpError("not a mode", where="lpcompile(mode=...)", expected="train or infer", got=repr(mode))
+    if JOINT in vars(model):
+        raise LpError("this model has a joint front end", where="lpcompile", hint="remove_joint(model) first")
     restore(model)
     captured = example_inputs is not None or example_kwargs is not None
     close_fast_paths(model)

@@ -21,6 +21,8 @@ from runtime.errors import LpError
 from runtime.state import RunState
 
 _KEY = "_lp_compiled"
+JOINT = "_lp_joint"
+"""Where a model with a joint front end (lpcompile/capture/joint.py) keeps what is known of it."""
 
 
 @dataclass

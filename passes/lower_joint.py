@@ -91,12 +91,12 @@ def _refusal(site: JointSite, spec: LayerSpec, device: str) -> str | None:
 
 def _rewrite(casts: "_Casts", site: JointSite, gemm: GemmNode, plan: GemmPlan) -> list[Role]:
     """Rewrite what the graph holds of a site; the roles that it holds."""
-    graph, spec = casts.graph, plan.spec
-    held: list[Role] = ["fwd"]
+    spec = plan.spec
+    held: list[Role] = ["fwd"]  # nodes that are replaced stay until the end, as readers of their operands
     if plan.method("fwd") != "as_is":
         x = casts.of(gemm.lhs, spec.fwd.lhs)
         w = casts.of(gemm.rhs, spec.fwd.rhs)
-        _replace(graph, site.fwd, _multiply(casts, site.fwd, "fwd", plan, x, w, gemm.bias))
+        site.fwd.replace_all_uses_with(_multiply(casts, site.fwd, "fwd", plan, x, w, gemm.bias))
     for role, product in (("bwd", site.bwd), ("grad", site.grad)):
         if product is not None:
             held.append(role)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def _rewrite_product(casts: "_Casts", gemm: GemmNode, plan: GemmPlan, role: Role
     other, like = (gemm.rhs, gemm.lhs) if role == "bwd" else (gemm.lhs, gemm.rhs)
     a, b = casts.of(dy, numbers.lhs, is_gradient=True), casts.of(other, numbers.rhs)
     new = _multiply(casts, node, role, plan, a, b, _shape(graph, node, like))
-    _replace(graph, node, _transpose(graph, node, new) if product.is_transposed else new)
+    node.replace_all_uses_with(_transpose(graph, node, new) if product.is_transposed else new)
 
 
 def _rewrite_conv_backward(casts: "_Casts", node: fx.Node, gemm: GemmNode, plan: GemmPlan) -> list[Role]:
@@ -152,14 +152,12 @@ def _multiply(
     op, numbers = {"fwd": lp.fwd, "bwd": lp.bwd, "grad": lp.grad}[role].default, plan.spec.role(role)
     value = at.meta["val"]
     dtype = value.dtype if isinstance(value, Tensor) else value[{"bwd": 0, "grad": 1}[role]].dtype
-    sides = ((a, numbers.lhs), (b, numbers.rhs))
-    lhs, rhs = (Operand(*(None if each is None else each.meta["val"] for each in pair), spec) for pair, spec in sides)  # type: ignore[arg-type]
-    is_free = has_free_scales(plan, role, lhs, rhs)
+    is_free = has_free_scales(plan, role, _operand(a, numbers.lhs), _operand(b, numbers.rhs))
+    bias = rest if role == "fwd" else None
+    operands: tuple[Any, ...] = (*a, *b, rest)
     if is_free:
-        bias, args = (rest if role == "fwd" else None), (a[0], None, b[0], None, None if role == "fwd" else rest)
-        args = (*args, *plan.attributes, _NO_CLOCK, torch.float32)
-    else:
-        args = (*a, *b, rest, *plan.attributes, _NO_CLOCK, dtype)
+        operands = (a[0], None, b[0], None, None if role == "fwd" else rest)
+    args = (*operands, *plan.attributes, _NO_CLOCK, torch.float32 if is_free else dtype)
     with casts.graph.inserting_before(at):
         node = casts.graph.call_function(op, args)
     node.meta["val"] = op(*fx.map_arg(args, lambda each: each.meta["val"]))
@@ -173,6 +171,11 @@ def _multiply(
         return (with_scales(role, plan, tensors["y"], *optional).to(dtype),)
 
     return casts.splice(at, scale, {name: each for name, each in inputs.items() if each is not None})[0]
+
+
+def _operand(pair: tuple[fx.Node, fx.Node | None], spec: QuantSpec) -> Operand:
+    grid, scale = pair
+    return Operand(grid.meta["val"], None if scale is None else scale.meta["val"], spec)
 
 
 def _describe(node: fx.Node, like: fx.Node) -> None:
@@ -205,11 +208,6 @@ def _shape(graph: fx.Graph, at: fx.Node, like: fx.Node) -> list[Any]:
     return sizes
 
 
-def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-
-
 class _Casts:
     """The casts of one graph, each written once."""
 
@@ -236,19 +234,22 @@ class _Casts:
         return self._made[key]
 
     def _after(self, x: fx.Node) -> fx.Node:
+        """Where a cast of x is written: next to x; of an input next to its first reader, since a partitioner may take
+        the place of a node for its part of the graph, forward or backward.
+        """
         if x.op != "placeholder":
             return x.next
-        return next(node for node in self.graph.nodes if node.op != "placeholder")
+        return next(node for node in self.graph.nodes if node in x.users)
 
     def _representative(self, x: fx.Node) -> Any:
         """The same value for nodes that are the same view of the same tensor."""
         if x.op != "call_function" or x.target not in _SAME:
             return x
-        base, rest = x.args[0], x.args[1:]
-        assert isinstance(base, fx.Node)
+        base: Any = x.args[0]
+        rest: Any = x.args[1:]
         if x.target in _VIEWS:  # a view of a view is a view
             while base.op == "call_function" and base.target in _VIEWS:
-                base = base.args[0]  # type: ignore[assignment]
+                base = base.args[0]
             rest = tuple(x.meta["val"].shape)
         key = (x.target in _VIEWS or x.target, self._representative(base), str(rest))
         return self._representatives.setdefault(key, x)

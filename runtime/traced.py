@@ -8,11 +8,17 @@
 
 A role that runs as torch's own op in the tensor's dtype (`as_is`) is traced into that op.
 
+torch keeps compiled code on disk under what it read of a graph, and of the first three it reads names and arguments
+only: `code`, a digest of this package's sources, is one of them, so that other sources are compiled anew.
+
 What changes from step to step enters as numbers: the clock (seed, rank, step, micro-batch), and only where a cast or a
 sum is stochastic, since numbers become guards; and the key of the RunState whose overflow flag a backward sets.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +36,13 @@ from runtime.state import RunState, find_state
 
 def scale(x: Tensor, spec: str) -> Tensor:
     """lp.scale in a graph that is compiled."""
-    result: Tensor = torch.ops.lp.scale(x, spec)
+    result: Tensor = torch.ops.lp.scale(x, spec, _code())
     return result
 
 
 def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, site: int, slot: int) -> Tensor:
     """lp.quantize in a graph that is compiled."""
-    result: Tensor = torch.ops.lp.quantize(x, s, clock_of(state, spec), spec, site, slot)
+    result: Tensor = torch.ops.lp.quantize(x, s, clock_of(state, spec), spec, site, slot, _code())
     return result
 
 
@@ -60,8 +66,23 @@ def gemm(
         geometry,
         residual,
         activation,
+        _code(),
     )
     return result
+
+
+@torch.compiler.assume_constant_result
+def _code() -> str:
+    return _digest_of_sources()
+
+
+@lru_cache(maxsize=1)
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for source in sorted(root.rglob("*.py")):
+        digest.update(source.relative_to(root).as_posix().encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _state(clock: Sequence[int], key: int = -1) -> RunState:
@@ -71,19 +92,19 @@ def _state(clock: Sequence[int], key: int = -1) -> RunState:
     return state
 
 
-def _scale(x: Tensor, spec: str) -> Tensor:
+def _scale(x: Tensor, spec: str, code: str) -> Tensor:
     found = compute_scale(x.detach(), QuantSpec.parse(spec))
     assert found is not None
     return found
 
 
-def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int) -> Tensor:
+def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
     return gemms.to_grid(x, s, QuantSpec.parse(spec), _state(clock), site, slot)
 
 
 def _gemm(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, flat: Sequence[Tensor | None], clock: Sequence[int], key: int,
-    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str,
+    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str, code: str,
 ) -> Tensor:  # fmt: skip
     layer = LayerSpec.parse(spec)
     specs = (layer.fwd.lhs, layer.fwd.rhs, layer.bwd.rhs, layer.grad.rhs)
@@ -191,10 +212,10 @@ _SITE = "str kind, str spec, str methods, int site, str geometry"
 _ROLE = f"{_SITE}, SymInt[] clock, ScalarType dtype"
 _OPS = Library("lp", "FRAGMENT")
 _COMPOSITE: dict[str, Callable[..., Any]] = {
-    "scale(Tensor x, str spec) -> Tensor": _scale,
-    "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot) -> Tensor": _quantize,
+    "scale(Tensor x, str spec, str code) -> Tensor": _scale,
+    "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor": _quantize,
     f"gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, {_SITE}, Tensor? residual, "
-    "str activation) -> Tensor": _gemm,
+    "str activation, str code) -> Tensor": _gemm,
 }
 _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     f"fwd(Tensor x, Tensor? x_scale, Tensor w, Tensor? w_scale, Tensor? bias, {_ROLE}) -> Tensor": (_fwd, _fwd_shape),

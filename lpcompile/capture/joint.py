@@ -1,6 +1,6 @@
-"""Joint: a plain model under torch.compile, with FWD, BWD and GRAD of every GEMM rewritten in the graph that autograd made.
+"""Joint: a plain model under torch.compile, with FWD, BWD and GRAD of every GEMM rewritten in autograd's graph.
 
-    compiled = compile_joint(model, "fp8-rowwise")      # a torch.compile of the model; in eager code the model is as before
+    compiled = compile_joint(model, "fp8-rowwise")      # a torch.compile of the model, which itself stays as it was
     compiled(**batch).loss.backward()
     print(joint_report(model).to_text())
 
@@ -29,10 +29,11 @@ from lpcompile.capture.install import RECORD, captured_class, uninstall
 from lpcompile.capture.leaves import Leaf, composite_forward, find_leaves
 from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.certificate import GemmRow
-from lpcompile.compiled import find_compiled
+from lpcompile.compiled import JOINT, find_compiled
 from lpcompile.errors import LpError, NotSupported
-from lpcompile.policy import Policy, Resolution, Site
+from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
+from lpcompile.policy_rules import Site
 from passes.joint_products import ROOT_KEY, SITE_KEY, UNNAMED, NameProducts, find_joint_sites
 from passes.lower_joint import Lowered, lower_joint
 from runtime.kernels.dispatch import Choice
@@ -76,7 +77,8 @@ def compile_joint(
     record = _stamp(model, loaded)
     record.print_graph = print_graph
     leave_warnings_once_out_of_graphs()
-    run: Callable[..., Any] = torch.compile(
+    compile_model: Any = torch.compile  # whose overloads leave recompile_limit out
+    run: Callable[..., Any] = compile_model(
         model,
         backend=_inductor(record) if backend == "inductor" else _aot_eager(record),
         fullgraph=fullgraph,
@@ -107,7 +109,7 @@ def remove_joint(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get(RECORD), _Stamp):
             uninstall(module)
-    del model.__dict__[_JOINT]
+    del model.__dict__[JOINT]
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ class JointReport:
     def to_text(self) -> str:
         running = sum(row.runs_as_policy_says for row in self.gemms)
         lines = [
-            f"policy {self.policy}: {running} of {len(self.gemms)} named GEMMs run so in {self.num_graphs} joint graphs; "
-            f"{len(self.left_alone)} sites are not named and left alone",
+            f"policy {self.policy}: {running} of {len(self.gemms)} named GEMMs run so in {self.num_graphs} joint "
+            f"graphs; {len(self.left_alone)} sites are not named and left alone",
             f"casts in the graphs: {self.num_casts}, read by {self.num_cast_uses} operands",
         ]
         columns = ("name", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity")
@@ -271,7 +273,7 @@ def _stamp(model: nn.Module, policy: Policy) -> _Joint:
         if composite_forward(modules[leaf.path]) is None:
             joint.stamps[leaf.name] = _Leaf(leaf.name)
             _install(modules[leaf.path], joint.stamps[leaf.name])
-    model.__dict__[_JOINT] = joint
+    model.__dict__[JOINT] = joint
     return joint
 
 
@@ -282,7 +284,7 @@ def _install(module: nn.Module, stamp: _Stamp) -> None:
 
 
 def _find(model: nn.Module) -> _Joint | None:
-    return model.__dict__.get(_JOINT)
+    return model.__dict__.get(JOINT)
 
 
 def _text(graph: fx.Graph) -> str:
@@ -333,6 +335,5 @@ def _boxed(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     return run
 
 
-_JOINT = "_lp_joint"
 _KEPT = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 """What Inductor would take apart for some sizes, before anyone sees the product."""
