@@ -26,6 +26,7 @@ from passes.pipelines import PIPELINES
 from runtime.kernels.cpu import epilogue
 
 POLICIES = ("hfp8", "int8", "fp8-rowwise")
+"""hfp8 has no scales here: its first row shows how far a ratio of equal things wanders."""
 WIDTHS = (512, 768, 1024)
 
 
@@ -88,9 +89,14 @@ Run = Callable[[], Tensor]
 def _one_pass(policy: str, x: Tensor) -> tuple[Run, Run]:
     model = lpcompile(nn.Linear(x.shape[1], 4 * x.shape[1]), policy).eval()
 
+    kernel = epilogue.epilogue_library
+
     def apart() -> Tensor:
-        with mock.patch.object(epilogue, "epilogue_library", return_value=None):
+        vars(epilogue)["epilogue_library"] = lambda: None  # mock.patch would take a tenth of the time that is measured
+        try:
             return model(x)
+        finally:
+            vars(epilogue)["epilogue_library"] = kernel
 
     return apart, lambda: model(x)
 

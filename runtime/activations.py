@@ -5,8 +5,8 @@
     gelu        y Phi(y), by erf       y
     gelu-tanh   y Phi(y), by tanh      y
 
-Only those that measurably gain: silu, tanh and sigmoid spend their time computing and not on memory
-(benchmarks/fusion.py). Forward writes in place wherever nothing needs what it overwrites.
+silu, tanh and sigmoid are not here: their time goes into computing, and not into the pass over memory that a part of a
+product saves (benchmarks/fusion.py). Forward writes in place wherever nothing needs what it overwrites.
 """
 
 import torch

@@ -92,3 +92,22 @@ def test_special_values_are_torchs(activation: str) -> None:
     casts = {key: cast(value, spec.fwd.lhs, None, 0, 0) for key, value in (("fwd_lhs", x), ("fwd_rhs", w))}
     got = run_gemm(x, w, None, {**casts, "bwd_rhs": None, "grad_lhs": None}, RunState(), plan, None, activation)
     torch.testing.assert_close(got, _TORCH[activation](F.linear(x, w)), rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_of_a_residual_that_is_the_input_too_add_up_in_the_order_of_separate_operations() -> None:
+    """x gets three: of a later use, of the sum, of the product; fp32 sums depend on the order."""
+    layer = LayerSpec()
+    torch.manual_seed(0)
+    leaf, w = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    dy, plan = torch.randn(64, 64), GemmPlan("linear", layer, ("as_is",) * 3, 0)
+    found = []
+    for is_fused in (True, False):
+        leaf.grad = w.grad = None
+        x = leaf * 1
+        casts = {key: cast(x, layer.fwd.lhs, None, 0, 0) for key in ("fwd_lhs", "grad_lhs")}
+        casts["fwd_rhs"] = cast(w, layer.fwd.rhs, None, 0, 1)
+        given = (x, w, None, {**casts, "bwd_rhs": None}, RunState(), plan)
+        y = run_gemm(*given, x, "relu") if is_fused else torch.relu(x + run_gemm(*given))
+        (y + 0.1 * x).backward(dy)
+        found.append((y.detach(), leaf.grad, w.grad))
+    assert all(torch.equal(left, right) for left, right in zip(*found))  # type: ignore[arg-type]
