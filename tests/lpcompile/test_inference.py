@@ -182,13 +182,15 @@ def test_inference_has_the_same_bits_and_moves_fewer_bytes(
 
 def test_int8_is_pooled_on_grid_values_if_nothing_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     x, model = _input("conv"), _model("conv").eval()
+    # a relu that is fused costs nothing, and then a pool is better left before the cast
+    monkeypatch.setitem(PIPELINES, "infer", PIPELINES["infer"].replace(",fuse,", ","))
     before, as_ever, moved, some = _both(model, "int8", _infer(x), example_inputs=(x,), mode="infer")
     finite = PIPELINES["infer"].replace("carriers=drop", "carriers=drop,finite=true")
     monkeypatch.setitem(PIPELINES, "infer", finite)
     _, after, _, fewer = _both(model, "int8", _infer(x), example_inputs=(x,), mode="infer")
     _assert_same_bits(before, after)
     _assert_same_bits(before, as_ever)
-    assert fewer.bytes < some.bytes <= moved.bytes  # the relu is a part of its convolution in all of them
+    assert fewer.bytes < some.bytes < moved.bytes
 
 
 @pytest.mark.parametrize("policy", ["int8", "fp8-rowwise", "e4m3"])
