@@ -8,9 +8,8 @@ BWD and GRAD are told apart by where their operands come from: BWD reads FWD's r
 A product may stand transposed: `(w^T dy^T)` for `dy w`. `Product.is_transposed` says so.
 """
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from runtime.gemms import print_geometry
 SITE_KEY = "lp_site"
 """Key of `node.meta["custom"]`: the name of the leaf whose forward made the node."""
 ROOT_KEY = "lp_root"
-"""Key of `node.meta["custom"]`: there where the model is one graph, so that a module's name is a path from its root."""
+"""Key of `node.meta["custom"]`: there where the model is one graph, which no other module of its class shares."""
 UNNAMED = "?"
 """The name of a product whose module is not known."""
 
@@ -79,27 +78,25 @@ def find_joint_sites(graph: fx.Graph, name: "NameProducts") -> list[JointSite]:
 
 
 class NameProducts:
-    """Names of products that a module writes as operations: `PATH.matmul_0`, counted per module in program order."""
+    """Names of products that a module writes as operations: `PATH.matmul_0`, counted per module in program order.
+    `paths` maps what torch.compile knows a module by, its id as text, to its path.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._paths = paths
         self._counts: Counter[str] = Counter()
 
     def __call__(self, node: fx.Node) -> str:
         custom = node.meta.get("custom") or {}
         if SITE_KEY in custom:
             return str(custom[SITE_KEY])
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if ROOT_KEY not in custom or not stack:
+        modules = list(node.meta.get("nn_module_stack") or ())
+        path = self._paths.get(modules[-1]) if modules else ""  # the model itself is not listed
+        if ROOT_KEY not in custom or path is None:
             return UNNAMED
-        path = _path_below(stack[0][0], stack[-1][0])
         number = self._counts[path]
         self._counts[path] += 1
         return f"{path}.matmul_{number}" if path else f"matmul_{number}"
-
-
-def _path_below(root: str, module: str) -> str:
-    """`layers.0.attn` for the names that torch.compile has for two modules, `L['fn']` and `L['fn'].layers.0.attn`."""
-    return re.sub(r"\._modules\['([^']+)'\]", r".\1", module.removeprefix(root)).removeprefix(".")
 
 
 def _is_backward(node: fx.Node) -> bool:
