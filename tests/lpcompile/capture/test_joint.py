@@ -81,13 +81,13 @@ def _results(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> dict[st
     return {"y": y.detach(), "dx": x.grad, **gradients}
 
 
-def _compare(model: nn.Module, x: Tensor, policy: str | Policy, **options: Any) -> nn.Module:
+def _compare(model: nn.Module, x: Tensor, policy: str | Policy, tolerance: float = 0.0, **options: Any) -> nn.Module:
     """Compare a model with its leaf path; returns the model under the joint front end."""
     eager = copy.deepcopy(model)
     lpcompile(eager, policy, example_inputs=(x,))
     expected = _results(eager, eager, x)
     compiled = compile_joint(model, policy, backend="aot_eager", **options)
-    assert differences(_results(compiled, model, x), expected) == []
+    assert differences(_results(compiled, model, x), expected, tolerance) == []
     return model
 
 
@@ -129,13 +129,15 @@ def test_products_of_activations_are_named_and_cast() -> None:
 
 @pytest.mark.parametrize("breaks", [False, True])
 def test_two_layers_of_one_class_keep_their_own_policies(breaks: bool) -> None:
-    """torch.compile would let them share the graphs around a break; lm_head is excluded by its name."""
+    """torch.compile would let them share the graphs around a break; lm_head is excluded by its name. Around a break the
+    three gradients of k are added in another order: 1e-5, where the other layer's policy would be off by 1e-2.
+    """
     torch.manual_seed(0)
     rules = (
         {"match": {"name": "layers.0.*", "op": "linear"}, "fwd": {"x": "bf16", "w": "bf16"}},
         {"match": {"name": "layers.1.*", "op": "linear"}, **_CASTS},
     )
-    model = _compare(_Model(breaks), torch.randn(4, 8, 32), _policy(*rules))
+    model = _compare(_Model(breaks), torch.randn(4, 8, 32), _policy(*rules), 1e-5 if breaks else 0.0)
     report = joint_report(model)
     formats = {row.name: row.lhs.split()[0] for row in report.gemms if row.role == "fwd" and row.op == "linear"}
     assert formats == {f"layers.{i}.{part}": f for i, f in ((0, "bf16"), (1, "e4m3")) for part in "qko"}
