@@ -30,6 +30,7 @@ UNNAMED = "?"
 aten: Any = torch.ops.aten
 _MATRIX = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 _CONV, _CONV_BACKWARD = aten.convolution.default, aten.convolution_backward.default
+_FUSED = Unreadable("matmul", "fused attention holds its products in one op; use the model's eager attention")
 _TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 
 
@@ -67,7 +68,10 @@ def find_joint_sites(graph: fx.Graph, name: "NameProducts") -> list[JointSite]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in (*_MATRIX, _CONV) and not _is_backward(node):
+        if _is_attention(node) and not _is_backward(node):
+            base = name(node, "sdpa")
+            sites += [JointSite(base + part, _FUSED, node) for part in (".qk", ".pv")]
+        elif node.target in (*_MATRIX, _CONV) and not _is_backward(node):
             site = JointSite(name(node), _read(node), node)
             sites.append(site)
             by_number[node.meta.get("seq_nr")].append(site)
@@ -86,7 +90,7 @@ class NameProducts:
         self._paths = paths
         self._counts: Counter[str] = Counter()
 
-    def __call__(self, node: fx.Node) -> str:
+    def __call__(self, node: fx.Node, stem: str = "matmul") -> str:
         custom = node.meta.get("custom") or {}
         if SITE_KEY in custom:
             return str(custom[SITE_KEY])
@@ -94,9 +98,15 @@ class NameProducts:
         path = self._paths.get(modules[-1]) if modules else ""  # the model itself is not listed
         if ROOT_KEY not in custom or path is None:
             return UNNAMED
-        number = self._counts[path]
-        self._counts[path] += 1
-        return f"{path}.matmul_{number}" if path else f"matmul_{number}"
+        name = f"{path}.{stem}" if path else stem
+        number = self._counts[name]
+        self._counts[name] += 1
+        return f"{name}_{number}"
+
+
+def _is_attention(node: fx.Node) -> bool:
+    name = str(node.target)
+    return "scaled_dot_product" in name and "backward" not in name
 
 
 def _is_backward(node: fx.Node) -> bool:

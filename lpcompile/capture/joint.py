@@ -175,9 +175,9 @@ class _Joint:
         if self.print_graph:
             self.print_graph("before", _text(graph))
         sites = find_joint_sites(graph, NameProducts(self.paths))
-        self.unnamed += sum(site.name == UNNAMED for site in sites)
+        self.unnamed += sum(site.name.startswith(UNNAMED) for site in sites)
         for site in sites:
-            if site.name not in self.sites and site.name != UNNAMED:
+            if site.name not in self.sites and not site.name.startswith(UNNAMED):
                 self.sites[site.name] = Site(site.name, "matmul", None, len(self.leaves), None, None)
         self.resolution = self.policy.resolve(list(self.sites.values()))
         lowered = lower_joint(

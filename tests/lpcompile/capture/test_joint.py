@@ -201,6 +201,21 @@ def test_what_cannot_be_lowered_is_refused_by_name() -> None:
     assert "varies along the sum" in reasons["1"]
 
 
+class _Fused(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_fused_attention_is_refused_by_the_names_of_its_products() -> None:
+    model, x = nn.Sequential(_Fused()), torch.randn(2, 2, 8, 16)
+    rule = {"match": {"op": "matmul"}, "fwd": _E4M3}
+    compiled = compile_joint(model, _policy(rule), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    reasons = {row.name: row.reason for row in joint_report(model).gemms}
+    assert set(reasons) == {"0.sdpa_0.qk", "0.sdpa_0.pv"}
+    assert all("fused attention" in reason for reason in reasons.values())
+
+
 def test_a_product_that_no_graph_holds_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(32, 2), nn.Linear(32, 32))
     compile_joint(model, "fp8-rowwise", backend="aot_eager")
