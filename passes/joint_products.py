@@ -8,9 +8,8 @@ BWD and GRAD are told apart by where their operands come from: BWD reads FWD's r
 A product may stand transposed: `(w^T dy^T)` for `dy w`. `Product.is_transposed` says so.
 """
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +23,14 @@ from runtime.gemms import print_geometry
 SITE_KEY = "lp_site"
 """Key of `node.meta["custom"]`: the name of the leaf whose forward made the node."""
 ROOT_KEY = "lp_root"
-"""Key of `node.meta["custom"]`: there where the model is one graph, so that a module's name is a path from its root."""
+"""Key of `node.meta["custom"]`: there where the model is one graph, which no other module of its class shares."""
 UNNAMED = "?"
 """The name of a product whose module is not known."""
 
 aten: Any = torch.ops.aten
 _MATRIX = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 _CONV, _CONV_BACKWARD = aten.convolution.default, aten.convolution_backward.default
+_FUSED = Unreadable("matmul", "fused attention holds its products in one op; use the model's eager attention")
 _TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 
 
@@ -68,7 +68,10 @@ def find_joint_sites(graph: fx.Graph, name: "NameProducts") -> list[JointSite]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in (*_MATRIX, _CONV) and not _is_backward(node):
+        if _is_attention(node) and not _is_backward(node):
+            base = name(node, "sdpa")
+            sites += [JointSite(base + part, _FUSED, node) for part in (".qk", ".pv")]
+        elif node.target in (*_MATRIX, _CONV) and not _is_backward(node):
             site = JointSite(name(node), _read(node), node)
             sites.append(site)
             by_number[node.meta.get("seq_nr")].append(site)
@@ -79,27 +82,31 @@ def find_joint_sites(graph: fx.Graph, name: "NameProducts") -> list[JointSite]:
 
 
 class NameProducts:
-    """Names of products that a module writes as operations: `PATH.matmul_0`, counted per module in program order."""
+    """Names of products that a module writes as operations: `PATH.matmul_0`, counted per module in program order.
+    `paths` maps what torch.compile knows a module by, its id as text, to its path.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._paths = paths
         self._counts: Counter[str] = Counter()
 
-    def __call__(self, node: fx.Node) -> str:
+    def __call__(self, node: fx.Node, stem: str = "matmul") -> str:
         custom = node.meta.get("custom") or {}
         if SITE_KEY in custom:
             return str(custom[SITE_KEY])
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if ROOT_KEY not in custom or not stack:
+        modules = list(node.meta.get("nn_module_stack") or ())
+        path = self._paths.get(modules[-1]) if modules else ""  # the model itself is not listed
+        if ROOT_KEY not in custom or path is None:
             return UNNAMED
-        path = _path_below(stack[0][0], stack[-1][0])
-        number = self._counts[path]
-        self._counts[path] += 1
-        return f"{path}.matmul_{number}" if path else f"matmul_{number}"
+        name = f"{path}.{stem}" if path else stem
+        number = self._counts[name]
+        self._counts[name] += 1
+        return f"{name}_{number}"
 
 
-def _path_below(root: str, module: str) -> str:
-    """`layers.0.attn` for the names that torch.compile has for two modules, `L['fn']` and `L['fn'].layers.0.attn`."""
-    return re.sub(r"\._modules\['([^']+)'\]", r".\1", module.removeprefix(root)).removeprefix(".")
+def _is_attention(node: fx.Node) -> bool:
+    name = str(node.target)
+    return "scaled_dot_product" in name and "backward" not in name
 
 
 def _is_backward(node: fx.Node) -> bool:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
+from torch.fx.experimental.sym_node import DynamicInt
 
 from runtime.constants import Constants
 from runtime.errors import LpError
@@ -33,6 +35,12 @@ class RunState:
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
     constants: Constants = field(default_factory=Constants, init=False, compare=False, repr=False)
     """The casts of weights that are kept between uses."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.compile takes a plain int of a module for a constant, and would compile every step anew
+        if name in ("step", "micro_batch") and not torch.compiler.is_compiling():
+            value = DynamicInt(int(value))
+        object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         self.key = next(_KEYS)

@@ -160,6 +160,8 @@ class _Joint:
     leaves: list[Leaf]
     sites: dict[str, Site]
     resolution: Resolution
+    paths: dict[str, str]
+    """Of every module by its id as text."""
     device: str
     state: RunState
     print_graph: PrintGraph | None = None
@@ -173,10 +175,10 @@ class _Joint:
         self.num_graphs += 1
         if self.print_graph:
             self.print_graph("before", _text(graph))
-        sites = find_joint_sites(graph, NameProducts())
-        self.unnamed += sum(site.name == UNNAMED for site in sites)
+        sites = find_joint_sites(graph, NameProducts(self.paths))
+        self.unnamed += sum(site.name.startswith(UNNAMED) for site in sites)
         for site in sites:
-            if site.name not in self.sites and site.name != UNNAMED:
+            if site.name not in self.sites and not site.name.startswith(UNNAMED):
                 self.sites[site.name] = Site(site.name, "matmul", None, len(self.leaves), None, None)
         self.resolution = self.policy.resolve(list(self.sites.values()))
         lowered = lower_joint(
@@ -267,7 +269,8 @@ def _stamp(model: nn.Module, policy: Policy) -> _Joint:
     state = RunState(watch_overflow=policy.loss_scale.kind != "none")
     device = parameter.device.type if parameter is not None else "cpu"
     (_, only), modules = policy.phases[0], dict(model.named_modules())
-    joint = _Joint(only, leaves, sites, only.resolve(list(sites.values())), device, state)
+    paths = {str(id(module)): path for path, module in modules.items()}
+    joint = _Joint(only, leaves, sites, only.resolve(list(sites.values())), paths, device, state)
     _install(model, _Root())
     for leaf in leaves:
         if composite_forward(modules[leaf.path]) is None:

@@ -47,6 +47,8 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     if fast is not None:
         return fast.reshape(scale_shape(x.shape, spec.scale))
     amax = group_amax(x, spec.scale)
+    if is_compiling and not is_pow2 and not x.is_cuda and _is_fp32(largest):
+        return _amax_scale(amax.float(), largest)
     # In float64: the quotient of two fp32 numbers rounded to 53 bits and then to 24 is the one rounded to 24 at once.
     scale = amax.double() / largest
     if is_pow2:
@@ -75,6 +77,18 @@ def affine_of_range(low: float, high: float, bits: int = 8) -> tuple[float, str]
         return 1.0, f"uint{bits}"
     zero = min(round(-low / scale), steps - 1)
     return scale, f"uint{bits}:zero={zero}" if zero else f"uint{bits}"
+
+
+def _amax_scale(amax: Tensor, largest: float) -> Tensor:
+    """The scale in few operations, since a compiler repeats them for every element. On the CPU alone, where compiled
+    code divides as IEEE 754 says, and so rounds at once as float64 does in two steps.
+    """
+    scale = (amax / torch.full_like(amax, largest)).clamp(MIN_SCALE, MAX_SCALE)
+    return torch.where((amax > 0) & (amax < math.inf), scale, 1.0)
+
+
+def _is_fp32(value: float) -> bool:
+    return math.frexp(value)[0] * 2.0**24 % 1 == 0
 
 
 def expand_scale(scale: Tensor, x_shape: torch.Size, spec: QuantSpec) -> Tensor:
@@ -147,4 +161,6 @@ def group_amax(x: Tensor, scale: ScaleSpec) -> Tensor:
         return x.new_zeros(shape)
     x_MK = pad(x.reshape(m, k), (0, -k % columns, 0, -m % rows)) if m % rows or k % columns else x.reshape(m, k)
     tiles = x_MK.view(x_MK.shape[0] // rows, rows, x_MK.shape[1] // columns, columns)
+    if torch.compiler.is_compiling():  # one sum to keep instead of two, and no copy of |x|
+        return tiles.abs().amax(dim=(1, 3)).reshape(shape)
     return torch.maximum(tiles.amax(dim=(1, 3)), -tiles.amin(dim=(1, 3))).reshape(shape)

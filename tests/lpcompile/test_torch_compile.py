@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
-from lpcompile import advance, lpcompile
+from lpcompile import Policy, advance, lpcompile
 from lpcompile.api import run_state
 from tests.zoo.models import ZOO, Batch, build, differences
 
@@ -147,6 +147,26 @@ def test_overflow_is_noticed_and_clearing_it_compiles_nothing() -> None:
         model.zero_grad()
         (compiled(x).square().sum() * factor).backward()
         assert bool(state.overflow) is is_beyond
+    assert _num_graphs() == 1
+
+
+def test_stochastic_rounding_draws_anew_and_compiles_nothing() -> None:
+    """Every step and micro-batch has other random bits, those of eager code, and all share one graph."""
+    dy, x = {"format": "e5m2", "rounding": "stochastic"}, {"format": "e4m3", "rounding": "stochastic"}
+    roles = {"fwd": {"x": x, "w": "e4m3"}, "bwd": {"dy": dy, "w": "e4m3"}, "grad": {"dy": dy, "x": "e4m3"}}
+    model, data = _model(), torch.randn(64, 32)
+    lpcompile(model, Policy.model_validate({"rules": [{"match": {"op": "linear"}, **roles}]}))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    seen: list[Tensor] = []
+    for step in range(4):
+        results = []
+        for run in (model, compiled):
+            advance(model, step)
+            results.append([_gradients(run, model, data) for _ in range(3)])
+        for expected, found in zip(*results):
+            assert all(torch.equal(got, want) for got, want in zip(found, expected, strict=True))
+            assert not any(torch.equal(found[0], other) for other in seen)
+            seen.append(found[0])
     assert _num_graphs() == 1
 
 

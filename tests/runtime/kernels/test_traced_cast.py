@@ -1,6 +1,7 @@
 """Traced casts: the oracle's bits before and after a compiler has fused them, in one kernel with their neighbours."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 from torch._inductor import metrics
 
+from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.traced_cast import Draw, traced_to_grid
 from runtime.numerics import quantize
 from runtime.numerics.casts import to_grid
+from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
 from tests.runtime.kernels.test_cast import DECLINED, NAMES, hard_values
 
@@ -62,6 +65,19 @@ def test_compiled_code_has_the_bits_of_eager_code() -> None:
 
     for got, expected in zip(_compiled(casts)(inputs), casts(inputs)):  # type: ignore[call-overload]
         assert same_bits(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "hfp8-143", "1-6-9", "e3m2", "e2m1"])
+def test_rounding_by_sums_holds_for_every_mantissa(name: str) -> None:
+    """All fp32 values of every binade from below the smallest subnormal to above the largest value of the format."""
+    row = get_format(name)
+    assert isinstance(row, FloatFormat)
+    mantissas = torch.arange(2**23, dtype=torch.int32)
+    first, last = math.floor(math.log2(row.tiny)) - row.mantissa - 2, math.floor(math.log2(row.max)) + 1
+    for exponent in range(first, last + 1):
+        x = ((exponent + 127 << 23) + mantissas).view(torch.float32)
+        assert same_bits(traced_to_grid(-x, name, None, None, Draw()), fast_to_grid(-x, QuantSpec(name), None))
 
 
 def test_compiled_stochastic_rounding_draws_the_bits_of_eager_code() -> None:
