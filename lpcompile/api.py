@@ -61,6 +61,9 @@ def lpcompile(
     what was not looked at. A call that the captured graphs do not fit runs the module's original forward, with its
     GEMM-bearing children compiled all the same.
 
+    mode="infer" is for evaluation under torch.no_grad(): batch norms, sums and activations go into the product next to
+    them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs.
+
     seed keys stochastic rounding. strict=True raises LoweringError, before anything is changed, if a named GEMM does
     not run as its policy says or a check (lpcompile/checks.py) finds something wrong. Compiling a compiled model
     replaces what was there.

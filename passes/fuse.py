@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from passes.ir.gemm_nodes import argument
-from passes.ir.program import ACTIVATION, FOLDED, RESIDUAL, Program, Unit
+from passes.ir.program import ACTIVATION, FOLDED, RESIDUAL, Program, Unit, child_path
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.ops import OPS
@@ -166,8 +166,7 @@ def _called_activation(program: Program, unit: Unit, node: fx.Node) -> str:
     """The activation that a called module is, if its graph is that and nothing more, and no hooks see it."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return ""
-    path = f"{unit.path}.{node.target}" if unit.path else str(node.target)
-    units = [each for each in program.units.values() if each.path == path]
+    units = [each for each in program.units.values() if each.path == child_path(unit.path, node)]
     return _whole_activation(units[0]) if len(units) == 1 and not units[0].is_observed else ""
 
 

@@ -33,10 +33,10 @@ def batch_norm_units(modules: dict[str, nn.Module]) -> dict[str, Unit]:
 def guarding_folds(guard: Guard, unit: Unit, module: nn.Module, program: Program) -> Guard:
     """The guard of a module's graph, with what the batch norms and activations folded in it rely on."""
     attributes: dict[str, ValueFact] = {}
-    unobserved: list[str] = []
+    changed: list[str] = []
     for node in unit.graph.nodes:
         if node.op == "call_module" and {*node.kwargs} & {AFFINE, INPUT_AFFINE, RESIDUAL, ACTIVATION}:
-            unobserved.append(str(node.target))
+            changed.append(str(node.target))
         for path in filter(None, node.meta.get(FOLDED, "").split(",")):
             norm = program.leaf(f"{unit.path}.{path}" if unit.path else path)
             call = None if norm is None else norm_node(norm.graph)
@@ -44,11 +44,11 @@ def guarding_folds(guard: Guard, unit: Unit, module: nn.Module, program: Program
                 attributes[f"{path}.training"] = ValueFact(bool, False)
                 attributes[f"{path}.eps"] = ValueFact(float, argument(call, 7, "eps"))
             attributes |= layer_facts(path, module.get_submodule(path))
-            unobserved.append(path)
-    if not unobserved:
+            changed.append(path)
+    if not changed:
         return guard
     facts = (*guard.attributes, *attributes.items())
-    return replace(guard, attributes=facts, unobserved=tuple(dict.fromkeys(unobserved)))
+    return replace(guard, attributes=facts, unhooked=tuple(dict.fromkeys((*guard.unhooked, *changed))))
 
 
 def _graph(module: Any) -> fx.Graph:

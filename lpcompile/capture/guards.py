@@ -71,15 +71,15 @@ class Guard:
     `config.use_cache`, `wte.weight.dtype`): a schedule or a user may change them between steps."""
     conditions: tuple[str, ...] = ()
     """On the named sizes, as Python source: `s1 > 8`, `s0*s1 == s2`."""
-    unhooked: tuple[str, ...] | None = None
-    """Of a graph without carriers of the gradient: the children that its forward calls. It holds only where no gradient
-    flows, and while none of them has hooks, which would see what is no more computed. None: any other graph."""
-    unobserved: tuple[str, ...] = ()
-    """Children, as paths from the module, that the graph does not call as the forward did: hooks would miss that."""
+    is_forward_only: bool = False
+    """The graph has no carriers of the gradient, and holds only where grad mode is off."""
+    unhooked: tuple[str, ...] = ()
+    """Children, as paths from the module, that the graph does not call as the forward did, or hands other tensors: it
+    holds only while none of them has hooks, nor every module has, which would see what is no more computed."""
     _plan: Any = field(init=False, repr=False, compare=False)
     _rows: Any = field(init=False, repr=False, compare=False)
     _attribute_rows: Any = field(init=False, repr=False, compare=False)
-    _unobserved_rows: Any = field(init=False, repr=False, compare=False)
+    _unhooked_rows: Any = field(init=False, repr=False, compare=False)
     _broken_size: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Guard:
         object.__setattr__(
             self, "_attribute_rows", tuple((tuple(steps), name, f.value, f.kind) for (*steps, name), f in paths)
         )
-        object.__setattr__(self, "_unobserved_rows", tuple((path, path.split(".")) for path in self.unobserved))
+        object.__setattr__(self, "_unhooked_rows", tuple((path, path.split(".")) for path in self.unhooked))
         sizes = tuple(None if isinstance(fact, ValueFact) else _sizes(fact) for fact in self.leaves)
         object.__setattr__(self, "_broken_size", _compile_sizes(sizes, self.conditions))
 
@@ -112,31 +112,19 @@ class Guard:
             return f"training is {module.training}, recorded {self.training}"
         if self.grad_enabled is not None and torch.is_grad_enabled() is not self.grad_enabled:
             return f"grad mode is {torch.is_grad_enabled()}, recorded {self.grad_enabled}"
-        if self.unhooked is not None and (in_the_way := self._needs_carriers(module)) is not None:
-            return in_the_way
+        if self.is_forward_only and torch.is_grad_enabled():
+            return "grad mode is on, compiled for inference"
         for device_type, dtype in self.autocast:
             if autocast_dtype(device_type) is not dtype:
                 return f"autocast on {device_type} is {autocast_dtype(device_type)}, recorded {dtype}"
         if self._attribute_rows and (differing := self.differing_attribute(module)) is not None:
             return differing
-        if self._unobserved_rows and (hooked := self._hooked(module)) is not None:
+        if self._unhooked_rows and (hooked := self._hooked(module)) is not None:
             return hooked
         leaves: list[Any] = []
         if not _collect(self._plan, (tuple(args), kwargs), leaves):
             return "the structure of the arguments differs"
         return self._operands(leaves)
-
-    def _needs_carriers(self, module: nn.Module) -> str | None:
-        """Why a graph without carriers does not stand for this call, if so."""
-        if torch.is_grad_enabled():
-            return "grad mode is on, compiled for inference"
-        if any(_GLOBAL_HOOKS):
-            return "every module has hooks, which see their inputs and outputs"
-        for path in self.unhooked or ():
-            child = module.get_submodule(path)
-            if child._forward_hooks or child._forward_pre_hooks:
-                return f"{path} has hooks, which see its input and output"
-        return None
 
     def differing_attribute(self, module: nn.Module) -> str | None:
         """What differs among the attributes that the forward read, if anything."""
@@ -150,13 +138,16 @@ class Guard:
         return None
 
     def _hooked(self, module: nn.Module) -> str | None:
-        """The first child of `unobserved` that has hooks, if any."""
-        for path, steps in self._unobserved_rows:
-            owner: Any = module
+        """The first child of `unhooked` that has hooks, if any; those of backward count where a gradient flows."""
+        if any(_GLOBAL_HOOKS):
+            return "every module has hooks, which see their inputs and outputs"
+        for path, steps in self._unhooked_rows:
+            child: Any = module
             for step in steps:
-                owner = getattr(owner, step)
-            if owner._forward_hooks or owner._forward_pre_hooks or owner._backward_hooks or owner._backward_pre_hooks:
-                return f"{path} has hooks, and what they would see is folded away"
+                child = getattr(child, step)
+            is_seen = child._forward_hooks or child._forward_pre_hooks
+            if is_seen or (torch.is_grad_enabled() and (child._backward_hooks or child._backward_pre_hooks)):
+                return f"{path} has hooks, which see its input and output"
         return None
 
     def _operands(self, leaves: list[Any]) -> list[Tensor | int] | str:

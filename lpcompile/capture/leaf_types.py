@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
-from passes.ir.program import Unit
+from passes.ir.program import Unit, child_path
 from passes.ir.types import META, tensor_meta
 from runtime.op_types import DTYPE_NAMES, TensorType
 
@@ -33,7 +33,7 @@ def _inputs(units: list[Unit]) -> dict[str, object]:
     for unit in units:
         for node in unit.graph.nodes if unit.kind == "module" else ():
             if node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
-                path = f"{unit.path}.{node.target}" if unit.path else str(node.target)
+                path = child_path(unit.path, node)
                 if META in node.args[0].meta:
                     found.setdefault(path, node.args[0].meta[META])
     return found

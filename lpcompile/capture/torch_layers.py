@@ -58,14 +58,15 @@ def note_writes(units: Iterable[Unit], modules: dict[str, nn.Module], leaves: It
 
 
 def without_carriers(recording: Recording, module: nn.Module) -> Recording:
-    """The recording with the guard of a graph that has no carriers of gradients and may not call torch's layers: see
-    Guard.unhooked. What those layers are is then a fact of the guard.
+    """The recording with the guard of a graph that has no carriers of gradients and may not call torch's layers. What
+    those layers are is then a fact of the guard.
     """
     paths = tuple(dict.fromkeys(str(node.target) for node in recording.graph.find_nodes(op="call_module")))
     layers = {path: module.get_submodule(path) for path in paths}
     facts = [fact for path, layer in layers.items() for fact in layer_facts(path, layer).items()]
     attributes = (*recording.guard.attributes, *facts)
-    return replace(recording, guard=replace(recording.guard, unhooked=paths, attributes=attributes))
+    guard = replace(recording.guard, is_forward_only=True, unhooked=paths, attributes=attributes)
+    return replace(recording, guard=guard)
 
 
 def layer_facts(path: str, layer: nn.Module) -> dict[str, ValueFact]:

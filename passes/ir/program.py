@@ -98,7 +98,7 @@ class Program:
         """The leaf that a node of `caller` calls, if it calls one."""
         if node.op != "call_module":
             return None
-        return self.leaf(f"{caller.path}.{node.target}" if caller.path else str(node.target))
+        return self.leaf(child_path(caller.path, node))
 
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
         """Every graph with a name for messages, fed leaf graphs included."""

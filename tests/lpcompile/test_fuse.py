@@ -125,6 +125,21 @@ def test_hooks_that_come_later_see_what_they_saw() -> None:
     assert "a has hooks" in report(model).guard_misses[""]
 
 
+def test_hooks_of_every_module_see_what_they_saw() -> None:
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(8, 32)
+    lpcompile(model, "fp32-emulated", (x,), mode="infer")
+    wanted, seen = model(x), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append((module, y.clone())))
+    try:
+        assert torch.equal(model(x), wanted)
+    finally:
+        handle.remove()
+    (before_relu,) = (y for module, y in seen if module is model.a)
+    assert torch.equal(before_relu, F.linear(x, model.a.weight, model.a.bias))
+    assert "every module has hooks" in report(model).guard_misses[""]
+
+
 @pytest.mark.parametrize("policy", ["hfp8", "int8"])
 def test_torch_compile_gives_the_same_bits(policy: str) -> None:
     torch.manual_seed(0)
