@@ -128,10 +128,6 @@ def write_string(text: str) -> str:
     return f'"{_ESCAPED.sub(_escape, text)}"'
 
 
-def is_value_name(name: str) -> bool:
-    return _VALUE_NAME.fullmatch(name) is not None
-
-
 def _write_values(values: list[Value]) -> str:
     return ", ".join(f"%{value.name}" for value in values)
 
