@@ -26,6 +26,7 @@ from lpcompile.capture.recording import Opaque, Recording
 from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
 from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
+from lpcompile.collector import no_full_collections
 from lpcompile.compiled import JOINT, Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.policy import Policy, Resolution
@@ -44,6 +45,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Recordings = Mapping[str, Sequence[Recording]]
 
 
+@no_full_collections()
 def lpcompile(
     model: Model,
     policy: str | Path | Policy,
@@ -90,6 +92,7 @@ def lpcompile(
     return model
 
 
+@no_full_collections()
 def capture_more(
     model: Model, example_inputs: Sequence[Any] | None = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> Model:

@@ -51,8 +51,8 @@ class PassRecord:
 def run_passes(
     program: Program, passes: Sequence[Pass], after_each: Callable[[Pass, Program], None] | None = None
 ) -> list[PassRecord]:
-    """Run `passes` in order on `program`, which must verify. `after_each` sees the program after each pass (to print
-    it, say).
+    """Run `passes` in order on `program`, which is verified before the first and after each that changed it.
+    `after_each` sees the program after each pass (to print it, say).
     """
     verify(program)
     records = []
@@ -61,9 +61,11 @@ def run_passes(
         before, start = program.num_nodes(), time.perf_counter()
         changed = each.run(program)
         seconds = time.perf_counter() - start
-        verify(program)
+        after = program.num_nodes()
+        if changed or after != before:
+            verify(program)
         program.passes.append(str(each))
-        records.append(PassRecord(str(each), seconds, changed, before, program.num_nodes()))
+        records.append(PassRecord(str(each), seconds, changed, before, after))
         if after_each:
             after_each(each, program)
     return records

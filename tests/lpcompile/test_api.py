@@ -2,7 +2,9 @@
 it can be undone.
 """
 
+import contextlib
 import copy
+import gc
 import inspect
 import pickle
 from collections.abc import Callable
@@ -435,3 +437,15 @@ def test_wrong_use_gets_a_sentence(call: Callable[[], object], sentence: str) ->
 def test_load_policy_gives_what_lpcompile_takes() -> None:
     model = nn.Linear(8, 8)
     assert report(lpcompile(model, load_policy("hfp8"))).policy == "hfp8"
+
+
+@pytest.mark.parametrize("policy", ["hfp8", "no such policy"])
+def test_the_garbage_collector_is_as_before(policy: str) -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(701, 11, 12)
+    try:
+        with contextlib.suppress(LpError):
+            lpcompile(nn.Linear(4, 4), policy)
+        assert gc.get_threshold() == (701, 11, 12)
+    finally:
+        gc.set_threshold(*before)
