@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError, nearest_names
-from runtime.kernels.cpu.block_cast import fast_blocks
+from runtime.kernels.block_values import block_values
 from runtime.kernels.traced_cast import Draw, is_traced, traced_quantize
 from runtime.kernels.value_cast import fast_values, is_served
-from runtime.numerics.block_casts import grid_of_blocks, quantize_blocks
+from runtime.numerics.block_casts import grid_of_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
-from runtime.numerics.cast_plans import block_plan
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
 from runtime.numerics.formats import Format, get_format
 from runtime.numerics.grid import GridOverflow, round_to_grid
-from runtime.numerics.random import check_counter
 from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding
 
@@ -48,7 +46,7 @@ def quantize(
     code means, Inf (ieee) or NaN (nan, merged, fnuz, e8m0); a format with neither saturates all the same.
     Overflow is judged after rounding: 464 is 448 in e4m3, by ties to even.
     Under torch.compile and torch.export a scalar format is cast by operations that the compiler fuses, with the same
-    bits; make_fx sees one node, lp::quantize_values.
+    bits; a block format by an opaque op, lp::quantize_block_values. make_fx sees one node, lp::quantize_values.
     `out` takes the result and is returned; x's shape, dtype and device. It may be x, or share memory with x or the
     scale in any other way: what is written is what would have been without that. The memory of a large new result
     costs more than the cast (page faults), so a loop should keep one.
@@ -63,12 +61,15 @@ def quantize(
         _check_out(out, x)
     draw = Draw(seed, step, stream, offset)
     if isinstance(format, BlockFormat) or (isinstance(format, str) and is_block_format(format)):
-        block = get_block_format(format) if isinstance(format, str) else format
+        name = format if isinstance(format, str) else format.name
         if scale is not None:
-            raise FormatError(f"{block.name} makes its own scales", hint="no scale argument, or a scalar format")
+            raise FormatError(f"{name} makes its own scales", hint="no scale argument, or a scalar format")
         if overflow != "saturate":
-            raise FormatError(f"the elements of {block.name} saturate", hint='overflow="saturate"')
-        return _quantize_blocks(x, block, rounding, draw, out)
+            raise FormatError(f"the elements of {name} saturate", hint='overflow="saturate"')
+        is_compiling = torch.compiler.is_compiling()
+        if out is not None and x.dtype == torch.float32 and not is_compiling and _can_be_written(out, x, None):
+            return block_values(x, format, rounding, draw, out)
+        return _given(block_values(x, format, rounding, draw), out)
     if isinstance(format, str) and overflow == "saturate" and is_traced(x, format, rounding):
         return _given(traced_quantize(x, format, rounding, scale, draw), out)
     row = get_format(format) if isinstance(format, str) else format
@@ -80,20 +81,6 @@ def quantize(
         return out.copy_(fast_values(x, format, mode, divisor, draw))
     q = round_to_grid(x, row, mode, divisor, seed, step, stream, offset, overflow)
     return _given((q if divisor is None else q * divisor).to(x.dtype), out)
-
-
-def _quantize_blocks(
-    x: Tensor, block: BlockFormat, rounding: Rounding | None, draw: Draw, out: Tensor | None
-) -> Tensor:
-    mode = rounding or get_format(block.element).rounding
-    plan, is_stochastic = block_plan(block, mode), mode == "stochastic"
-    if is_stochastic:
-        check_counter(*draw[1:])
-    into = out if out is not None and x.dtype == torch.float32 and _can_be_written(out, x, None) else None
-    fast = fast_blocks(x, plan, is_divided=True, is_stochastic=is_stochastic, out=into, **draw._asdict())
-    if fast is None:
-        return _given(quantize_blocks(x, block, mode, **draw._asdict()), out)
-    return fast.values if into is not None else _given(fast.values.to(x.dtype), out)
 
 
 def _given(values: Tensor, out: Tensor | None) -> Tensor:

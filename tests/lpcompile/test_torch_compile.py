@@ -6,6 +6,7 @@ same bits; inductor fuses and orders sums anew.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
+from torch._inductor.utils import run_and_get_code
 
 from lpcompile import Policy, advance, lpcompile
 from lpcompile.api import run_state
@@ -185,3 +187,17 @@ def test_fp32_has_the_kernels_of_the_original(name: str) -> None:
         counts.append((metrics.generated_kernel_count, metrics.generated_cpp_vec_kernel_count))
     assert counts[0][0] > 0
     assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "norm"), [("llama", "rsqrt"), ("gpt2", "native_layer_norm")])
+def test_norms_and_the_casts_behind_them_are_one_kernel(name: str, norm: str) -> None:
+    """The residual before a norm, the norm, the amax of its rows and the rounding: five norms, five kernels."""
+    batch, model = ZOO[name].batch(0), build(name).eval()
+    lpcompile(model, "fp8-rowwise", example_kwargs=batch)
+    with torch.no_grad():
+        _, codes = run_and_get_code(torch.compile(model, fullgraph=True), **batch)
+    kernels = re.findall(r"^(cpp_fused\w*) = async_compile", codes[0], re.MULTILINE)
+    norms = [kernel for kernel in kernels if norm in kernel]
+    assert len(norms) == 5
+    assert all("amax" in kernel and "clamp" in kernel for kernel in norms)

@@ -2,18 +2,22 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import metrics
+from torch._inductor.utils import run_and_get_code
 
 from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.traced_cast import Draw, traced_to_grid
 from runtime.numerics import quantize
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
 from tests.runtime.kernels.test_cast import DECLINED, NAMES, hard_values
 
@@ -102,3 +106,50 @@ def test_a_cast_is_one_kernel_with_its_neighbours() -> None:
 
     assert torch.equal(_compiled(alone)(x), alone(x))  # type: ignore[arg-type]
     assert metrics.generated_kernel_count == 1
+
+
+def _num_kernels(function: Callable[..., object], *given: Tensor) -> int:
+    """C++ kernels of the one graph that Inductor makes."""
+    torch._dynamo.reset()
+    _, codes = run_and_get_code(torch.compile(function, fullgraph=True), *given)
+    return len(re.findall(r"^cpp_fused\w* = async_compile", codes[0], re.MULTILINE))
+
+
+@pytest.mark.parametrize("spec", ["e4m3", "e4m3 nearest_even row/amax", "int8 nearest_even tensor/amax"])
+def test_a_norm_and_the_cast_of_its_result_are_one_kernel(spec: str) -> None:
+    """Statistics, norm, amax and rounding: x is read from memory, the grid written to it, and nothing between."""
+    parsed = QuantSpec.parse(spec)
+
+    def cast(y: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale = compute_scale(y, parsed)
+        return fast_to_grid(y, parsed, scale), scale
+
+    def rms_norm(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        return cast(w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+    def layer_norm(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        return cast(F.layer_norm(x, w.shape, w, w))
+
+    with torch.no_grad():
+        for function in (rms_norm, layer_norm):
+            assert _num_kernels(function, torch.randn(64, 256), torch.randn(256)) == 1
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "mxfp4:scale=even", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_format_is_an_op_of_compiled_code(format: str, dtype: torch.dtype) -> None:
+    x = torch.randn(6, 96).to(dtype)
+
+    def cast(x: Tensor) -> Tensor:
+        return quantize(x, format) + quantize(x, format, "stochastic", **DRAW._asdict())
+
+    assert torch.equal(_compiled(cast)(x), cast(x))  # type: ignore[arg-type]
+    given = (format, "stochastic", 3, 2, 1, 0)
+    torch.library.opcheck(torch.ops.lp.quantize_block_values.default, (x.requires_grad_(), *given))
+
+
+def test_a_block_format_gives_a_straight_through_gradient_as_an_op() -> None:
+    x = torch.randn(4, 32, requires_grad=True)
+    torch.ops.lp.quantize_block_values(x, "mxfp8", None, 0, 0, 0, 0).square().sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2 * quantize(x, "mxfp8"))
