@@ -453,9 +453,9 @@ def _not_an_option(name: str, option: str, expected: str) -> FormatError:
     return FormatError(f'"{name}": "{option}" is not a format option', expected=expected, got=option or "nothing")
 
 
-def _radix4() -> tuple[float, ...]:
-    """Sign and three exponent bits: e = 0 is zero, e >= 1 is 4^(e - 4)."""
-    magnitudes = (0.0, *(4.0 ** (e - 4) for e in range(1, 8)))
+def _radix4(unit: float) -> tuple[float, ...]:
+    """Sign and three exponent bits: e = 0 is zero, e >= 1 is unit * 4^(e - 4)."""
+    magnitudes = (0.0, *(unit * 4.0 ** (e - 4) for e in range(1, 8)))
     return magnitudes + tuple(-value for value in magnitudes)
 
 
@@ -479,6 +479,7 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
+_FP4 = "Sun et al., Ultra-Low Precision 4-bit Training, NeurIPS 2020"
 _OCP_FP8 = "OCP 8-bit Floating Point Specification v1.0, table 1"
 _OCP_MX = "OCP Microscaling Formats v1.0, section 5.3"
 
@@ -515,11 +516,19 @@ FORMATS: dict[str, Format] = {
         FloatFormat("pow2", 3, 0, 4, top="none", subnormals=False, source="1-3-0 in radix 2; e = 0 is zero"),
         LookupFormat(
             "fp4-radix4",
-            _radix4(),
+            _radix4(1.0),
             beyond=256.0,
             rounding="nearest_away",
             layout="1-3-0, radix 4",
-            source="Sun et al., Ultra-Low Precision 4-bit Training, NeurIPS 2020",
+            source=f"{_FP4}; the even phase of its two-phase rounding",
+        ),
+        LookupFormat(
+            "fp4-radix4-odd",
+            _radix4(0.5),
+            beyond=128.0,
+            rounding="nearest_away",
+            layout="1-3-0, radix 4, halved",
+            source=f"{_FP4}; the odd phase, odd(x) = even(2 x) / 2",
         ),
         LookupFormat("nf4", _NF4, source="Dettmers et al., QLoRA, arXiv 2305.14314, appendix E"),
         LookupFormat(

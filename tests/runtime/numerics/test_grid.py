@@ -6,12 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime.errors import FormatError
 from runtime.numerics import FORMATS, decode, encode, get_format, quantize
 from runtime.numerics.formats import LookupFormat, finite_values
 from runtime.numerics.grid import neighbours, round_to_grid
-from runtime.numerics.specs import ROUNDINGS
+from runtime.numerics.specs import ROUNDINGS, Rounding
 
 TABLES = [name for name, row in FORMATS.items() if isinstance(row, LookupFormat)]
 
@@ -73,6 +75,31 @@ def test_radix_4_takes_the_nearer_by_value(x: float, nearest: float, toward_zero
     both = torch.tensor([float(x), -float(x)])
     assert quantize(both, "fp4-radix4").tolist() == [nearest, -nearest]
     assert quantize(both, "fp4-radix4", "toward_zero").tolist() == [toward_zero, -toward_zero]
+
+
+@pytest.mark.parametrize(
+    ("x", "odd"),
+    [(0.005, 2.0**-7), (0.02, 2.0**-5), (0.3, 0.125), (1, 0.5), (1.5, 2), (2, 2), (2.49, 2), (5, 8), (40, 32),
+     (100, 32)],
+)  # fmt: skip
+def test_the_odd_phase_of_radix_4(x: float, odd: float) -> None:
+    """The published table: levels 4^n / 2, the nearer by value."""
+    assert quantize(torch.tensor([float(x), -float(x)]), "fp4-radix4-odd").tolist() == [odd, -odd]
+
+
+@given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=30), st.sampled_from(ROUNDINGS))
+def test_the_odd_phase_is_half_of_the_even_one_of_twice_x(values: list[float], mode: Rounding) -> None:
+    x = torch.tensor(values)
+    assert torch.equal(quantize(x, "fp4-radix4-odd", mode, seed=3), quantize(2 * x, "fp4-radix4", mode, seed=3) / 2)
+
+
+def test_the_errors_of_the_two_phases_cancel_in_part() -> None:
+    """Log-uniform x inside the range: the mean of both phases has a third of the error of one (0.048 against 0.134)."""
+    x = 4.0 ** (torch.rand(400_000, generator=torch.Generator().manual_seed(0)) * 4 - 2)
+    even, odd = (quantize(x, name) / x - 1 for name in ("fp4-radix4", "fp4-radix4-odd"))
+    assert abs(even.square().mean().item() - 0.134) < 0.003
+    assert abs(odd.square().mean().item() - 0.134) < 0.003
+    assert abs(((even + odd) / 2).square().mean().item() - 0.048) < 0.002
 
 
 def test_a_tie_in_a_table_goes_to_zero_or_to_the_larger() -> None:
