@@ -167,7 +167,8 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Conv:
-    """y = x * w, 1-D to 3-D, grouped and depthwise included.
+    """y = x * w, 1-D to 3-D, grouped, depthwise and transposed. A transposed one is the BWD of a convolution applied to
+    x; its weight is (C_in, C_out / groups, ...).
 
     The direct kernels of torch compute it in the operands' dtype, so `multiply` is not called: a backend that cannot
     use them declines the kind.
@@ -181,12 +182,11 @@ class Conv:
 
     @property
     def grad_rows(self) -> Side:
-        return "lhs"
+        return "rhs" if self.geometry.is_transposed else "lhs"
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
-        zeros = (0,) * len(g.stride)
-        return torch.convolution(lhs, rhs, bias, g.stride, g.padding, g.dilation, False, zeros, g.groups)
+        return torch.convolution(lhs, rhs, bias, g.stride, g.padding, g.dilation, g.is_transposed, self._more, g.groups)
 
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         return self.native(lhs, rhs, None)
@@ -202,57 +202,17 @@ class Conv:
     def bias_grad(self, dy: Tensor) -> Tensor:
         return dy.sum((0, *range(2, dy.dim())))
 
-    def _backward(
-        self, dy: Tensor, lhs: Tensor, rhs: Tensor, mask: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        g = self.geometry
-        zeros = [0] * len(g.stride)
-        return torch.ops.aten.convolution_backward(
-            dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, False, zeros, g.groups, mask
-        )
-
-
-@dataclass(frozen=True)
-class ConvTranspose:
-    """y = the BWD of a convolution applied to x; its BWD is that convolution's FWD. Weight (C_in, C_out / groups, ...).
-
-    As Conv, it is computed by torch's direct kernels, in the operands' dtype.
-    """
-
-    geometry: ConvGeometry
-
     @property
-    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return _CONV_AXES
-
-    @property
-    def grad_rows(self) -> Side:
-        return "rhs"
-
-    def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
-        g = self.geometry
-        return torch.convolution(lhs, rhs, bias, g.stride, g.padding, g.dilation, True, g.output_padding, g.groups)
-
-    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
-        return self.native(lhs, rhs, None)
-
-    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        lhs = dy.new_empty((1,)).expand(lhs_shape)
-        return self._backward(dy, lhs, rhs, (True, False, False))[0]
-
-    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        rhs = dy.new_empty((1,)).expand(rhs_shape)
-        return self._backward(dy, lhs, rhs, (False, True, False))[1]
-
-    def bias_grad(self, dy: Tensor) -> Tensor:
-        return dy.sum((0, *range(2, dy.dim())))
+    def _more(self) -> tuple[int, ...]:
+        """The output padding, of zeros where there is none."""
+        return self.geometry.output_padding or (0,) * len(self.geometry.stride)
 
     def _backward(
         self, dy: Tensor, lhs: Tensor, rhs: Tensor, mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         g = self.geometry
         return torch.ops.aten.convolution_backward(
-            dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, True, g.output_padding, g.groups, mask
+            dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, g.is_transposed, self._more, g.groups, mask
         )
 
 

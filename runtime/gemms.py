@@ -30,7 +30,6 @@ from runtime.contractions import (
     AbstractContraction,
     Conv,
     ConvGeometry,
-    ConvTranspose,
     Linear,
     LinearKN,
     Matmul,
@@ -104,9 +103,7 @@ class GemmPlan:
 
 def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:
     """The contraction of a kind of KINDS, or the convolution of this geometry."""
-    if geometry is None:
-        return KINDS[kind]
-    return ConvTranspose(geometry) if geometry.is_transposed else Conv(geometry)
+    return KINDS[kind] if geometry is None else Conv(geometry)
 
 
 def parse_geometry(text: str) -> ConvGeometry | None:

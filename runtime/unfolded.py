@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from runtime.contractions import AbstractContraction, Conv, ConvGeometry, ConvTranspose, Multiply
+from runtime.contractions import AbstractContraction, Conv, ConvGeometry, Multiply
 
 
 def unfolded(geometry: ConvGeometry) -> AbstractContraction:
@@ -39,7 +39,7 @@ class UnfoldedConv(Conv):
 
 
 @dataclass(frozen=True)
-class UnfoldedConvTranspose(ConvTranspose):
+class UnfoldedConvTranspose(Conv):
     """The transpose of UnfoldedConv; x (B, O, ...), w (O, C / groups, ...) in the names of that convolution."""
 
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
