@@ -443,7 +443,8 @@ def _load(grid: Tensor, method: str) -> Tensor:
         return grid
     if method == "cpu_bf16":  # it reads fp32 too: block values below bf16's range
         return grid if grid.dtype in cpu_gemm.DTYPES else grid.bfloat16()
-    return grid.to(DTYPES.get(method, torch.float32))
+    dtype = DTYPES.get(method, torch.float32)
+    return grid if dtype == torch.int8 and grid.dtype == torch.float32 else grid.to(dtype)  # fp32: it holds a NaN
 
 
 def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:

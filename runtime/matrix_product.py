@@ -15,8 +15,9 @@ from runtime.kernels import reference
 from runtime.kernels.cpu import accumulate as cpu_accumulate
 from runtime.kernels.cpu.philox import signed_seed
 from runtime.kernels.reference import RandomKey
-from runtime.numerics.block_formats import default_rounding, is_block_format
+from runtime.numerics.block_formats import default_rounding, grid_format, is_block_format
 from runtime.numerics.casts import quantize
+from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter
 from runtime.numerics.specs import AccumulateModel, AccumulateSpec, GemmSpec, Product, QuantSpec, Rounding
 
@@ -49,9 +50,17 @@ def gemm(
     step, place in the output, number of the rounding): runtime/kernels/reference.py says which.
     `accumulate` may be a text or an AccumulateSpec that says all of it: "1-6-9/64 stochastic", "int16 wrap". Integer
     accumulators need integer operands and saturate (row ends: int32 to +-(2^31 - 1)) or wrap (two's complement).
-    Raises FormatError: operands that are no matrices or do not fit, unknown names, int sums of floats.
+    An integer sum has no NaN of its own: where an operand has one in the row or column, the result is NaN.
+    Raises FormatError: operands that are no matrices, do not fit or are not real floating-point, unknown names, int
+    sums of floats, integer sums that could leave int64 before they are cut.
     """
-    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+    for operand in (a, b):
+        if not operand.is_floating_point():
+            raise FormatError(
+                "only real numbers are cast", where="gemm", expected="a floating-point tensor", got=str(operand.dtype),
+                hint="operand.float(), if that is meant",
+            )  # fmt: skip
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2] or not _broadcasts(a.shape[:-2], b.shape[:-2]):
         raise FormatError(
             "these matrices have no product",
             expected="(..., M, K) and (..., K, N)",
@@ -60,6 +69,10 @@ def gemm(
     spec = _checked_spec(a_format, b_format, accumulate, chunk, rounding, product, model, step)
     result: Tensor = torch.ops.lp.matrix_product(a.detach(), b.detach(), spec, signed_seed(seed), step)
     return result
+
+
+def _broadcasts(left: torch.Size, right: torch.Size) -> bool:
+    return all(1 in (m, n) or m == n for m, n in zip(reversed(left), reversed(right)))
 
 
 @torch.compiler.assume_constant_result
@@ -81,18 +94,34 @@ def _checked_spec(
     return str(spec)
 
 
+def _check_int64(spec: GemmSpec, num_k: int) -> None:
+    """FormatError if what is added before the accumulator cuts it could leave int64, in which the sums are made."""
+    how = spec.accumulator
+    left, right = (max(row.max, -row.min) for row in map(grid_format, (spec.lhs.format, spec.rhs.format)))
+    terms = 1 if how.model == "per_mac" else min(how.chunk or num_k, num_k)
+    row = get_format(how.format)
+    if terms * left * right + max(row.max, -row.min) >= 2.0**63:
+        raise FormatError(
+            f"{terms} products of {spec.lhs.format} and {spec.rhs.format} can leave int64", where="gemm",
+            expected="sums below 2^63", hint="narrower operands, a shorter chunk, or model=\"per_mac\"",
+        )  # fmt: skip
+
+
 def _matrix_product(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Tensor:
     spec, key = GemmSpec.parse(text), RandomKey(seed, step)
     left, right = _quantized(a, b, spec)
+    if spec.accumulator.is_integer:
+        _check_int64(spec, a.shape[-1])
     if a.device.type == "cpu" and cpu_accumulate.declines(spec) is None:
         return cpu_accumulate.multiply(left, right, spec, key)
     return reference.multiply(left, right, spec, key)
 
 
 def _quantized(a: Tensor, b: Tensor, spec: GemmSpec) -> tuple[Tensor, Tensor]:
-    """Both operands on their grids, fp32, blocks along the sum."""
-    right = quantize(b.float().transpose(-1, -2), spec.rhs.format, spec.rhs.rounding)
-    return quantize(a.float(), spec.lhs.format, spec.lhs.rounding), right.transpose(-1, -2)
+    """Both operands on their grids, fp32, blocks along the sum. float64 is rounded once, from all of its bits."""
+    left, right = (x if x.dtype == torch.float64 else x.float() for x in (a, b.transpose(-1, -2)))
+    left = quantize(left, spec.lhs.format, spec.lhs.rounding).float()
+    return left, quantize(right, spec.rhs.format, spec.rhs.rounding).float().transpose(-1, -2)
 
 
 def _shape(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Tensor:

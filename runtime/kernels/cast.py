@@ -21,6 +21,7 @@ from runtime.kernels.cpu.cast_library import (
     run_cast,
 )
 from runtime.kernels.cpu.philox import random_plan, signed_seed
+from runtime.kernels.fake import has_values
 from runtime.kernels.traced_cast import Draw, is_traced, traced_to_grid
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.block_formats import get_block_format
@@ -40,7 +41,8 @@ def fast_to_grid(
 
     A scalar format gives a contiguous tensor, whatever x is. float32 (the default) is float64 for float64 x. bfloat16
     is float32 for a block cast with values below its range, and for every block cast on CUDA, where only waiting for
-    the device would tell.
+    the device would tell. int8 is float32 where x holds a NaN; on CUDA and in compiled code, which do not look, a NaN
+    is then lost.
     """
     if spec.is_identity:
         return x
@@ -50,10 +52,10 @@ def fast_to_grid(
         return _blocks_to_grid(x, spec, dtype, seed, step, stream, offset)[0]
     if not _is_served(x, spec, scale):
         return _held(to_grid(x.contiguous(), spec, scale, seed=seed, step=step, stream=stream, offset=offset), dtype)
-    out, _ = torch.ops.lp.cast_to_grid(
-        x.detach().contiguous(), scale, str(spec), dtype, signed_seed(seed), step, stream, offset
-    )
-    return out
+    given = (x.detach().contiguous(), scale, str(spec))
+    draw = (signed_seed(seed), step, stream, offset)
+    out, beyond = torch.ops.lp.cast_to_grid(*given, dtype, *draw)
+    return out if _has_room(out, beyond, x) else torch.ops.lp.cast_to_grid(*given, torch.float32, *draw)[0]
 
 
 def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
@@ -84,10 +86,15 @@ def fast_to_grid_checked(
         row = get_format(spec.format)
         unbounded = cast(overflow="unbounded")
         return _held(cast(), dtype), ~((unbounded >= row.min) & (unbounded <= row.max)).all()
-    out, beyond = torch.ops.lp.cast_to_grid(
-        x.detach().contiguous(), scale, str(spec), dtype, signed_seed(seed), step, stream, offset
-    )
-    return out, beyond
+    given = (x.detach().contiguous(), scale, str(spec))
+    draw = (signed_seed(seed), step, stream, offset)
+    out, beyond = torch.ops.lp.cast_to_grid(*given, dtype, *draw)
+    return (out if _has_room(out, beyond, x) else torch.ops.lp.cast_to_grid(*given, torch.float32, *draw)[0]), beyond
+
+
+def _has_room(out: Tensor, beyond: Tensor, x: Tensor) -> bool:
+    """Whether `out` says what the cast gave: an integer dtype has no NaN."""
+    return out.is_floating_point() or not has_values(x) or x.is_cuda or not bool(beyond) or not bool(x.isnan().any())
 
 
 def _has_nonfinite(x: Tensor) -> Tensor:
@@ -127,7 +134,9 @@ def _blocks_to_grid(
 
 
 def _held(grid: Tensor, dtype: torch.dtype) -> Tensor:
-    return grid if dtype == torch.float32 else grid.to(dtype)
+    if dtype == torch.float32 or (dtype == torch.int8 and has_values(grid) and bool(grid.isnan().any())):
+        return grid
+    return grid.to(dtype)
 
 
 def _plan(spec: QuantSpec) -> CastPlan | TablePlan | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from runtime.contractions import Linear, LinearKN, Matmul, Side
@@ -248,7 +249,7 @@ def multiplier(method: str, spec: GemmSpec, key: RandomKey = NO_KEY) -> Callable
     if method == "cpu_bf16":
         return cpu_gemm.multiply
     if method == "cpu_int8":
-        return cpu_gemm.multiply_int8
+        return _keeping_nan(cpu_gemm.multiply_int8)
     if method == "cuda_fp8":
         containers = cuda.fp8_containers(grid_format(spec.lhs.format), grid_format(spec.rhs.format))
         assert containers is not None
@@ -256,7 +257,20 @@ def multiplier(method: str, spec: GemmSpec, key: RandomKey = NO_KEY) -> Callable
     if method in ("cuda_bf16", "cuda_fp16"):
         return cuda.multiply_half
     if method == "cuda_int8":
-        return cuda.multiply_int8
+        return _keeping_nan(cuda.multiply_int8)
     if method == "sequential":
         return lambda a, b: reference.multiply(a, b, spec, key)
-    return torch_native.multiply
+    return _keeping_nan(torch_native.multiply) if method == "int8" else torch_native.multiply
+
+
+def _keeping_nan(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """An int8 product whose operand may be in fp32 instead, because it holds a NaN: what that reaches is NaN."""
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype == b.dtype == torch.int8:
+            return multiply(a, b)
+        is_nan = a.isnan().any(-1, keepdim=True) | b.isnan().any(-2, keepdim=True)
+        a, b = (x.nan_to_num(0.0).to(torch.int8) for x in (a, b))
+        return multiply(a, b).masked_fill(is_nan, torch.nan)
+
+    return run

@@ -62,6 +62,10 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
     accumulator beyond 2^24 the fp32 nearest is returned.
     """
     how, num_k = spec.accumulator, a.shape[-1]
+    if how.is_integer and (a.is_floating_point() or b.is_floating_point()):
+        is_nan = a.isnan().any(-1, keepdim=True) | b.isnan().any(-2, keepdim=True)
+        if bool(is_nan.any()):
+            return multiply(a.nan_to_num(0.0), b.nan_to_num(0.0), spec, key).masked_fill(is_nan, torch.nan)
     shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     working = torch.int64 if how.is_integer else torch.float64
     left, right = a.to(working), b.to(working)

@@ -15,7 +15,7 @@ from runtime.kernels.cpu.cast_library import DTYPES
 from runtime.numerics.block_formats import is_block_format
 from runtime.numerics.cast_plans import cast_plan, table_plan
 from runtime.numerics.formats import get_format
-from runtime.numerics.random import philox
+from runtime.numerics.random import check_counter, philox
 from runtime.numerics.specs import Rounding
 
 
@@ -28,10 +28,8 @@ class Draw(NamedTuple):
     offset: int = 0
 
 
-_HELD_BY = {("bf16", "nearest_even"): torch.bfloat16, ("fp16", "nearest_even"): torch.float16}
-"""Formats that are a dtype of torch, whose conversion rounds so: a value in range converts as the plan says, NaN too.
-Not FP8, whose conversion has no vector code.
-"""
+_LEAST_SCALE, _PAST_FP32 = 2.0**-150, 2.0**128 - 2.0**103
+"""What rounds to 0 and to Inf in fp32."""
 
 
 class _Facts(NamedTuple):
@@ -83,8 +81,11 @@ def traced_quantize(
     """`casts.quantize` on a scalar format, saturating. A scale that is a tensor is trusted: its values are not known
     when code is compiled.
     """
-    if isinstance(scale, int | float) and not 0 < scale < math.inf:
+    if isinstance(scale, int | float) and not _LEAST_SCALE < scale < _PAST_FP32:
         raise FormatError("a scale divides and must not be zero, negative, Inf or NaN", expected="0 < scale < Inf")
+    facts = _facts(format, rounding)
+    if facts is not None and facts.rounding == "stochastic":
+        check_counter(*draw[1:])
     divisor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     q = traced_to_grid(x, format, rounding, divisor, draw)
     return (q if divisor is None else q * divisor).to(x.dtype)
@@ -100,9 +101,6 @@ def traced_to_grid(
     facts = _facts(format, rounding)
     assert facts is not None
     y = x.float() if divisor is None else x.float() / divisor
-    held = _HELD_BY.get((format, facts.rounding))
-    if held is not None and saturate:
-        return y.clamp(facts.min, facts.max).to(held).float()
     if saturate and _is_sum(facts):
         return _round_by_sums(y, facts)
     word = _words(y, draw) if facts.rounding == "stochastic" else None
@@ -114,30 +112,37 @@ def traced_to_grid(
 
 
 def _is_sum(facts: _Facts) -> bool:
-    """Whether `_round_by_sums` does this cast: to nearest even, with subnormals, and room above the largest value."""
+    """Whether `_round_by_sums` does this cast: to nearest even, with subnormals."""
     if facts.values or facts.rounding != "nearest_even" or (facts.up_at, facts.down_below) != (math.inf, -math.inf):
         return False
     if facts.low > facts.max:
         return True
-    fits = max(facts.max, -facts.min) * 2.0**facts.shift < 2.0**127 and facts.shift > 12
-    return facts.is_even and fits and facts.spacing == facts.low * 2.0 ** (facts.shift - 23)
+    return facts.is_even and facts.shift > 12 and facts.spacing == facts.low * 2.0 ** (facts.shift - 23)
 
 
 def _round_by_sums(y: Tensor, facts: _Facts) -> Tensor:
-    """Nearest even without a look at the bits, which no compiler for the CPU does in vectors.
+    """Nearest even without a look at the bits, which no compiler for the CPU does in vectors, and without converting to
+    bf16 and back, which Inductor leaves out.
 
     With a = |y| and `big` = a 2^shift: the spacing of fp32 at big is that of the format at a, and big a multiple of it.
     So big - a rounds as a does, to even too: where a is a tie, its last bit is 0, and so big is an even multiple. Where
     big - a is just below a power of two, and the spacing half of that, a is so near to a power of two that it rounds to
-    it either way, for up to 10 bits of mantissa. Below `low` all spacings are one, and big is a constant.
+    it either way, for up to 10 bits of mantissa. Below `low` all spacings are one, and big is a constant. Where big
+    would leave fp32 (bf16), large numbers are rounded as smaller ones of the same mantissa.
     """
     y = y.clamp(facts.min, facts.max)  # the ends are in the format: rounding does not pass them
     a = y.abs()
     if facts.low > facts.max:
         q = (a + facts.magic) - facts.magic
     else:
+        is_wide = max(facts.max, -facts.min) * 2.0**facts.shift >= 2.0**127
+        is_large = a >= 2.0**60
+        if is_wide:
+            a = torch.where(is_large, a * 2.0**-40, a)
         big = (a * 2.0**facts.shift).clamp(min=1.5 * facts.low * 2.0**facts.shift)
         q = big - (big - a)
+        if is_wide:
+            q = torch.where(is_large, q * 2.0**40, q)
     q = torch.where(y < 0, -q, q)
     return torch.where(y == 0, y, q) if facts.has_negative_zero else torch.where(q == 0, 0.0, q)
 
@@ -185,13 +190,15 @@ def _look_up(y: Tensor, facts: _Facts, word: Tensor | None) -> Tensor:
 
 
 def _words(y: Tensor, draw: Draw) -> Tensor:
-    """The 32 random bits of every element, int64."""
+    """The 32 random bits of every element, int64. What may be a symbol in compiled code (a step, a stream) becomes a
+    tensor before its bits are taken apart: Inductor has no vector code for bits of symbols.
+    """
     element = torch.arange(y.numel(), dtype=torch.int64, device=y.device).view(y.shape) + draw.offset
-    n, stream = element >> 2, draw.stream
+    n = element >> 2
+    seed, step, stream = (torch.zeros_like(n) + number for number in (draw.seed, draw.step, draw.stream))
     high = (n >> 32) + (stream >> 32 << 16)
-    zeros = torch.zeros_like(n)
-    key = (draw.seed & 0xFFFFFFFF, draw.seed >> 32 & 0xFFFFFFFF)
-    words = philox((n & 0xFFFFFFFF, high, zeros + draw.step, zeros + (stream & 0xFFFFFFFF)), key)
+    key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    words = philox((n & 0xFFFFFFFF, high, step, stream & 0xFFFFFFFF), key)
     place = element & 3
     word = words[3]
     for number in range(3):

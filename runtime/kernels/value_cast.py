@@ -1,6 +1,6 @@
-"""Value cast: what `quantize` gives on a scalar format, saturating, in one pass of C++, as a torch op.
+"""Value cast: what `quantize` gives on a scalar format, in one pass of C++ where that serves, as a torch op.
 
-    lp::quantize_values        x rounded, in x's dtype
+    lp::quantize_values        x rounded, in x's dtype; saturating unless `overflow` says otherwise
     lp::quantize_values_into   the same into a tensor that is there
 
 The ops have a fake and a gradient, so fx, export and make_fx keep them as one node. Their gradient is straight-through,
@@ -9,7 +9,7 @@ dx = dy: rounding is left out of the derivative and saturation with it (Bengio, 
 cannot; on the CPU without a compiler, and for float64, the oracle does.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from runtime.numerics.grid import round_to_grid
 from runtime.numerics.random import check_counter
 from runtime.numerics.scaling import matrix_shape
 from runtime.numerics.specs import Rounding
+
+Overflow = Literal["saturate", "ieee"]
 
 
 def is_served(x: Tensor, format: str, rounding: Rounding, scale: Tensor | None) -> bool:
@@ -54,11 +56,26 @@ def fast_values(
     return out
 
 
-def _values(
-    x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, seed: int, step: int, stream: int, offset: int
+def opaque_values(
+    x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | None, draw: Draw, overflow: Overflow
 ) -> Tensor:
+    """Any cast to a scalar format as one op, for code that is compiled. A rounding of None is the row's own."""
+    given = (format, rounding or "", signed_seed(draw.seed), *draw[1:], overflow)
+    values: Tensor = torch.ops.lp.quantize_values(x.detach(), scale, *given)
+    return values
+
+
+def _values(
+    x: Tensor, scale: Tensor | None, format: str, rounding: str, seed: int, step: int, stream: int, offset: int,
+    overflow: Overflow = "saturate",
+) -> Tensor:  # fmt: skip
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _values_into(x, scale, out, format, rounding, seed, step, stream, offset)
+    mode: Rounding = rounding or get_format(format).rounding  # type: ignore[assignment]
+    if overflow == "saturate":
+        _values_into(x, scale, out, format, mode, seed, step, stream, offset)
+    else:
+        q = round_to_grid(x, get_format(format), mode, scale, seed, step, stream, offset, overflow)
+        out.copy_(q if scale is None else q * scale)
     return out
 
 
@@ -113,8 +130,9 @@ def _tiles(scale: Tensor, x_shape: torch.Size) -> tuple[Tensor, tuple[int, int]]
 
 
 def _shape(
-    x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, seed: int, step: int, stream: int, offset: int
-) -> Tensor:
+    x: Tensor, scale: Tensor | None, format: str, rounding: str, seed: int, step: int, stream: int, offset: int,
+    overflow: Overflow = "saturate",
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 
 
@@ -126,13 +144,13 @@ def _nothing(
 
 
 def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient, None, None, None, None, None, None, None
+    return gradient, *[None] * 8
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WHAT = "str format, str rounding, int seed, SymInt step, SymInt stream, SymInt offset"
 _OPS = Library("lp", "FRAGMENT")
-_OPS.define(f"quantize_values(Tensor x, Tensor? scale, {_WHAT}) -> Tensor")
+_OPS.define(f'quantize_values(Tensor x, Tensor? scale, {_WHAT}, str overflow="saturate") -> Tensor')
 _OPS.impl("quantize_values", _values, "CompositeExplicitAutograd")
 register_fake("lp::quantize_values", _shape, lib=_OPS)
 register_autograd("lp::quantize_values", _straight_through, lib=_OPS)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from runtime.kernels.cpu.cast_library import MAX_TABLE, BlockPlan, CastPlan, TablePlan
+from runtime.kernels.fake import beside_tracing
 from runtime.numerics.block_formats import BlockFormat
 from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
 from runtime.numerics.grid import int_range, round_to_grid
@@ -67,14 +68,16 @@ def table_plan(format: str, rounding: Rounding) -> TablePlan | None:
     if rounding == "toward_zero" and 0.0 not in row.grid:
         return None
     before = -row.beyond_max if row.min == -row.max else 2 * row.grid[0] - row.grid[1]
-    values = torch.tensor((before, *row.grid, row.beyond_max), dtype=torch.float32)
-    starts = values if rounding == "stochastic" else _starts(values, row, rounding)
+    with beside_tracing():
+        tensor = torch.tensor((before, *row.grid, row.beyond_max), dtype=torch.float32)
+        values = tensor.tolist()
+        starts = values if rounding == "stochastic" else _starts(tensor, row, rounding).tolist()
     fill = MAX_TABLE - len(values)
     array = np.ctypeslib.as_ctypes
     return TablePlan(
         count=len(values),
-        values=array(np.array([*values.tolist(), *[values[-1].item()] * fill], np.float32)),
-        starts=array(np.array([*starts.tolist(), *[math.inf] * fill], np.float32)),
+        values=array(np.array([*values, *[values[-1]] * fill], np.float32)),
+        starts=array(np.array([*starts, *[math.inf] * fill], np.float32)),
         max=row.max,
         min=row.min,
         zero=-0.0 if row.has_negative_zero else 0.0,

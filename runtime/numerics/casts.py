@@ -4,24 +4,22 @@ Rounding and saturation are in grid.py, codes in codes.py, block formats in bloc
 differentiable: gradients are the callers' business.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from runtime.errors import FormatError, nearest_names
 from runtime.kernels.block_values import block_values
+from runtime.kernels.cpu.philox import signed_seed
+from runtime.kernels.fake import has_values
 from runtime.kernels.traced_cast import Draw, is_traced, traced_quantize
-from runtime.kernels.value_cast import fast_values, is_served
+from runtime.kernels.value_cast import Overflow, fast_values, is_served, opaque_values
 from runtime.numerics.block_casts import grid_of_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
-from runtime.numerics.formats import Format, get_format
+from runtime.numerics.formats import FloatFormat, Format, IntFormat, LookupFormat, get_format
 from runtime.numerics.grid import GridOverflow, round_to_grid
 from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding
-
-Overflow = Literal["saturate", "ieee"]
 
 
 @torch.no_grad()
@@ -45,6 +43,7 @@ def quantize(
     Saturates: beyond the largest value, Inf too, gives the largest value. overflow="ieee" gives instead what the top
     code means, Inf (ieee) or NaN (nan, merged, fnuz, e8m0); a format with neither saturates all the same.
     Overflow is judged after rounding: 464 is 448 in e4m3, by ties to even.
+    Compiled code cannot look at the values of a tensor: there a scale that is a tensor is trusted, and 0 gives NaN.
     Under torch.compile and torch.export a scalar format is cast by operations that the compiler fuses, with the same
     bits; a block format by an opaque op, lp::quantize_block_values. make_fx sees one node, lp::quantize_values.
     `out` takes the result and is returned; x's shape, dtype and device. It may be x, or share memory with x or the
@@ -57,6 +56,8 @@ def quantize(
     """
     if overflow not in ("saturate", "ieee"):
         raise FormatError(f'"{overflow}" is not an overflow rule', hint=nearest_names(overflow, ("saturate", "ieee")))
+    _check_kinds(x, format)
+    _check_rounding(rounding)
     if out is not None:
         _check_out(out, x)
     draw = Draw(seed, step, stream, offset)
@@ -70,8 +71,8 @@ def quantize(
         if out is not None and x.dtype == torch.float32 and not is_compiling and _can_be_written(out, x, None):
             return block_values(x, format, rounding, draw, out)
         return _given(block_values(x, format, rounding, draw), out)
-    if isinstance(format, str) and overflow == "saturate" and is_traced(x, format, rounding):
-        return _given(traced_quantize(x, format, rounding, scale, draw), out)
+    if torch.compiler.is_compiling():
+        return _given(_compiled(x, _name_of(format), rounding, scale, draw, overflow), out)
     row = get_format(format) if isinstance(format, str) else format
     mode = rounding or row.rounding
     divisor = None if scale is None else _checked_scale(scale, x)
@@ -81,6 +82,34 @@ def quantize(
         return out.copy_(fast_values(x, format, mode, divisor, draw))
     q = round_to_grid(x, row, mode, divisor, seed, step, stream, offset, overflow)
     return _given((q if divisor is None else q * divisor).to(x.dtype), out)
+
+
+def _compiled(
+    x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | float | None, draw: Draw, overflow: Overflow
+) -> Tensor:
+    """quantize in code that is compiled, on a scalar format: operations that fuse, or one opaque op."""
+    if overflow == "saturate" and is_traced(x, format, rounding):
+        return traced_quantize(x, format, rounding, scale, draw)
+    divisor = None if scale is None else _scale_tensor(scale, x)
+    return opaque_values(x, format, rounding, divisor, draw, overflow)
+
+
+def _name_of(format: str | Format) -> str:
+    if isinstance(format, str):
+        return format
+    raise FormatError("in compiled code a format is given by its name", got=f"the row {format.name}", hint=format.name)
+
+
+def _check_kinds(x: Tensor, format: str | Format | BlockFormat) -> None:
+    if not isinstance(x, Tensor):
+        raise FormatError("only tensors are cast", expected="a torch.Tensor", got=type(x).__name__, hint="torch.tensor")
+    if not isinstance(format, str | FloatFormat | IntFormat | LookupFormat | BlockFormat):
+        raise FormatError("not a format", expected="a name or a row", got=repr(format), hint='"e4m3"')
+
+
+def _check_rounding(rounding: Rounding | None) -> None:
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise FormatError(f'"{rounding}" is not a rounding', hint=nearest_names(rounding, ROUNDINGS))
 
 
 def _given(values: Tensor, out: Tensor | None) -> Tensor:
@@ -166,6 +195,13 @@ def encode(
     0 <= code < 2^bits. decode(encode(v)) == v for every v on the grid, -0 included. NaN takes the one NaN code whose
     fraction is all ones, sign kept; a format that has no NaN code raises FormatError, as an integer format does.
     """
+    _check_kinds(x, format)
+    _check_rounding(rounding)
+    if torch.compiler.is_compiling():
+        divisor = None if scale is None else _scale_tensor(scale, x)
+        given = (_name_of(format), rounding, signed_seed(seed), step, stream, offset, overflow)
+        codes: Tensor = torch.ops.lp.encode(x, divisor, *given)
+        return codes
     row = _scalar(format, "encode_blocks")
     divisor = None if scale is None else _checked_scale(scale, x)
     return codes_of_grid(
@@ -180,6 +216,11 @@ def decode(codes: Tensor, format: str | Format) -> Tensor:
     Every NaN code gives NaN; codes a format without subnormals does not use give zero. int32 values above 2^24 are
     rounded to fp32.
     """
+    if torch.compiler.is_compiling():
+        values: Tensor = torch.ops.lp.decode(codes, _name_of(format))
+        return values
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise FormatError("codes are integers", where="decode", expected="an integer tensor", got=str(codes.dtype))
     return grid_of_codes(codes, _scalar(format, "decode_blocks"))
 
 
@@ -189,10 +230,25 @@ def _scalar(format: str | Format, instead: str) -> Format:
     return get_format(format) if isinstance(format, str) else format
 
 
-def _checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
-    """The scale as a tensor in the working dtype; FormatError unless every element is positive and finite."""
+def _scale_tensor(scale: Tensor | float, x: Tensor) -> Tensor:
+    """The scale in the working dtype; FormatError unless it is real and broadcasts to x."""
+    if isinstance(scale, complex) or (isinstance(scale, Tensor) and scale.is_complex()):
+        raise FormatError("a scale is a real number", expected="0 < scale < Inf", got="a complex one")
     working = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensor = torch.as_tensor(scale, dtype=working, device=x.device)
+    pairs = zip(reversed(tensor.shape), reversed(x.shape))
+    if tensor.ndim > x.ndim or any(size not in (1, whole) for size, whole in pairs):
+        raise FormatError("the scale does not broadcast to x", expected=str((*x.shape,)), got=str((*tensor.shape,)))
+    return tensor
+
+
+def _checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
+    """The scale as a tensor in the working dtype; FormatError unless every element is positive and finite, as far as
+    its values are there: a graph that is traced has none.
+    """
+    tensor = _scale_tensor(scale, x)
+    if not has_values(tensor):
+        return tensor
     if not bool((tensor.isfinite() & (tensor > 0)).all()):
         raise FormatError("a scale divides and must not be zero, negative, Inf or NaN", expected="0 < scale < Inf")
     return tensor

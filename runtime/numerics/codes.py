@@ -31,7 +31,7 @@ def codes_of_grid(q: Tensor, row: Format) -> Tensor:
         code = _codes_of_floats(q, is_nan, row)
     else:
         code = q.long() + row.zero & (2**row.bits - 1)
-    return code.to(_code_dtype(row.bits))
+    return code.to(code_dtype(row.bits))
 
 
 def grid_of_codes(codes: Tensor, row: Format) -> Tensor:
@@ -91,5 +91,5 @@ def _codes_in_table(q: Tensor, row: LookupFormat) -> Tensor:
     return torch.where(q.isnan(), nan, code)
 
 
-def _code_dtype(bits: int) -> torch.dtype:
+def code_dtype(bits: int) -> torch.dtype:
     return torch.uint8 if bits <= 8 else torch.int32 if bits <= 31 else torch.int64

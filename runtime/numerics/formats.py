@@ -38,8 +38,10 @@ def get_format(name: str) -> "Format":
     So `1-6-9` is not DLFloat: that is the row `dlfloat16`, without subnormals, with one merged top code, ties away.
     Raises FormatError for a name that is no format, NotSupported for a block format: it has no values of its own.
     """
-    if name in FORMATS:
-        return FORMATS[name]
+    if name in FORMATS or name in _ALIASES:
+        return FORMATS[_ALIASES.get(name, name)]
+    if not isinstance(name, str):
+        raise FormatError("a format is given by its name", expected='text such as "e4m3"', got=repr(name))
     base, colon, text = name.partition(":")
     if base in BLOCK_NAMES:
         raise NotSupported(
@@ -47,9 +49,12 @@ def get_format(name: str) -> "Format":
             hint=f"one of {', '.join(FORMATS)}",
         )
     options = text.split(",") if colon else []
-    if matched := re.fullmatch(r"(u?)int(\d+)", base):
+    keys = [option.partition("=")[0] for option in options]
+    if len(set(keys)) < len(keys):
+        raise FormatError(f'"{name}": an option stands twice', expected="each option once", got=text)
+    if matched := re.fullmatch(r"(u?)int([1-9][0-9]*)", base):
         return _parse_integer(name, int(matched[2]), not matched[1], options)
-    if matched := re.fullmatch(r"1-(\d+)-(\d+)", base):
+    if matched := re.fullmatch(r"1-([1-9][0-9]*)-(0|[1-9][0-9]*)", base):
         return _parse_float(name, int(matched[1]), int(matched[2]), options)
     if base == "pow2":
         return _parse_pow2(name, options)
@@ -396,7 +401,7 @@ def _parse_float(name: str, exponent: int, mantissa: int, options: list[str]) ->
     bias, top, subnormals = 2 ** (min(exponent, 16) - 1) - 1 if exponent else 0, "ieee", True
     for option in options:
         key, _, value = option.partition("=")
-        if key == "bias" and re.fullmatch(r"-?\d+", value):
+        if key == "bias" and re.fullmatch(r"-?[0-9]+", value):
             bias = int(value)
         elif key == "top" and value in get_args(Top):
             top = value
@@ -413,7 +418,7 @@ def _parse_integer(name: str, bits: int, signed: bool, options: list[str]) -> "F
     for option in options:
         if signed and option in ("range=full", "range=narrow"):
             narrow = option == "range=narrow"
-        elif not signed and (matched := re.fullmatch(r"zero=(\d+)", option)):
+        elif not signed and (matched := re.fullmatch(r"zero=([0-9]+)", option)):
             zero = int(matched[1])
         else:
             raise _not_an_option(name, option, "range=full or range=narrow" if signed else "zero=CODE")
@@ -429,7 +434,7 @@ def _parse_pow2(name: str, options: list[str]) -> FloatFormat:
         key, _, value = option.partition("=")
         if key == "bits" and re.fullmatch(r"[3-9]", value):
             bits = int(value)
-        elif key == "max" and re.fullmatch(r"-?\d+", value):
+        elif key == "max" and re.fullmatch(r"-?[0-9]+", value):
             largest = int(value)
         else:
             raise _not_an_option(name, option, "bits=3 to 9 or max=INTEGER")
@@ -538,7 +543,7 @@ FORMATS: dict[str, Format] = {
             layout="0-8-0",
             source="OCP Microscaling Formats v1.0, section 5.4.1; a scale: no sign, no zero",
         ),
-        LookupFormat("int1", (1.0, -1.0), layout="sign", source="Rastegari et al., XNOR-Net; sign(0) = +1"),
+        LookupFormat("int1", (1.0, -1.0), layout="sign", source="Rastegari et al., XNOR-Net; binary; sign(0) = +1"),
         IntFormat("ternary", 2, source="the values of int2: -1, 0, 1"),
         IntFormat("int2", 2, source="symmetric: -1, 0, 1"),
         IntFormat("int4", 4, source="symmetric: -7 to 7"),
@@ -549,6 +554,8 @@ FORMATS: dict[str, Format] = {
         IntFormat("uint8", 8, signed=False, source="unsigned: 0 to 255"),
     )
 }
+
+_ALIASES = {"binary": "int1"}
 
 BLOCK_NAMES = ("mxfp8", "mxfp8-e5m2", "mxfp6", "mxfp6-e3m2", "mxfp4", "mxint8", "nvfp4")
 """The rows of block_formats.py, which needs this file and not the other way round."""

@@ -13,6 +13,7 @@ lhs = a, rhs = b; BWD (da = dy.b) lhs = dy, rhs = b; GRAD (db = dy.a) lhs = dy, 
 Invariants: `QuantSpec.parse(str(spec)) == spec`, and the same for GemmSpec and LayerSpec.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
@@ -71,8 +72,9 @@ class ScaleSpec:
         block = (1, 128)
         if "[" in granularity:
             granularity, _, tile = granularity.partition("[")
-            rows, _, columns = tile.rstrip("]").partition(",")
-            block = (int(rows), int(columns))
+            if not (sizes := re.fullmatch(r"([1-9][0-9]*),([1-9][0-9]*)\]", tile)):
+                raise FormatError(f'"{text}": not a block of a scale', expected="block[ROWS,COLUMNS]/RULE", got=tile)
+            block = (int(sizes[1]), int(sizes[2]))
         _check("scale granularity", granularity, GRANULARITIES)
         _check("scale rule", rule, SCALE_RULES)
         return ScaleSpec(granularity, rule, block)  # type: ignore[arg-type]
@@ -161,8 +163,8 @@ class AccumulateSpec:
         _check("product", self.product, PRODUCTS)
         _check("model of accumulation", self.model, ACCUMULATE_MODELS)
         _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
-        if self.chunk is not None and self.chunk < 1:
-            raise FormatError("a chunk has no products", expected="chunk >= 1", got=str(self.chunk))
+        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
+            raise FormatError("not a chunk", expected="a whole number above 0, or None", got=repr(self.chunk))
         if isinstance(row, LookupFormat):
             raise FormatError(f"{self.format} cannot hold a sum", hint="a float or an integer format")
         if isinstance(row, IntFormat):
@@ -202,7 +204,9 @@ class AccumulateSpec:
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "AccumulateSpec":
         first, *words = text.split()
-        name, _, chunk = first.partition("/")
+        name, slash, chunk = first.partition("/")
+        if slash and not re.fullmatch(r"[1-9][0-9]*", chunk):
+            raise FormatError(f'"{first}": not a chunk', expected="FORMAT/CHUNK, a whole number above 0", got=chunk)
         fields: dict[str, str] = {}
         for word in words:
             owners = [key for key, known in _ACCUMULATE_WORDS.items() if word in known]

@@ -1,8 +1,10 @@
 """gemm() against fractions.Fraction: every add exact, then rounded once; integers against Python's."""
 
 import itertools
+import math
 from fractions import Fraction
 from math import floor
+from typing import Any
 
 import pytest
 import torch
@@ -358,3 +360,46 @@ def test_dlfloat_counts_exactly_to_1024() -> None:
     assert [total(n) for n in (1, 1000, 1024, 1025, 1500)] == [1, 1000, 1024, 1026, 1976]
     assert total(1500, "1-6-9") == 1024  # ties to even stay
     assert total(1500, "1-6-9", chunk=64) == 1500
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_only_real_floating_point_numbers_are_multiplied(dtype: torch.dtype) -> None:
+    good, bad = torch.ones(2, 2), torch.ones(2, 2, dtype=dtype)
+    for a, b in ((good, bad), (bad, good)):
+        with pytest.raises(FormatError, match="only real numbers"):
+            gemm(a, b)
+
+
+def test_float64_operands_are_rounded_once() -> None:
+    """1.0625 is a tie of e4m3, which the bit below fp32's last decides."""
+    a = torch.tensor([[1.0625 + 2.0**-40, 1.0625]], dtype=torch.float64)
+    one = torch.ones(2, 1, dtype=torch.float64)
+    assert gemm(a, one, a_format="e4m3").item() == 1.125 + 1.0
+
+
+@pytest.mark.parametrize("overflow", ["", " wrap"])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_nan_passes_through_integer_sums(bits: int, overflow: str) -> None:
+    a, b = torch.tensor([[math.nan, 1.0], [2.0, 3.0]]), torch.tensor([[1.0, 2.0], [4.0, 5.0]])
+    y = gemm(a, b, a_format="int8", b_format="int8", accumulate=f"int{bits}{overflow}")
+    assert y[0].isnan().all()
+    assert y[1].tolist() == [14, 19]
+
+
+def test_integer_sums_that_could_leave_int64_are_refused() -> None:
+    x = torch.full((1, 8), 2.0**32)
+    for name, how in (("int32", "int32 per_chunk"), ("uint32", "int32")):
+        with pytest.raises(FormatError, match="can leave int64"):
+            gemm(x, x.t(), a_format=name, b_format=name, accumulate=how)
+    assert gemm(x, x.t(), a_format="int32", b_format="int32", accumulate="int32").item() == 2.0**31
+
+
+@pytest.mark.parametrize("how", [{"chunk": 1.5}, {"chunk": 0}, {"accumulate": "1-6-9/x"}, {"accumulate": "1-6-9/"}])
+def test_a_chunk_is_a_whole_number(how: dict[str, Any]) -> None:
+    with pytest.raises(FormatError, match="not a chunk"):
+        gemm(torch.ones(2, 4), torch.ones(4, 2), **how)
+
+
+def test_batches_that_do_not_broadcast_are_refused() -> None:
+    with pytest.raises(FormatError, match="no product"):
+        gemm(torch.ones(2, 3, 4), torch.ones(3, 4, 5))

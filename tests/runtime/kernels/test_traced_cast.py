@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 
+from runtime.errors import FormatError
 from runtime.kernels.cast import fast_to_grid
 from runtime.kernels.traced_cast import Draw, traced_to_grid
-from runtime.numerics import quantize
+from runtime.numerics import decode, encode, quantize
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.scaling import compute_scale
@@ -31,6 +32,9 @@ DETERMINISTIC: list[tuple[str, Rounding]] = [
     ("fp4-radix4", "nearest_even"),
     ("int8", "nearest_even"),
     ("nf4", "nearest_even"),
+    ("bf16", "nearest_even"),
+    ("tf32", "nearest_even"),
+    ("fp16", "nearest_even"),
 ]
 
 
@@ -72,7 +76,7 @@ def test_compiled_code_has_the_bits_of_eager_code() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["e4m3", "e5m2", "hfp8-143", "1-6-9", "e3m2", "e2m1"])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "hfp8-143", "1-6-9", "e3m2", "e2m1", "bf16", "tf32"])
 def test_rounding_by_sums_holds_for_every_mantissa(name: str) -> None:
     """All fp32 values of every binade from below the smallest subnormal to above the largest value of the format."""
     row = get_format(name)
@@ -153,3 +157,47 @@ def test_a_block_format_gives_a_straight_through_gradient_as_an_op() -> None:
     torch.ops.lp.quantize_block_values(x, "mxfp8", None, 0, 0, 0, 0).square().sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, 2 * quantize(x, "mxfp8"))
+
+
+@pytest.mark.slow
+def test_compiled_stochastic_rounding_takes_new_keys_without_compiling_anew() -> None:
+    x = hard_values("e4m3")[:1001]
+
+    def cast(x: Tensor, seed: int, step: int, stream: int) -> Tensor:
+        return quantize(x, "e4m3", "stochastic", seed=seed, step=step, stream=stream)
+
+    compiled = _compiled(cast)
+    for key in ((3, 1, 0), (4, 2, 5), (-7, 3, 2**40 + 3), (2**40 + 1, 2**31, 6)):
+        assert same_bits(compiled(x, *key), cast(x, *key))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda x: quantize(x, "e4m3", overflow="ieee"),
+        lambda x: quantize(x, "e5m2", scale=0.5, overflow="ieee"),
+        lambda x: quantize(x.double(), "e4m3", scale=0.7).float(),
+        lambda x: quantize(x.double(), "nf4").float(),
+        lambda x: quantize(x, "1-8-3:bias=128,top=nan"),
+        lambda x: encode(x, "e4m3").float(),
+        lambda x: decode(encode(x, "1-6-9", scale=0.5), "1-6-9"),
+    ],
+    ids=["ieee", "ieee scaled", "fp64", "fp64 table", "no plan", "encode", "decode"],
+)
+def test_what_is_not_fused_is_an_op_of_compiled_code(cast: Callable[[Tensor], Tensor]) -> None:
+    x = hard_values("e4m3")[:512]
+    assert same_bits(_compiled(cast)(x), cast(x))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"rounding": "nearest"}, {"rounding": ""}, {"scale": -1.0}, {"scale": 1e-50},
+        {"rounding": "stochastic", "step": -1}, {"rounding": "stochastic", "step": 2**32},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_arguments_are_refused_in_compiled_code_too(bad: dict[str, object]) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(FormatError):
+        torch.compile(lambda x: quantize(x, "e4m3", **bad))(torch.ones(3))

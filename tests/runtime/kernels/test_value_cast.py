@@ -13,8 +13,9 @@ from runtime.errors import FormatError
 from runtime.kernels import value_cast
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import SOURCE
-from runtime.numerics import get_format, quantize
+from runtime.numerics import decode, get_format, quantize
 from runtime.numerics.block_casts import quantize_blocks
+from runtime.numerics.cast_plans import table_plan
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.specs import ROUNDINGS
 from tests.runtime.kernels.test_block_cast import hard_blocks
@@ -179,3 +180,43 @@ def test_without_a_kernel_the_op_takes_the_oracle(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(quantize(x, "e4m3", "stochastic", 0.3, seed=1), expected)
     assert torch.equal(quantize(x, "e4m3", "stochastic", 0.3, seed=1, out=out), expected)
     assert torch.equal(torch.ops.lp.quantize_values(x, torch.tensor(0.3), "e4m3", "stochastic", 1, 0, 0, 0), expected)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int1", "fp4-radix4", "pow2"])
+def test_a_table_is_traced_by_a_process_that_has_not_cast_with_it(name: str) -> None:
+    table_plan.cache_clear()
+    x = torch.randn(5, 7)
+    graph = make_fx(lambda x: quantize(x, name), tracing_mode="fake")(x)
+    assert torch.equal(graph(x), quantize(x, name))
+    table_plan.cache_clear()
+    with FakeTensorMode() as mode:
+        assert quantize(mode.from_tensor(x), name).shape == x.shape
+    assert quantize(x.to("meta"), name, scale=2.0).shape == x.shape
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_scale_that_is_computed_is_traced(mode: str) -> None:
+    def cast(x: Tensor) -> Tensor:
+        return quantize(x, "e4m3", scale=x.abs().amax(-1, keepdim=True) / 448)
+
+    x, other = torch.randn(4, 9), torch.randn(4, 9)
+    assert torch.equal(make_fx(cast, tracing_mode=mode)(x)(other), cast(other))
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(2 + 1j), torch.ones(5), torch.ones(3, 4, 6)], ids=["complex", "5", "3-d"]
+)
+def test_a_scale_that_does_not_fit_is_refused(scale: Tensor) -> None:
+    with pytest.raises(FormatError, match="scale"):
+        quantize(torch.ones(4, 6), "e4m3", scale=scale)
+
+
+def test_what_is_no_tensor_and_what_is_no_format_is_refused() -> None:
+    for bad in ([1.0, 2.0], 3.0):
+        with pytest.raises(FormatError, match="only tensors"):
+            quantize(bad, "e4m3")  # type: ignore[arg-type]
+    for name in (None, 8):
+        with pytest.raises(FormatError, match="not a format"):
+            quantize(torch.ones(3), name)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="codes are integers"):
+        decode(torch.ones(3), "e4m3")

@@ -171,6 +171,12 @@ def test_a_written_float_is_ieee_like_and_has_options() -> None:
         ("1-3-0", "or top=none, pow2"),
         ("e4m3:top=ieee", "is not a number format"),
         ("", "is not a number format"),
+        ("1-4-3:bias=11,bias=12", "an option stands twice"),
+        ("dlfloat16:e0=zero,e0=normal", "an option stands twice"),
+        ("1-04-03", "is not a number format"),
+        ("1-\u0664-3", "is not a number format"),
+        ("int\uff11\uff16", "is not a number format"),
+        ("int08", "is not a number format"),
     ],
 )
 def test_a_wrong_name_says_what_is_wrong(name: str, said: str) -> None:
@@ -282,3 +288,7 @@ def _values(row: Format) -> set[float]:
         return {float(n) for n in range(int(row.min), int(row.max) + 1)}
     values = decode(torch.arange(2**row.bits), row)
     return set(values[values.isfinite()].tolist())
+
+
+def test_binary_is_int1() -> None:
+    assert get_format("binary") is get_format("int1")

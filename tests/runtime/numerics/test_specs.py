@@ -85,6 +85,9 @@ def test_identity_is_fp32_without_a_scale() -> None:
     ("parse", "text", "said"),
     [
         (QuantSpec.parse, "e4m4", '"e4m4" is not a number format'),
+        (QuantSpec.parse, "e4m3 nearest_even block[0,3]/amax", "not a block of a scale"),
+        (QuantSpec.parse, "e4m3 nearest_even block[-1,3]/amax", "not a block of a scale"),
+        (QuantSpec.parse, "e4m3 nearest_even block[2]/amax", "not a block of a scale"),
         (QuantSpec.parse, "e4m3 nearest", '"nearest" is not a rounding'),
         (QuantSpec.parse, "e4m3 nearest_even rows/amax", '"rows" is not a scale granularity'),
         (QuantSpec.parse, "e4m3 nearest_even row/max", '"max" is not a scale rule'),
