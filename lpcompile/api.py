@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from lpcompile.capture.batch_norm import batch_norm_units, guarding_folds
 from lpcompile.capture.calls import Calls, record_call
+from lpcompile.capture.cast_origins import with_origins
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.frame import FunctionCall
 from lpcompile.capture.install import Variant, install, uninstall
@@ -338,7 +339,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
             if any(_is_touched(unit) for unit in units_of_path):
                 modules[path].__dict__[STATE] = compiled.state
                 changed = [
-                    Variant.of(_guarded(each, unit, modules[path], phase.program), unit.graph)
+                    Variant.of(_guarded(each, unit, modules[path], phase.program), _noting(unit))
                     for each, unit in zip(variants, units_of_path)
                 ]
                 install(modules[path], changed, phase=index, clock=compiled.state)
@@ -358,6 +359,11 @@ def _guarded(recording: Recording, unit: Unit, module: nn.Module, program: Progr
     if unit.is_forward_only:
         recording = without_carriers(recording, module)
     return replace(recording, guard=guarding_folds(recording.guard, unit, module, program))
+
+
+def _noting(unit: Unit) -> fx.Graph:
+    """The graph with the origins of its casts; where the guard shuts out hooks, nothing comes between."""
+    return unit.graph if unit.is_forward_only else with_origins(unit.graph)
 
 
 def _install_leaf(module: nn.Module, parts: list[Leaf], compiled: Compiled) -> None:
