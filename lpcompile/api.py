@@ -26,6 +26,7 @@ from lpcompile.capture.leaf_code import install_composite, install_leaf
 from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Opaque, Recording
+from lpcompile.capture.repeated import repeated_modules
 from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
 from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
@@ -38,7 +39,7 @@ from lpcompile.policy_rules import Site
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
 from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
-from passes.ir.program import HANDED, SITE, STATE, Program, Unit, num_op
+from passes.ir.program import HANDED, REPEATED, SITE, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.ops import OP_OF
@@ -368,8 +369,22 @@ def _named_program(
     """The graphs of a model with what the policy says of their sites, checked."""
     program = build_program(model, leaves, recordings, mode)
     program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
+    note_repeated(model, leaves, program)
     program.findings += check_policy(model, leaves, sites, policy, resolution)
     return program
+
+
+def note_repeated(model: nn.Module, leaves: Sequence[Leaf], program: Program) -> None:
+    """Mark the products that one forward runs several times and that a policy rounds stochastically: annotate refuses
+    them, since streams are keyed by the site.
+    """
+    sites = {name for name, spec in program.specs.items() if "stochastic" in str(spec)}
+    repeated = repeated_modules(model, program.units.values()) if sites else set()
+    paths = {leaf.name: leaf.path for leaf in leaves}
+    for unit in program.units.values():
+        for node in unit.graph.nodes if paths.get(unit.path, unit.path) in repeated else ():
+            if node.meta.get(SITE) in sites:
+                node.meta[REPEATED] = True
 
 
 def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings, mode: str = "train") -> Program:

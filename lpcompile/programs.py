@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from lpcompile.api import build_program, example_call, find_sites, install_compiled, recompiling, restore
+from lpcompile.api import build_program, example_call, find_sites, install_compiled, note_repeated, recompiling, restore
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.leaves import find_leaves
@@ -48,6 +48,7 @@ def program_of(
     program = build_program(model, leaves, calls.recordings, mode)
     specs = policy.resolve(find_sites(leaves, calls)).specs
     program.specs = {name: spec for name, spec in specs.items() if spec is not None}
+    note_repeated(model, leaves, program)
     return program
 
 
