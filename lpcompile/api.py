@@ -264,7 +264,8 @@ class AdvanceAfterStep:
     model: nn.Module
 
     def __call__(self, *_: Any) -> None:
-        advance(self.model)
+        if find_compiled(self.model) is not None:  # restore() leaves the optimizer alone
+            advance(self.model)
 
 
 def run_state(model: nn.Module) -> RunState | None:

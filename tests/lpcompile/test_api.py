@@ -359,6 +359,8 @@ def test_attach_advances_after_each_step() -> None:
         _loss_and_grads(model, call)
         optimizer.step()
     assert run_state(model).step == 2
+    restore(model)
+    optimizer.step()
 
 
 def test_a_replaced_functional_linear_hides_no_gemm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import runtime.ops
 from lpcompile import lpcompile
+from lpcompile.capture.install import captured
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
@@ -179,6 +180,44 @@ def test_a_hook_that_changes_nothing_leaves_casts_shared(name: str, num_casts: l
     num_casts[0] = 0
     _assert_same(_results(shared, shared, x), expected)
     assert num_casts == [1]
+
+
+class Expanded(nn.Module):
+    """A leaf whose input is cast before it is expanded, where there is less of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between, self.a, self.b = nn.Identity(), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x * 1.5)[None]
+        y = self.a(x.expand(8, -1, -1))
+        self.between(x)
+        return y - self.b(x.expand(8, -1, -1))
+
+
+@pytest.mark.parametrize("child", ["a", "between", "b"])
+@pytest.mark.parametrize("name", ["another tensor", "a view of it", "in place"])
+def test_a_cast_that_was_moved_is_of_what_it_was_moved_to(name: str, child: str, num_casts: list[int]) -> None:
+    x = torch.randn(4, 16)
+    torch.manual_seed(0)
+    moved = Expanded()
+    apart = lpcompile(copy.deepcopy(moved), "hfp8")
+    lpcompile(moved, "hfp8", example_inputs=(x,))
+    _assert_same(_results(moved, moved, x), _results(apart, apart, x))
+    with torch.no_grad():
+        num_casts[0] = 0
+        moved(x)
+        assert num_casts == [1]
+        assert captured(moved).num_misses == 0  # type: ignore[union-attr]
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            return _write(module, (args[0][0],)) if name == "in place" else CHANGING[name](module, args)
+
+        for model in (moved, apart):
+            model.get_submodule(child).register_forward_pre_hook(hook)
+            model.result = model(x)  # type: ignore[assignment]
+    assert torch.equal(moved.result, apart.result)  # type: ignore[arg-type]
 
 
 def test_without_hooks_casts_are_shared_in_inference_mode(num_casts: list[int]) -> None:
