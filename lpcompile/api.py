@@ -5,7 +5,8 @@ policy -> phases -> per phase: graphs of leaves and modules -> passes -> install
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,18 +17,21 @@ from torch import fx, nn
 
 from lpcompile.capture.batch_norm import batch_norm_units, guarding_folds
 from lpcompile.capture.calls import Calls, record_call
+from lpcompile.capture.cast_origins import with_origins
+from lpcompile.capture.children import MARK
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.frame import FunctionCall
-from lpcompile.capture.install import Variant, install, uninstall
+from lpcompile.capture.install import RECORD, Variant, install, uninstall
 from lpcompile.capture.leaf_code import install_composite, install_leaf
 from lpcompile.capture.leaf_types import note_leaf_types
 from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
 from lpcompile.capture.recording import Opaque, Recording
+from lpcompile.capture.repeated import repeated_modules
 from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
 from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
 from lpcompile.collector import no_full_collections
-from lpcompile.compiled import JOINT, Compiled, PhaseCode, find_compiled, get_compiled, set_compiled
+from lpcompile.compiled import COMPILED, JOINT, Compiled, PhaseCode, find_compiled, get_compiled
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
@@ -35,7 +39,7 @@ from lpcompile.policy_rules import Site
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
 from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
-from passes.ir.program import HANDED, SITE, STATE, Program, Unit, num_op
+from passes.ir.program import HANDED, REPEATED, SITE, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.ops import OP_OF
@@ -66,9 +70,9 @@ def lpcompile(
     mode="infer" is for evaluation under torch.no_grad(): batch norms, sums and activations go into the product next to
     them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs.
 
-    seed keys stochastic rounding. strict=True raises LoweringError, before anything is changed, if a named GEMM does
-    not run as its policy says or a check (lpcompile/checks.py) finds something wrong. Compiling a compiled model
-    replaces what was there.
+    seed keys stochastic rounding. strict=True raises LoweringError if a named GEMM does not run as its policy says or a
+    check (lpcompile/checks.py) finds something wrong. Compiling a compiled model replaces what was there; whatever
+    raises leaves the model as it was. A part of a compiled model, and a model with a compiled part, are refused.
     """
     loaded = load_policy(policy)
     if not isinstance(model, nn.Module):
@@ -77,19 +81,88 @@ def lpcompile(
         raise LpError("not a mode", where="lpcompile(mode=...)", expected="train or infer", got=repr(mode))
     if JOINT in vars(model):
         raise LpError("this model has a joint front end", where="lpcompile", hint="remove_joint(model) first")
-    restore(model)
-    captured = example_inputs is not None or example_kwargs is not None
+    args, kwargs = example_call(example_inputs, example_kwargs)
+    with recompiling(model):
+        captured = example_inputs is not None or example_kwargs is not None
+        calls = record_call(model, args, kwargs, mode) if captured else Calls()
+        state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
+        install_compiled(model, _compile(model, loaded, state, calls, mode, strict))
+    return model
+
+
+def example_call(
+    args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the call that example inputs stand for."""
+    if args is not None and not isinstance(args, tuple | list):
+        raise LpError(
+            "the examples are not the arguments of a call",
+            where="example_inputs",
+            expected="a tuple, one element per argument",
+            got=type(args).__name__,
+            hint="example_inputs=(x,)",
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise LpError("not keywords", where="example_kwargs", expected="a dict by name", got=type(kwargs).__name__)
+    return tuple(args or ()), dict(kwargs or {})
+
+
+@contextmanager
+def recompiling(model: nn.Module) -> Iterator[None]:
+    """The model without what an earlier compilation installed, to be compiled anew; if that fails, with it again."""
+    before = find_compiled(model)
+    _refuse_parts(model, before)
+    held = [(module, type(module), _installed(module)) for module in model.modules()]
+    hooks = [(module, dict(module._forward_pre_hooks)) for module in model.modules() if COMPILED in vars(module)]
+    _take_away(model)
     close_fast_paths(model)
     try:
-        calls = (
-            record_call(model, tuple(example_inputs or ()), dict(example_kwargs or {}), mode) if captured else Calls()
-        )
-        state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
-        compiled = _compile(model, loaded, state, calls, mode, strict)
-        install_compiled(model, compiled)
+        yield
+    except BaseException:
+        _take_away(model)
+        for module, kind, values in held:
+            module.__class__ = kind
+            vars(module).update(values)
+        for module, by_key in hooks:
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks.update(by_key)
+        raise
     finally:
         reopen_fast_paths(model, compiled=_named_leaves(find_compiled(model)))
-    return model
+
+
+def _installed(module: nn.Module) -> dict[str, Any]:
+    """What of a module's __dict__ is lpcompile's."""
+    return {name: vars(module)[name] for name in (RECORD, MARK, STATE, COMPILED) if name in vars(module)}
+
+
+def _take_away(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for module in model.modules():
+        uninstall(module)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches | WatchWeights)]:
+            del hooks[key]
+        for name in _installed(module):
+            del vars(module)[name]
+
+
+def _refuse_parts(model: nn.Module, own: Compiled | None) -> None:
+    """A module has one forward: what another compilation installed in the model would be lost to it."""
+    for path, module in model.named_modules():
+        compiled, state = vars(module).get(COMPILED), vars(module).get(STATE)
+        if compiled is not None and compiled is not own:
+            what, whose = "this module is compiled already, by itself", "that module"
+        elif state is not None and (own is None or state is not own.state):
+            what, whose = "this module is a part of a compiled model", "the model that was compiled"
+        else:
+            continue
+        raise LpError(
+            what,
+            where=f"lpcompile: {path or '(root)'}, {type(module).__name__}",
+            expected="a model of which nothing is compiled, or all by one lpcompile",
+            hint=f"restore({whose}) first",
+        )
 
 
 @no_full_collections()
@@ -113,10 +186,8 @@ def capture_more(
     root: Any = model
     while find_compiled(root._modules.get("module")) is before:
         root = root._modules["module"]
-    restore(root)
-    close_fast_paths(root)
-    compiled = before
-    try:
+    args, kwargs = example_call(example_inputs, example_kwargs)
+    with recompiling(root):
         if [leaf.name for leaf in find_leaves(root)[0]] != [leaf.name for leaf in before.leaves]:
             raise LpError(
                 "the leaves of the model are no longer those that were compiled",
@@ -124,11 +195,8 @@ def capture_more(
                 expected="the modules as lpcompile left them",
                 hint="call capture_more before the model is wrapped or sharded",
             )
-        more = record_call(root, tuple(example_inputs or ()), dict(example_kwargs or {}), before.mode)
-        compiled = _compile(root, before.policy, before.state, before.calls + more, before.mode, before.strict)
-    finally:
-        install_compiled(root, compiled)
-        reopen_fast_paths(root, compiled=_named_leaves(compiled))
+        calls = before.calls + record_call(root, args, kwargs, before.mode)
+        install_compiled(root, _compile(root, before.policy, before.state, calls, before.mode, before.strict))
     return model
 
 
@@ -165,19 +233,15 @@ def restore(model: nn.Module) -> None:
     """Undo lpcompile: every module gets its own forward back. Does nothing to a model that was not compiled."""
     if find_compiled(model) is None:
         return
-    for module in model.modules():
-        uninstall(module)
-        module.__dict__.pop(STATE, None)
+    _take_away(model)
     reopen_fast_paths(model)
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches | WatchWeights)]:
-        del hooks[key]
-    set_compiled(model, None)
 
 
 def advance(model: nn.Module, to_step: int | None = None) -> None:
     """Move schedule, stochastic streams and kept casts on by one optimizer step, or to `to_step` on resuming a run."""
     compiled = get_compiled(model)
+    if to_step is not None and to_step < 0:
+        raise LpError("not a step", where="advance(to_step=...)", expected="0 or more", got=str(to_step))
     state = compiled.state
     state.step = state.step + 1 if to_step is None else to_step
     state.micro_batch = 0
@@ -188,7 +252,20 @@ def advance(model: nn.Module, to_step: int | None = None) -> None:
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Call advance(model) after every step of `optimizer`, for a training loop of one's own."""
     get_compiled(model)
-    optimizer.register_step_post_hook(lambda *_: advance(model))
+    hook = AdvanceAfterStep(model)
+    if hook not in optimizer._optimizer_step_post_hooks.values():  # a clock goes by one step a step
+        optimizer.register_step_post_hook(hook)
+
+
+@dataclass(frozen=True)
+class AdvanceAfterStep:
+    """A hook of an optimizer's step."""
+
+    model: nn.Module
+
+    def __call__(self, *_: Any) -> None:
+        if find_compiled(self.model) is not None:  # restore() leaves the optimizer alone
+            advance(self.model)
 
 
 def run_state(model: nn.Module) -> RunState | None:
@@ -293,8 +370,22 @@ def _named_program(
     """The graphs of a model with what the policy says of their sites, checked."""
     program = build_program(model, leaves, recordings, mode)
     program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
+    note_repeated(model, leaves, program)
     program.findings += check_policy(model, leaves, sites, policy, resolution)
     return program
+
+
+def note_repeated(model: nn.Module, leaves: Sequence[Leaf], program: Program) -> None:
+    """Mark the products that one forward runs several times and that a policy rounds stochastically: annotate refuses
+    them, since streams are keyed by the site.
+    """
+    sites = {name for name, spec in program.specs.items() if "stochastic" in str(spec)}
+    repeated = repeated_modules(model, program.units.values()) if sites else set()
+    paths = {leaf.name: leaf.path for leaf in leaves}
+    for unit in program.units.values():
+        for node in unit.graph.nodes if paths.get(unit.path, unit.path) in repeated else ():
+            if node.meta.get(SITE) in sites:
+                node.meta[REPEATED] = True
 
 
 def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings, mode: str = "train") -> Program:
@@ -338,7 +429,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
             if any(_is_touched(unit) for unit in units_of_path):
                 modules[path].__dict__[STATE] = compiled.state
                 changed = [
-                    Variant.of(_guarded(each, unit, modules[path], phase.program), unit.graph)
+                    Variant.of(_guarded(each, unit, modules[path], phase.program), _noting(unit))
                     for each, unit in zip(variants, units_of_path)
                 ]
                 install(modules[path], changed, phase=index, clock=compiled.state)
@@ -350,7 +441,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
     else:
         compiled.state.constants.why_none = "no pass found one to keep"
     leave_warnings_once_out_of_graphs()
-    set_compiled(model, compiled)
+    vars(model)[COMPILED] = compiled
 
 
 def _guarded(recording: Recording, unit: Unit, module: nn.Module, program: Program) -> Recording:
@@ -358,6 +449,11 @@ def _guarded(recording: Recording, unit: Unit, module: nn.Module, program: Progr
     if unit.is_forward_only:
         recording = without_carriers(recording, module)
     return replace(recording, guard=guarding_folds(recording.guard, unit, module, program))
+
+
+def _noting(unit: Unit) -> fx.Graph:
+    """The graph with the origins of its casts; where the guard shuts out hooks, nothing comes between."""
+    return unit.graph if unit.is_forward_only else with_origins(unit.graph)
 
 
 def _install_leaf(module: nn.Module, parts: list[Leaf], compiled: Compiled) -> None:

@@ -20,7 +20,8 @@ from passes.manager import PassRecord
 from runtime.errors import LpError
 from runtime.state import RunState
 
-_KEY = "_lp_compiled"
+COMPILED = "_lp_compiled"
+"""Where a compiled model keeps its Compiled, in the __dict__ of the root."""
 JOINT = "_lp_joint"
 """Where a model with a joint front end (lpcompile/capture/joint.py) keeps what is known of it."""
 
@@ -77,19 +78,12 @@ class Compiled:
         return self.phases[self.state.phase]
 
 
-def set_compiled(model: nn.Module, compiled: Compiled | None) -> None:
-    if compiled is None:
-        model.__dict__.pop(_KEY, None)
-    else:
-        model.__dict__[_KEY] = compiled
-
-
 def find_compiled(model: nn.Module | None) -> Compiled | None:
     """The record of a compiled model, also through one wrapper (DDP, a DeepSpeed engine: anything with `.module`)."""
     inner: Any = model
     while isinstance(inner, nn.Module):
-        if _KEY in inner.__dict__:
-            return inner.__dict__[_KEY]
+        if COMPILED in inner.__dict__:
+            return inner.__dict__[COMPILED]
         inner = inner._modules.get("module")
     return None
 

@@ -25,6 +25,8 @@ def load_policy(source: str | Path | Policy) -> Policy:
     """The policy of a shipped name, a path or a Policy made in Python, with what it extends and schedules filled in."""
     if isinstance(source, Policy):
         return _link(source, _Place("policy", Path(), {}), ())
+    if not isinstance(source, str | Path):
+        raise PolicyError("not a policy", expected="a shipped name, a path or a Policy", got=type(source).__name__)
     return _load(*_find(source, Path()), ())
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from lpcompile.api import build_program, find_sites, install_compiled, restore
+from lpcompile.api import build_program, example_call, find_sites, install_compiled, note_repeated, recompiling, restore
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.leaves import find_leaves
@@ -48,6 +48,7 @@ def program_of(
     program = build_program(model, leaves, calls.recordings, mode)
     specs = policy.resolve(find_sites(leaves, calls)).specs
     program.specs = {name: spec for name, spec in specs.items() if spec is not None}
+    note_repeated(model, leaves, program)
     return program
 
 
@@ -67,11 +68,8 @@ def install_text(
     the text is not of this model.
     """
     program = parse_program(text, file)
-    restore(model)
-    close_fast_paths(model)
-    leaves, unreached = find_leaves(model)
-    named: list[str] = []
-    try:
+    with recompiling(model):
+        leaves, unreached = find_leaves(model)
         calls = _calls(model, example_inputs, example_kwargs, mode)
         _check_fits(program, build_program(model, leaves, calls.recordings, mode), file)
         policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls)
@@ -79,9 +77,6 @@ def install_text(
         phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))
         compiled = Compiled(policy, state, sites, [phase], leaves, unreached, calls, mode, strict=False)
         install_compiled(model, compiled)
-        named = [leaf.path for leaf in leaves if leaf.name in program.choices]
-    finally:
-        reopen_fast_paths(model, compiled=named)
     return model
 
 
@@ -90,7 +85,7 @@ def _calls(
 ) -> Calls:
     if args is None and kwargs is None:
         return Calls()
-    return record_call(model, tuple(args or ()), dict(kwargs or {}), mode)
+    return record_call(model, *example_call(args, kwargs), mode)
 
 
 def _check_fits(program: Program, own: Program, file: str) -> None:

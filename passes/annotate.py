@@ -37,7 +37,7 @@ class Annotate(Pass):
                 spec = as_stored(gemm, spec)
                 reason = refusal(gemm, spec, program.device)
                 if not reason and node.meta.get(REPEATED) and "stochastic" in str(spec):
-                    reason = "stochastic rounding of a product per time step would draw the same bits at every step"
+                    reason = "one forward runs it several times: stochastic rounding would draw the same bits each time"
                 if reason:
                     program.refusals[site] = reason
                 else:

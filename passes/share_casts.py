@@ -8,7 +8,8 @@ same input casts it once itself and hands the cast down:
                                                    %k = call_module[k_proj](%x, lp_casts=(%xq, None))
 
 %x is still handed over: it carries the gradient, so gradients add up in the order they did before. A cast is not shared
-across an in-place op, which may have changed the tensor, nor when it rounds stochastically.
+across an in-place op, which may have changed the tensor, nor when it rounds stochastically. Hooks of the leaves, which
+no graph shows, are for lpcompile/capture/cast_origins.py.
 """
 
 from collections import defaultdict

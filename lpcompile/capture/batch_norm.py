@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lpcompile.capture.guards import Guard, ValueFact
+from lpcompile.capture.leaves import has_tensor
 from lpcompile.capture.torch_layers import is_observed, layer_facts
 from passes.fold_batchnorm import norm_node
 from passes.ir.gemm_nodes import argument
@@ -55,7 +56,7 @@ def _graph(module: Any) -> fx.Graph:
     graph = fx.Graph()
     x = graph.placeholder("input")
     names = ("running_mean", "running_var", "weight", "bias")
-    mean, var, weight, bias = (None if getattr(module, name, None) is None else graph.get_attr(name) for name in names)
+    mean, var, weight, bias = (graph.get_attr(name) if has_tensor(module, name) else None for name in names)
     operands = (x, mean, var, weight, bias, mean is None, module.momentum, float(module.eps))
     graph.output((graph.call_function(F.batch_norm, operands),))
     return graph

@@ -56,7 +56,8 @@ class GraphCode:
         return self  # nothing in it belongs to one module: that is an argument
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load, (_to_rows(self.graph), self.switches_grad_mode)
+        # bytes: protocols 2 and 3 (torch.save) cannot name every constant of torch's
+        return _load, (dumps(self.graph), self.switches_grad_mode)
 
 
 def dumps(value: object) -> bytes:
@@ -150,8 +151,8 @@ def _to_rows(graph: fx.Graph) -> list[_Row]:
     ]
 
 
-def _load(rows: list[_Row], switches_grad_mode: bool) -> GraphCode:
-    return GraphCode(_load_graph(rows), switches_grad_mode=switches_grad_mode)
+def _load(graph: bytes, switches_grad_mode: bool) -> GraphCode:
+    return GraphCode(pickle.loads(graph), switches_grad_mode=switches_grad_mode)
 
 
 def _load_graph(rows: list[_Row]) -> fx.Graph:

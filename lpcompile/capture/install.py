@@ -7,8 +7,9 @@ class is made (gradient checkpointing) and look at its signature.
 
 import copy
 import functools
+import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, Protocol
 
@@ -16,7 +17,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lpcompile.capture.graph_code import GraphCode
+from lpcompile.capture.children import MARK, Children
+from lpcompile.capture.graph_code import GraphCode, dumps
 from lpcompile.capture.guards import Guard
 from lpcompile.capture.recording import Recording
 
@@ -34,6 +36,7 @@ class Variant:
     guard: Guard
     code: GraphCode
     out_spec: pytree.TreeSpec
+    children: Children = field(default_factory=Children)
 
     @staticmethod
     def of(recording: Recording, graph: fx.Graph | None = None) -> "Variant":
@@ -43,6 +46,17 @@ class Variant:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Variant":
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # bytes, since pickle's protocols 2 and 3 (torch.save) cannot name what torch has in guards and graphs
+        return _load_variant, (dumps((self.guard, self.code, self.out_spec)), self.children)
+
+    def match(
+        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> list[torch.Tensor | int] | str:
+        """The graph's operands, or why it does not hold for this call."""
+        differing = self.children.differing(module)
+        return self.guard.match(module, args, kwargs) if differing is None else differing
 
     def run(self, module: nn.Module, operands: Sequence[torch.Tensor | int]) -> Any:
         outputs = self.code(module, operands)
@@ -72,7 +86,7 @@ class CapturedForward:
         """The forward: the first variant whose guard holds, else the original."""
         variants = self.variants
         for variant in variants:
-            operands = variant.guard.match(module, args, kwargs)
+            operands = variant.match(module, args, kwargs)
             if not isinstance(operands, str):
                 if not torch.compiler.is_compiling():  # where a counter would become a guard
                     self.num_hits += 1
@@ -82,7 +96,8 @@ class CapturedForward:
             if self.first_miss is None:
                 # what another variant says of the same training mode tells more than that the mode is another
                 nearest = next((v for v in variants if v.guard.training in (None, module.training)), variants[0])
-                self.first_miss = nearest.guard.check(module, args, kwargs)
+                why = nearest.match(module, args, kwargs)
+                self.first_miss = why if isinstance(why, str) else None
         return original(module, *args, **kwargs)
 
     @property
@@ -103,15 +118,22 @@ def install(module: nn.Module, variants: Sequence[Variant], *, phase: int = 0, c
         vars(module)[RECORD] = record
     while len(record.variants_by_phase) <= phase:
         record.variants_by_phase.append([])
-    record.variants_by_phase[phase] = list(variants)
+    record.variants_by_phase[phase] = [replace(variant, children=_children(module, variant)) for variant in variants]
     for variant in variants:
         variant.code.compiled()
     record.clock = clock or record.clock
 
 
+def _children(module: nn.Module, variant: Variant) -> Children:
+    """Those that the graph calls, or that were folded into what it calls."""
+    called = [str(node.target) for node in variant.code.graph.find_nodes(op="call_module")]
+    return Children.of(module, (*called, *variant.guard.unhooked))
+
+
 def uninstall(module: nn.Module) -> None:
     """Give the module its own class back. Under a wrapper's subclass (FSDP2) only the generated forwards go."""
     vars(module).pop(RECORD, None)
+    vars(module).pop(MARK, None)
     if _captured_base(type(module)) is type(module):
         module.__class__ = _original_class(type(module))
 
@@ -133,6 +155,11 @@ def captured_class(cls: type[nn.Module]) -> type[nn.Module]:
     if made is None:
         made = _MADE[cls] = _make_class(cls)
     return made
+
+
+def _load_variant(held: bytes, children: Children) -> Variant:
+    guard, code, out_spec = pickle.loads(held)
+    return Variant(guard, code, out_spec, children)
 
 
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:

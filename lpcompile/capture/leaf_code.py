@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lpcompile.capture.cast_origins import ORIGINS, is_origin
 from lpcompile.capture.graph_code import GraphCode
 from lpcompile.capture.install import RECORD, captured_class
 from lpcompile.capture.leaves import CompositeForward
@@ -64,12 +65,8 @@ class LeafForward:
     ) -> Any:
         """The forward: y = code(x), x by position or by its name, with or without what is handed down."""
         phase = self.phases[self.state.phase]
-        inputs = args or tuple(value for name, value in kwargs.items() if name not in HANDED)
-        if phase is None:
-            return original(module, *inputs)
-        if phase.fed is None or phase.keywords[0] not in kwargs:
-            return phase.floor(module, inputs)[0]
-        return phase.fed(module, (*inputs, *(kwargs[name] for name in phase.keywords)))[0]
+        inputs = args or tuple(value for name, value in kwargs.items() if name not in _KEYWORDS)
+        return original(module, *inputs) if phase is None else _product(phase, module, kwargs, *inputs)
 
     @property
     def is_picklable(self) -> bool:
@@ -102,8 +99,8 @@ class CompositeLeafForward:
         codes = self.phases[self.state.phase]
         if codes is None:
             return original(module, *args, **kwargs)
-        handed = {name: value for name, value in kwargs.items() if name in HANDED}
-        own = {name: value for name, value in kwargs.items() if name not in HANDED}
+        handed = {name: value for name, value in kwargs.items() if name in _KEYWORDS}
+        own = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
         products = {part: partial(_product, code, module, handed) for part, code in codes.items()}
         return self.forward(module, products, *args, **own)
 
@@ -113,6 +110,14 @@ class CompositeLeafForward:
 
 
 def _product(phase: _LeafPhase, module: nn.Module, handed: Mapping[str, Any], *operands: Any) -> Any:
-    if phase.fed is None or not handed:
+    """The product with what is handed down, unless that was made from another tensor than arrived."""
+    if phase.fed is None or phase.keywords[0] not in handed or not _is_of(operands[0], handed):
         return phase.floor(module, operands)[0]
     return phase.fed(module, (*operands, *(handed[name] for name in phase.keywords)))[0]
+
+
+def _is_of(x: Tensor, handed: Mapping[str, Any]) -> bool:
+    return ORIGINS not in handed or is_origin(x, handed[ORIGINS])
+
+
+_KEYWORDS = {*HANDED, ORIGINS}

@@ -6,6 +6,7 @@ Weights say their own shape. The input's is that of the first recorded call, as 
 from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from passes.ir.program import Unit, child_path
 from passes.ir.types import META, tensor_meta
@@ -13,15 +14,18 @@ from runtime.op_types import DTYPE_NAMES, TensorType
 
 
 def note_leaf_types(units: Iterable[Unit], modules: dict[str, nn.Module]) -> None:
-    """Write `tensor_meta` into the graphs of leaves. A weight that is partitioned away (ZeRO-3) says nothing."""
+    """Write `tensor_meta` into the graphs of leaves. A weight that is partitioned away (ZeRO-3) says nothing, nor does
+    one that is computed when it is read: computing it may change the module (a step of spectral_norm's iteration).
+    """
     units = list(units)
     inputs = _inputs(units)
     for unit in units:
         if unit.kind != "leaf":
             continue
         for node in unit.graph.nodes:
-            if node.op == "get_attr" and unit.path in modules:
-                _note(node, getattr(modules[unit.path], node.target, None))
+            module = modules.get(unit.path)
+            if node.op == "get_attr" and module is not None and not is_parametrized(module, node.target):
+                _note(node, getattr(module, node.target, None))
         first = next(iter(unit.graph.nodes))
         if unit.path in inputs:
             first.meta[META] = inputs[unit.path]

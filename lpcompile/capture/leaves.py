@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.nn.utils.parametrize import is_parametrized
 
 from lpcompile.capture.attention_interface import CoreAttention, core_attention
 from lpcompile.capture.attention_leaf import multihead_attention
@@ -163,9 +164,14 @@ def leaf_graph(module: nn.Module) -> fx.Graph:
     graph = fx.Graph()
     x = graph.placeholder(next(name for name in inspect.signature(type(module).forward).parameters if name != "self"))
     weight = graph.get_attr("weight")
-    bias = graph.get_attr("bias") if getattr(module, "bias", None) is not None else None
+    bias = graph.get_attr("bias") if has_tensor(module, "bias") else None
     graph.output((row[1](graph, module, (x, weight, bias)),))
     return graph
+
+
+def has_tensor(module: nn.Module, name: str) -> bool:
+    """Whether the module has a tensor of this name. One that a parametrization computes is not computed for that."""
+    return is_parametrized(module, name) or getattr(module, name, None) is not None
 
 
 def _linear(graph: fx.Graph, module: Any, operands: tuple[Any, ...]) -> fx.Node:

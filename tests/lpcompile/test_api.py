@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
 import runtime.ops
-from lpcompile import advance, attach, load_policy, lpcompile, original_state_dict, report
+from lpcompile import advance, attach, capture_more, load_policy, lpcompile, original_state_dict, report
 from lpcompile.api import restore, run_state
 from lpcompile.errors import LoweringError, LpError
 from tests.models_for_tests import TinyResNet, image_batch, tiny_gpt2, tiny_llama, token_batch
@@ -354,10 +354,13 @@ def test_attach_advances_after_each_step() -> None:
     lpcompile(model, "hfp8")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     attach(model, optimizer)
+    attach(model, optimizer)  # once more is no more
     for _ in range(2):
         _loss_and_grads(model, call)
         optimizer.step()
     assert run_state(model).step == 2
+    restore(model)
+    optimizer.step()
 
 
 def test_a_replaced_functional_linear_hides_no_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,6 +428,11 @@ def test_what_is_not_reached_is_named() -> None:
         (lambda: lpcompile(tiny_gpt2(), "hfp9"), r"hfp8"),
         (lambda: lpcompile("gpt2", "hfp8"), r"Expected a torch.nn.Module"),
         (lambda: lpcompile(tiny_gpt2(), "hfp8", mode="serve"), r"Expected train or infer"),
+        (lambda: lpcompile(nn.Linear(2, 2), 123), r"not a policy.* Got int"),
+        (lambda: lpcompile(nn.Linear(2, 2), "hfp8", example_inputs=torch.ones(1, 2)), r"Got Tensor. Try .*\(x,\)"),
+        (lambda: lpcompile(nn.Linear(2, 2), "hfp8", example_kwargs=[1]), r"example_kwargs: .* Got list"),
+        (lambda: capture_more(lpcompile(nn.Linear(2, 2), "hfp8"), torch.ones(1, 2)), r"Got Tensor. Try .*\(x,\)"),
+        (lambda: advance(lpcompile(nn.Linear(2, 2), "hfp8"), -1), r"Expected 0 or more. Got -1"),
         (lambda: report(tiny_gpt2()), r"was not compiled"),
         (lambda: advance(nn.Linear(2, 2)), r"was not compiled"),
     ],
