@@ -98,9 +98,11 @@ def _read_linear_kn(node: fx.Node) -> GemmNode | Unreadable:
 
 
 def _read_matmul(node: fx.Node) -> GemmNode | Unreadable:
-    lhs, rhs = node.args[0], argument(node, 1, "other")
-    if not isinstance(lhs, fx.Node) or not isinstance(rhs, fx.Node) or node.kwargs.get("out") is not None:
+    lhs, rhs = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2"))
+    if not isinstance(lhs, fx.Node) or not isinstance(rhs, fx.Node):
         return Unreadable("matmul", "an operand is not a tensor of the graph")
+    if node.kwargs.get("out") is not None:
+        return Unreadable("matmul", "a product that is written into out= has no lp form")
     shapes = [operand.meta["tensor_meta"].shape for operand in (lhs, rhs) if "tensor_meta" in operand.meta]
     if any(len(shape) < 2 for shape in shapes):
         return Unreadable("matmul", "a product with a vector is no GEMM")
@@ -131,7 +133,7 @@ def _read_einsum(node: fx.Node) -> Composite | Unreadable:
     operands = node.args[1:]
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
-    if not isinstance(node.args[0], str) or len(operands) != 2:
+    if not isinstance(argument(node, 0, "equation"), str) or len(operands) != 2:
         return Unreadable("einsum", "only an equation of two operands is one matrix product")
     reason = why_no_product(node.args[0])
     return Unreadable("einsum", reason) if reason else Composite("matmul", "einsum", "decompose-products")
@@ -142,7 +144,7 @@ def _read_addmm(stem: str, names: tuple[str, str]) -> Callable[[fx.Node], GemmNo
         factors = (node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1))
         if len(node.args) > 3 or factors != (1, 1) or node.kwargs.get("out") is not None:
             return Unreadable(stem, "alpha and beta other than 1, or out=, have no lp form")
-        added, lhs, rhs = node.args[0], argument(node, 1, names[0]), argument(node, 2, names[1])
+        added, lhs, rhs = (argument(node, i, name) for i, name in enumerate(("input", *names)))
         if not (isinstance(added, fx.Node) and isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)):
             return Unreadable(stem, "an operand is not a tensor of the graph")
         return GemmNode("matmul", "matmul", lhs, rhs, added, stem=stem)
@@ -156,6 +158,8 @@ def _read_grouped(node: fx.Node) -> Composite | Unreadable:
     meta = weight.meta.get("tensor_meta") if isinstance(weight, fx.Node) else None
     if meta is None or len(meta.shape) != 3 or argument(node, 2, "offs") is None:
         return Unreadable("grouped_mm", "only rows in groups times one matrix per group, x_SK w_GKN, is read")
+    if not isinstance(argument(node, 0, "mat_a"), fx.Node):
+        return Unreadable("grouped_mm", "an operand is not a tensor of the graph")
     root = weight.args[0] if weight.op == "call_function" else weight
     if not isinstance(root, fx.Node) or not (root.op == "get_attr" or root.meta.get(WEIGHT)):
         return Unreadable(

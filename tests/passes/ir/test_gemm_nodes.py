@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lpcompile import lpcompile, report
+from lpcompile.api import run_state
 from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.recorder import record
 from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
@@ -90,6 +91,42 @@ def test_a_product_that_is_not_built_is_refused_by_name(function: Callable[..., 
     assert row.name == f"{stem}_0"
     assert not row.runs_as_policy_says
     assert stem in row.reason
+
+
+KEYWORDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda x, w: torch.matmul(input=x, other=w),
+    "mm": lambda x, w: torch.mm(input=x, mat2=w),
+    "mm-half": lambda x, w: torch.mm(x, mat2=w),
+    "bmm": lambda x, w: torch.bmm(input=x[None], mat2=w[None]),
+    "addmm": lambda x, w: torch.addmm(input=x, mat1=x, mat2=w),
+    "baddbmm": lambda x, w: torch.baddbmm(input=x[None], batch1=x[None], batch2=w[None]),
+    "linear": lambda x, w: F.linear(input=x, weight=w),
+    "conv1d": lambda x, w: F.conv1d(input=x[None], weight=w[:, :, None]),
+    "grouped_mm": lambda x, w: F.grouped_mm(mat_a=x, mat_b=w[None], offs=torch.tensor([4], dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("case", KEYWORDS)
+def test_operands_by_keyword_are_read_as_those_by_position(case: str) -> None:
+    model, x = _Product(KEYWORDS[case]), torch.randn(4, 4)
+    expected = model(x)
+    lpcompile(model, "fp32-emulated", (x,), strict=True)
+    assert torch.equal(model(x), expected)
+    assert run_state(model).gemm_calls == 1
+    lpcompile(model, "hfp8", (x,))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.5)
+
+
+class _Product(nn.Module):
+    """A product of the input with a weight."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
 
 
 def test_scaled_addmm_says_why() -> None:
