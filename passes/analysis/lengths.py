@@ -76,8 +76,7 @@ def _conv(lhs: Sequence[int], rhs: Sequence[int], geometry: ConvGeometry) -> Len
     else:
         lengths = {"fwd": second * taps, "bwd": first // geometry.groups * taps}
     if lhs:
-        channels, *sizes = lhs[-len(window) - 1 :]
-        batch = math.prod(lhs) // (channels * math.prod(sizes))
+        sizes, batch = lhs[-len(window) :], math.prod(lhs[: -len(window) - 1])
         rows = zip(sizes, window, geometry.stride, geometry.padding, geometry.dilation)
         outputs = [(size + 2 * pad - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, step in rows]
         lengths["grad"] = batch * math.prod(sizes if geometry.is_transposed else outputs)

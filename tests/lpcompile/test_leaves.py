@@ -54,6 +54,65 @@ def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+# Convolutions
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "2d-grouped": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), groups=2), (2, 4, 5, 6)),
+    "3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), (1, 2, 1), (0, 1, 1), (1, 1, 2)), (2, 2, 4, 5, 9)),
+    "3d-no-bias": (lambda: nn.Conv3d(4, 4, 3, padding=1, groups=2, bias=False), (1, 4, 3, 4, 5)),
+    "1d-unbatched": (lambda: nn.Conv1d(4, 6, 3, padding=1), (4, 9)),
+    "2d-unbatched": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 7, 8)),
+    "3d-unbatched": (lambda: nn.Conv3d(2, 4, 2, padding=1), (2, 4, 5, 6)),
+    "circular-unbatched": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (4, 9)),
+    "transposed-1d-unbatched": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), (4, 9)),
+    "transposed-2d-unbatched": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 5, 6)),
+    "transposed-3d-unbatched": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("with_examples", [True, False])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution_is_bitwise(case: str, with_examples: bool) -> None:
+    make, shape = CONVOLUTIONS[case]
+    module, inputs = nn.Sequential(make()), (_randn(*shape),)
+    expected = _run(module, inputs)
+    lpcompile(module, "fp32-emulated", inputs if with_examples else None, strict=True)
+    assert _same(_run(module, inputs), expected)
+    assert run_state(module).gemm_calls == 1
+
+
+@pytest.mark.parametrize("case", [case for case in CONVOLUTIONS if "unbatched" in case])
+def test_a_sample_without_a_batch_dim_is_a_batch_of_one(case: str) -> None:
+    make, shape = CONVOLUTIONS[case]
+    module, x = make(), _randn(*shape).requires_grad_()
+    casts = {"x": "e4m3", "w": "e4m3"}, {"dy": "e5m2", "w": "e4m3"}, {"dy": "e5m2", "x": "e4m3"}
+    rule = {"match": {"name": "*"}, **dict(zip(("fwd", "bwd", "grad"), casts))}
+    lpcompile(module, Policy.model_validate({"version": 1, "name": "p", "rules": [rule]}), strict=True)
+    y, batched = module(x), module(x[None])
+    assert torch.equal(y, batched[0])
+    inputs, dy = (x, *module.parameters()), _randn(*y.shape)
+    assert _same([*torch.autograd.grad(y, inputs, dy)], [*torch.autograd.grad(batched, inputs, dy[None])])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_functional_convolution_of_one_sample(dims: int) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(_randn(4, 4, *(3,) * dims))
+
+        def forward(self, x: Tensor) -> Tensor:
+            conv, transposed = getattr(F, f"conv{dims}d"), getattr(F, f"conv_transpose{dims}d")
+            return transposed(conv(x, self.weight, padding=1).relu(), self.weight, stride=2)
+
+    module, inputs = Functional(), (_randn(4, *(5,) * dims),)
+    expected = _run(module, inputs)
+    lpcompile(module, "fp32-emulated", inputs, strict=True)
+    assert _same(_run(module, inputs), expected)
+    assert run_state(module).gemm_calls == 2
+
+
 # Transposed convolutions and paddings
 
 TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
