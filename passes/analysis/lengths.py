@@ -4,7 +4,8 @@
     matmul   FWD K    BWD N    GRAD M, of every matrix that is multiplied with the same one
     conv     FWD I / groups times the window, BWD O / groups times the window, GRAD batch times positions
 
-With a stride, BWD (FWD of a transposed convolution) is an upper bound. GRAD is that of the first recorded call.
+With a stride, BWD (FWD of a transposed convolution) is an upper bound. GRAD is that of the first recorded call; a sum
+that was empty there says nothing of other calls.
 """
 
 import math
@@ -31,7 +32,7 @@ def sum_lengths(program: Program) -> dict[str, Lengths]:
                 for part, lengths in _lengths_of(node).items():
                     known = found.setdefault(node.meta[SITE] + part, {})
                     for role in ROLES:
-                        if role in lengths and not (role == "grad" and node.meta.get(REPEATED)):
+                        if lengths.get(role) and not (role == "grad" and node.meta.get(REPEATED)):
                             known[role] = max(lengths[role], known.get(role, 0))
     return found
 

@@ -89,7 +89,15 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 def _read_linear(node: fx.Node) -> GemmNode | Unreadable:
     lhs, rhs, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    if _has_vector(rhs):
+        return Unreadable("linear", _VECTOR)
     return GemmNode("linear", "linear", lhs, rhs, bias)
+
+
+def _has_vector(*operands: object) -> bool:
+    """Whether one of them is known to have fewer than two dims."""
+    metas = [operand.meta.get("tensor_meta") for operand in operands if isinstance(operand, fx.Node)]
+    return any(meta is not None and len(meta.shape) < 2 for meta in metas)
 
 
 def _read_linear_kn(node: fx.Node) -> GemmNode | Unreadable:
@@ -103,9 +111,8 @@ def _read_matmul(node: fx.Node) -> GemmNode | Unreadable:
         return Unreadable("matmul", "an operand is not a tensor of the graph")
     if node.kwargs.get("out") is not None:
         return Unreadable("matmul", "a product that is written into out= has no lp form")
-    shapes = [operand.meta["tensor_meta"].shape for operand in (lhs, rhs) if "tensor_meta" in operand.meta]
-    if any(len(shape) < 2 for shape in shapes):
-        return Unreadable("matmul", "a product with a vector is no GEMM")
+    if _has_vector(lhs, rhs):
+        return Unreadable("matmul", _VECTOR)
     return GemmNode("matmul", "matmul", lhs, rhs)
 
 
@@ -212,6 +219,7 @@ def _same_padding(node: fx.Node, padding: str, dilation: Sequence[int]) -> tuple
     return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
 
 
+_VECTOR = "a product with a vector is no GEMM"
 _CONV_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
 
 _READERS: dict[Any, Callable[[fx.Node], Reading]] = {

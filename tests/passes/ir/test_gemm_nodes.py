@@ -117,6 +117,14 @@ def test_operands_by_keyword_are_read_as_those_by_position(case: str) -> None:
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.5)
 
 
+def test_a_linear_with_a_vector_says_why() -> None:
+    model, x = _Product(lambda x, w: F.linear(x, w[0])), torch.randn(4, 4)
+    expected = model(x)
+    lpcompile(model, "int8", (x,))
+    assert {(row.name, row.reason) for row in report(model).gemms} == {("linear_0", "a product with a vector is no GEMM")}
+    assert torch.equal(model(x), expected)
+
+
 class _Product(nn.Module):
     """A product of the input with a weight."""
 
