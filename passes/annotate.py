@@ -5,10 +5,12 @@ reason.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from passes.ir.gemm_nodes import Composite, GemmNode, Unreadable, read_gemm
 from passes.ir.program import REPEATED, SITE, SPEC, Program
+from passes.ir.types import META
 from passes.manager import Pass
 from runtime.contractions import Side
 from runtime.errors import NotSupported
@@ -80,12 +82,29 @@ def _transposed(spec: QuantSpec) -> QuantSpec:
     return replace(spec, scale=replace(spec.scale, granularity=granularity, block=block))
 
 
+def _dtype_of(node: object) -> torch.dtype | None:
+    """Of what the recorder saw, or torch.compile; an operation that a pass wrote gives the dtype of its first operand.
+    None if it is not known.
+    """
+    while isinstance(node, fx.Node):
+        seen = node.meta.get("val", node.meta.get(META))
+        if seen is not None:
+            dtype = getattr(seen, "dtype", None)
+            return dtype if isinstance(dtype, torch.dtype) else None
+        node = next(iter(node.all_input_nodes), None)
+    return None
+
+
 def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
     """Why nothing runs this GEMM as `spec`, which `as_stored` made, says; None if something does."""
     if isinstance(gemm, Unreadable):
         return gemm.reason
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):
         return "an operand is not a tensor of the graph"
+    for operand in (gemm.lhs, gemm.rhs):
+        dtype = _dtype_of(operand)
+        if not spec.is_identity and dtype is not None and not dtype.is_floating_point:
+            return f"an operand is {dtype}, and only real numbers are cast"
     geometry = parse_geometry(gemm.geometry)
     contraction = contraction_of(gemm.kind, geometry)
     for role in ROLES:

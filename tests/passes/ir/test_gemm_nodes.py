@@ -11,8 +11,13 @@ from lpcompile import lpcompile, report
 from lpcompile.api import run_state
 from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.recorder import record
+from lpcompile.policy import Policy
 from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
 from passes.pipelines import PASSES
+
+
+_RULE = {"match": {"name": "*"}, "fwd": {"x": "e4m3", "w": "e4m3"}}
+_EVERY = Policy.model_validate({"version": 1, "name": "p", "rules": [_RULE]})
 
 
 class _Spellings(nn.Module):
@@ -122,6 +127,39 @@ def test_a_linear_with_a_vector_says_why() -> None:
     expected = model(x)
     lpcompile(model, "int8", (x,))
     assert {(row.name, row.reason) for row in report(model).gemms} == {("linear_0", "a product with a vector is no GEMM")}
+    assert torch.equal(model(x), expected)
+
+
+NOT_REAL: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
+    "int": (lambda x, w: x.long() @ x.long().t(), "matmul_0", "torch.int64"),
+    "complex": (lambda x, w: torch.fft.fft(x) @ w.to(torch.complex64), "matmul_0", "torch.complex64"),
+    "int-mixed-view": (lambda x, w: torch.bmm(x.int()[None], x.int()[None].mT), "matmul_0", "torch.int32"),
+    "einsum": (lambda x, w: torch.einsum("ij,kj->ik", x.long(), x.long()), "einsum_0", "torch.int64"),
+    "conv": (lambda x, w: F.conv1d(x.long()[None], x.long()[:, :, None]), "conv1d_0", "torch.int64"),
+    "linear": (lambda x, w: F.linear(torch.fft.fft(x), w.to(torch.complex64)), "linear_0", "torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_REAL)
+def test_a_product_of_what_is_not_real_is_refused_by_name(case: str) -> None:
+    """Its operands have no cast; it runs as torch's op. Where nothing is cast, the lp op runs it."""
+    function, name, dtype = NOT_REAL[case]
+    model, x = _Product(function), 3 * torch.randn(4, 4)
+    expected = model(x)
+    lpcompile(model, _EVERY, (x,))
+    for row in report(model).gemms:
+        assert (row.name, row.fidelity) == (name, "refused")
+        assert f"{dtype}, and only real numbers are cast" in row.reason
+    assert torch.equal(model(x), expected)
+    lpcompile(model, "fp32-emulated", (x,), strict=True)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_layer_of_complex_weights_is_refused_by_name() -> None:
+    model, x = nn.Linear(4, 4, dtype=torch.complex64), torch.randn(4, 4, dtype=torch.complex64)
+    expected = model(x)
+    lpcompile(model, _EVERY)
+    assert all("only real numbers are cast" in row.reason for row in report(model).gemms)
     assert torch.equal(model(x), expected)
 
 
