@@ -81,6 +81,24 @@ def test_an_einsum_that_is_no_product_says_why(equation: str, operands: int, rea
         (lambda x, w: torch.linalg.multi_dot([x, w, x]), "multi_dot"),
         (lambda x, w: F.bilinear(x, x, w.expand(3, 4, 4)), "bilinear"),
         (lambda x, w: torch.inner(x, w), "inner"),
+        (lambda x, w: x.clone().addmm_(x, w), "addmm"),
+        (lambda x, w: x[None].clone().baddbmm_(x[None], w[None]), "baddbmm"),
+        (lambda x, w: torch.mv(x, w[0]), "mv"),
+        (lambda x, w: x.mv(w[0]), "mv"),
+        (lambda x, w: torch.addmv(x[0], x, w[0]), "addmv"),
+        (lambda x, w: torch.outer(x[0], w[0]), "outer"),
+        (lambda x, w: torch.ger(x[0], w[0]), "outer"),
+        (lambda x, w: torch.addr(x, x[0], w[0]), "addr"),
+        (lambda x, w: torch.dot(x[0], w[0]), "dot"),
+        (lambda x, w: torch.vdot(x[0], w[0]), "dot"),
+        (lambda x, w: torch.linalg.vecdot(x, w), "vecdot"),
+        (lambda x, w: torch.linalg.matrix_power(x, 3), "matrix_power"),
+        (lambda x, w: torch.rnn_tanh_cell(x, x, w, w), "rnn_tanh_cell"),
+        (lambda x, w: torch.rnn_relu_cell(x, x, w, w), "rnn_relu_cell"),
+        (lambda x, w: torch.gru_cell(x, x[:, :2], torch.cat([w, w[:2]]), torch.cat([w, w[:2]])[:, :2]), "gru_cell"),
+        (lambda x, w: torch.lstm_cell(x, (x[:, :1], x[:, :1]), w, w[:, :1])[0], "lstm_cell"),
+        (lambda x, w: torch.ops.aten.mv(x, w[0]), "mv"),
+        (lambda x, w: torch.conv_tbc(x[None], w[None], w[0]), "conv_tbc"),
     ],
 )
 def test_a_product_that_is_not_built_is_refused_by_name(function: Callable[..., Tensor], stem: str) -> None:
@@ -98,7 +116,7 @@ def test_a_product_that_is_not_built_is_refused_by_name(function: Callable[..., 
     assert stem in row.reason
 
 
-KEYWORDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda x, w: torch.matmul(input=x, other=w),
     "mm": lambda x, w: torch.mm(input=x, mat2=w),
     "mm-half": lambda x, w: torch.mm(x, mat2=w),
@@ -107,13 +125,25 @@ KEYWORDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "baddbmm": lambda x, w: torch.baddbmm(input=x[None], batch1=x[None], batch2=w[None]),
     "linear": lambda x, w: F.linear(input=x, weight=w),
     "conv1d": lambda x, w: F.conv1d(input=x[None], weight=w[:, :, None]),
+    "linalg.matmul": lambda x, w: torch.linalg.matmul(x, w),
+    "linalg.matmul-named": lambda x, w: torch.linalg.matmul(input=x, other=w),
+    "rmatmul": lambda x, w: w.__rmatmul__(x),
+    "aten.mm": lambda x, w: torch.ops.aten.mm(x, w),
+    "aten.mm.default": lambda x, w: torch.ops.aten.mm.default(x, w),
+    "aten.linear": lambda x, w: torch.ops.aten.linear(x, w),
+    "aten.addmm": lambda x, w: torch.ops.aten.addmm(x, x, w),
+    "convolution": lambda x, w: torch.convolution(x[None], w[..., None], None, [1], [0], [1], False, [0], 1),
+    "convolution-named": lambda x, w: torch.convolution(
+        input=x[None], weight=w[..., None], bias=None, stride=(2,), padding=(1,), dilation=(1,), transposed=True,
+        output_padding=(1,), groups=2,
+    ),
     "grouped_mm": lambda x, w: F.grouped_mm(mat_a=x, mat_b=w[None], offs=torch.tensor([4], dtype=torch.int32)),
 }
 
 
-@pytest.mark.parametrize("case", KEYWORDS)
-def test_operands_by_keyword_are_read_as_those_by_position(case: str) -> None:
-    model, x = _Product(KEYWORDS[case]), torch.randn(4, 4)
+@pytest.mark.parametrize("case", CALLS)
+def test_every_way_to_call_a_product_is_read_alike(case: str) -> None:
+    model, x = _Product(CALLS[case]), torch.randn(4, 4)
     expected = model(x)
     lpcompile(model, "fp32-emulated", (x,), strict=True)
     assert torch.equal(model(x), expected)
