@@ -50,6 +50,13 @@ from runtime.state import RunState
 from runtime.unfolded import unfolded
 
 KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
+METHODS = (
+    *("as_is", "fp32", "bf16", "int8"),
+    *("cpu_bf16", "cpu_int8"),
+    *("cuda_fp8", "cuda_bf16", "cuda_fp16", "cuda_int8"),
+    *EMULATED,
+)
+"""What `methods` may name, of the backends of runtime/kernels/dispatch.py."""
 _STORAGE = {"fp16": torch.float16, "int8": torch.int8}
 
 _DY_BWD, _DY_GRAD, _WEIGHT_BWD = (

@@ -28,7 +28,17 @@ from runtime.activations import ACTIVATIONS
 from runtime.constants import LIFETIMES
 from runtime.contractions import Side
 from runtime.folding import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
-from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
+from runtime.gemms import (
+    KINDS,
+    METHODS,
+    GemmPlan,
+    Operand,
+    contraction_of,
+    parse_geometry,
+    run_gemm,
+    to_grid,
+    varies_along_sum,
+)
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.op_types import (
@@ -312,6 +322,10 @@ _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`
 
 _LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
 
+_SLOT = Rule(
+    "`slot` must be 0 or 1 of FWD's operands, 2 of BWD's rhs or 3 of GRAD's x", lambda a: a["slot"] in range(4)
+)
+
 _GEMM_RULES = (
     Rule("`spec` must hold the three GEMMs, `fwd: ...; bwd: ...; grad: ...`", _parses("spec", LayerSpec.parse)),
     Rule(f"`kind` must be one of {', '.join(KINDS)}, conv", lambda a: a["kind"] in {*KINDS, "conv"}),
@@ -320,6 +334,10 @@ _GEMM_RULES = (
     ),
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
+    Rule(
+        f"`methods` must be empty before they are chosen, else each one of {', '.join(METHODS)}",
+        lambda a: a["methods"] == ",," or set(a["methods"].split(",")) <= {*METHODS},
+    ),
     _LIFETIME,
     Rule(
         f"`activation` must be one of {', '.join(ACTIVATIONS)}, or absent",
@@ -356,13 +374,13 @@ OPS: dict[str, OpDef] = {
             "lp.constant_scale",
             constant_scale,
             scale_result,
-            (_CAST_PARSES, _HAS_SCALE, _LIFETIME, _SAME_EACH_TIME),
+            (_CAST_PARSES, _HAS_SCALE, _SLOT, _LIFETIME, _SAME_EACH_TIME),
         ),
         OpDef(
             "lp.quantize",
             quantize,
             quantize_result,
-            (_CAST_PARSES, _LIFETIME, _SAME_EACH_TIME),
+            (_CAST_PARSES, _SLOT, _LIFETIME, _SAME_EACH_TIME),
             (_SCALED, _KEPT),
         ),
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),

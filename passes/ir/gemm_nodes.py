@@ -150,8 +150,8 @@ def _read_convolution(node: fx.Node) -> GemmNode | Unreadable:
     if not all(isinstance(value, tuple | list) for value in (stride, padding, dilation, more)):
         return Unreadable("convolution", "its stride, padding or dilation is no list of numbers")
     num_dims = len(stride)
-    sizes = [_per_dim(value, num_dims) for value in (stride, padding, dilation)]
-    geometry = ConvGeometry(*sizes, groups, _per_dim(more, num_dims) if is_transposed else ())
+    stride, padding, dilation, more = (_per_dim(value, num_dims) for value in (stride, padding, dilation, more))
+    geometry = ConvGeometry(stride, padding, dilation, groups, more if is_transposed else ())
     op = f"conv{'_transpose' if is_transposed else ''}{num_dims}d"
     return GemmNode(op, "conv", lhs, rhs, bias, print_geometry(geometry))
 
@@ -160,9 +160,10 @@ def _read_einsum(node: fx.Node) -> Composite | Unreadable:
     operands = node.args[1:]
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
-    if not isinstance(argument(node, 0, "equation"), str) or len(operands) != 2:
+    equation = argument(node, 0, "equation")
+    if not isinstance(equation, str) or len(operands) != 2:
         return Unreadable("einsum", "only an equation of two operands is one matrix product")
-    reason = why_no_product(node.args[0])
+    reason = why_no_product(equation)
     return Unreadable("einsum", reason) if reason else Composite("matmul", "einsum", "decompose-products")
 
 

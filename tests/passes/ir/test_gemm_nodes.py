@@ -15,7 +15,6 @@ from lpcompile.policy import Policy
 from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
 from passes.pipelines import PASSES
 
-
 _RULE = {"match": {"name": "*"}, "fwd": {"x": "e4m3", "w": "e4m3"}}
 _EVERY = Policy.model_validate({"version": 1, "name": "p", "rules": [_RULE]})
 
@@ -134,8 +133,15 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "aten.addmm": lambda x, w: torch.ops.aten.addmm(x, x, w),
     "convolution": lambda x, w: torch.convolution(x[None], w[..., None], None, [1], [0], [1], False, [0], 1),
     "convolution-named": lambda x, w: torch.convolution(
-        input=x[None], weight=w[..., None], bias=None, stride=(2,), padding=(1,), dilation=(1,), transposed=True,
-        output_padding=(1,), groups=2,
+        input=x[None],
+        weight=w[..., None],
+        bias=None,
+        stride=(2,),
+        padding=(1,),
+        dilation=(1,),
+        transposed=True,
+        output_padding=(1,),
+        groups=2,
     ),
     "grouped_mm": lambda x, w: F.grouped_mm(mat_a=x, mat_b=w[None], offs=torch.tensor([4], dtype=torch.int32)),
 }
@@ -156,7 +162,9 @@ def test_a_linear_with_a_vector_says_why() -> None:
     model, x = _Product(lambda x, w: F.linear(x, w[0])), torch.randn(4, 4)
     expected = model(x)
     lpcompile(model, "int8", (x,))
-    assert {(row.name, row.reason) for row in report(model).gemms} == {("linear_0", "a product with a vector is no GEMM")}
+    assert {(row.name, row.reason) for row in report(model).gemms} == {
+        ("linear_0", "a product with a vector is no GEMM")
+    }
     assert torch.equal(model(x), expected)
 
 
