@@ -116,7 +116,10 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 MISTAKES = {
     "an order that cannot be": (["--passes", "insert-casts"], "insert-casts: it cannot run yet. Expected every GEMM"),
-    "an unknown pass": (["--passes", "anotate"], '"anotate" is not a pass. Expected the name of a pass. Got "anotate". Try "annotate"'),
+    "an unknown pass": (
+        ["--passes", "anotate"],
+        '"anotate" is not a pass. Expected the name of a pass. Got "anotate". Try "annotate"',
+    ),
     "an unknown option": (["--passes", "share-casts{acros=graph}"], 'share-casts: it has no option "acros"'),
     "a policy for a file": (["--policy", "hfp8"], "--policy: a file has its policy in it"),
 }

@@ -358,6 +358,62 @@ def test_stochastic_rounding_at_every_time_step_is_refused() -> None:
     assert "same bits at every step" in rows["hh_l0"].reason
 
 
+def _lstm(*shape: int) -> tuple[Tensor, Tensor]:
+    return _randn(*shape), _randn(*shape)
+
+
+def _attention() -> nn.Module:
+    return nn.MultiheadAttention(16, 4)
+
+
+WRONG_ARGUMENTS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]] = {
+    "lstm: batch of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), _lstm(1, 1, 6)), {}),
+    "lstm: layers of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), _lstm(2, 3, 6)), {}),
+    "lstm: size of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), (_randn(1, 3, 6), _randn(1, 3, 1))), {}),
+    "lstm: dims of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), _lstm(3, 6)), {}),
+    "lstm: unbatched, dims of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 8), _lstm(1, 1, 6)), {}),
+    "lstm: dims of the input": (lambda: nn.LSTM(8, 6), (_randn(1, 7, 3, 8),), {}),
+    "lstm: size of the input": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 9),), {}),
+    "lstm: dtype of the input": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8).double(),), {}),
+    "gru: batch of the state": (lambda: nn.GRU(8, 6, batch_first=True), (_randn(7, 3, 8), _randn(1, 1, 6)), {}),
+    "rnn: batch of the state": (lambda: nn.RNN(8, 6), (_randn(7, 3, 8), _randn(1, 1, 6)), {}),
+    "rnn: dims of the state": (lambda: nn.RNN(8, 6), (_randn(7, 8), _randn(1, 1, 6)), {}),
+    "lstm cell: batch of the state": (lambda: nn.LSTMCell(8, 6), (_randn(3, 8), _lstm(1, 6)), {}),
+    "lstm cell: dims of the input": (lambda: nn.LSTMCell(8, 6), (_randn(2, 3, 8),), {}),
+    "gru cell: batch of the state": (lambda: nn.GRUCell(8, 6), (_randn(3, 8), _randn(1, 6)), {}),
+    "rnn cell: dims of the state": (lambda: nn.RNNCell(8, 6), (_randn(3, 8), _randn(1, 3, 6)), {}),
+    "rnn cell: size of the state": (lambda: nn.RNNCell(8, 6), (_randn(3, 8), _randn(3, 1)), {}),
+    "mha: mask for one query": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(1, 3)}),
+    "mha: mask for one key": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(3, 1)}),
+    "mha: mask for one head": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(1, 3, 3)}),
+    "mha: mask of four dims": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(1, 1, 3, 3)}),
+    "mha: mask of integers": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(3, 3).long()}),
+    "mha: padding of one key": (
+        _attention, (_Q, _Q, _Q), {"key_padding_mask": torch.zeros(5, 1).bool()},
+    ),
+    "mha: padding of one sample": (
+        _attention, (_Q, _Q, _Q), {"key_padding_mask": torch.zeros(1, 3).bool()},
+    ),
+    "mha: batch of the keys": (_attention, (_Q, _K[:, :1], _K[:, :1]), {}),
+    "mha: width of the query": (_attention, (_Q[..., :8], _Q[..., :8], _Q[..., :8]), {}),
+    "mha: values of another length": (_attention, (_Q, _K, _K[:2]), {}),
+    "mha: keys without a batch": (_attention, (_Q, _K[0], _K[0]), {}),
+    "mha: causal without a mask": (_attention, (_Q, _Q, _Q), {"is_causal": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+def test_what_torch_refuses_a_compiled_leaf_refuses(case: str) -> None:
+    """With an error of the same kind, and never by broadcasting."""
+    make, inputs, options = WRONG_ARGUMENTS[case]
+    module = make()
+    with pytest.raises((RuntimeError, ValueError, AssertionError)) as torchs:
+        module(*inputs, **options)
+    lpcompile(module, "bf16")
+    with pytest.raises(torchs.type):
+        module(*inputs, **options)
+
+
 # Mixture of experts
 
 
