@@ -33,6 +33,7 @@ from runtime.gemms import (
     METHODS,
     GemmPlan,
     Operand,
+    check_transforms,
     contraction_of,
     parse_geometry,
     run_gemm,
@@ -72,7 +73,9 @@ def scale(x: Tensor, *, spec: str) -> Tensor | None:
     """
     if torch.compiler.is_compiling():
         return traced.scale(x, spec)
-    return compute_scale(x.detach(), QuantSpec.parse(spec))
+    parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
+    return compute_scale(x.detach(), parsed)
 
 
 def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: int, lifetime: str) -> Tensor | None:
@@ -82,6 +85,7 @@ def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: in
     if torch.compiler.is_compiling():
         return traced.scale(x, spec)
     parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
     kept = state.constants.find(x, parsed, site, slot, lifetime)
     return compute_scale(x.detach(), parsed) if kept is None else kept.scale_or(lambda: compute_scale(x, parsed))
 
@@ -96,6 +100,7 @@ def quantize(
     if torch.compiler.is_compiling():
         return traced.quantize(x, s, state, spec, site, slot)
     parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
     if lifetime and state is not None:
         constants = state.constants
         kept = constants.find(x, parsed, site, slot, lifetime) if s is None else constants.find_by_scale(s, site, slot)
