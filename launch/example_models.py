@@ -61,7 +61,15 @@ def _from_callable(name: str) -> ExampleModel:
         raise LpError(
             f'"{name}" is not there', got=str(error), hint="module:callable, the module on the path"
         ) from error
-    made = make()
+    except Exception as error:  # whatever a module does when it is imported
+        raise LpError(f'"{name}" is not there', got=_sentence(error), hint="a module that imports") from error
+    try:
+        made = make()
+    except LpError:
+        raise
+    except Exception as error:  # a user's own function
+        hint = "a callable without arguments, which returns a model"
+        raise LpError(f'"{name}" raises', got=_sentence(error), hint=hint) from error
     model, call = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (call is None or isinstance(call, (tuple, list, dict))):
         expected = "a torch.nn.Module, or a pair of one and the arguments of a call, a tuple or a dict"
@@ -69,6 +77,10 @@ def _from_callable(name: str) -> ExampleModel:
     if isinstance(call, dict):
         return ExampleModel(model, None, call)
     return ExampleModel(model, None if call is None else tuple(call))
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _from_transformers(name: str, cls: Any) -> ExampleModel:

@@ -67,7 +67,7 @@ def opt(
       lpcompile opt my_package.models:tiny --policy my_policy.yaml --mode infer
       lpcompile opt gpt.lpir --verify
     """
-    told = Console(stderr=True)
+    told = Console(stderr=True, width=_WIDTH)
     if list_passes:
         print("\n".join(describe_passes()))
         return
@@ -93,11 +93,11 @@ def opt(
     records = run_passes(program, choose_passes(passes, program, mode), after_each)
     text = print_program(program)
     if output:
-        output.write_text(text)
+        write_file(output, text)
     else:
         sys.stdout.write(text)
     if dot:
-        dot.write_text(print_dot(program))
+        write_file(dot, print_dot(program))
     if stats:
         told.print(stats_table(records, moved))
 
@@ -112,6 +112,11 @@ def read_program(source: str, policy: str | None, mode: str = "train") -> Progra
             return parse_program(path.read_text(), source)
         except OSError as error:
             raise LpError("cannot read the file", where=source, got=error.strerror or str(error)) from error
+        except UnicodeDecodeError as error:
+            expected, got = "the text form of a program, UTF-8", f"the byte {error.object[error.start]:#04x}"
+            raise LpError(
+                "not a text", where=source, expected=expected, got=got, hint="lpcompile opt --help"
+            ) from error
     if policy is None:
         raise LpError("a model needs a policy", where=source, expected="--policy NAME_OR_FILE", hint="--policy hfp8")
     from launch.example_models import example_model  # here: transformers and the compiler take seconds to import
@@ -119,6 +124,14 @@ def read_program(source: str, policy: str | None, mode: str = "train") -> Progra
 
     example = example_model(source)
     return program_of(example.model, policy, example.args, example.kwargs, mode)  # type: ignore[arg-type]
+
+
+def write_file(path: Path, text: str) -> None:
+    """Raises LpError where it cannot be written."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise LpError("cannot write the file", where=str(path), got=error.strerror or str(error)) from error
 
 
 def choose_passes(text: str | None, program: Program, mode: str = "train") -> list[Pass]:
@@ -173,3 +186,7 @@ def _first_sentence(kind: type[Pass]) -> str:
     module = inspect.getmodule(kind)
     paragraph = (inspect.getdoc(module) or inspect.getdoc(kind) or "").partition("\n\n")[0]
     return " ".join(paragraph.split()).removeprefix(f"{kind.name}: ")
+
+
+_WIDTH = 1000
+"""Columns of what is told: names of passes are not cut where a terminal, or a pipe, is narrower."""

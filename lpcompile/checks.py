@@ -110,6 +110,8 @@ def _outside(weights: dict[str, nn.Parameter], resolution: Resolution) -> Iterat
         spec = resolution.specs.get(name)
         if spec is None or type(weight) is not nn.Parameter or weight.is_meta or not weight.numel():
             continue  # partitioned away, or a tensor of another kind: nothing to look at
+        if not weight.is_floating_point():
+            continue  # which annotate refuses
         for cast in dict.fromkeys((spec.fwd.rhs, spec.bwd.rhs)):
             if misfit := _misfit(weight.detach(), cast):
                 found.setdefault((misfit.code, cast), (misfit, []))[1].append(name)

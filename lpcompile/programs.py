@@ -15,13 +15,13 @@ from torch import nn
 from lpcompile.api import build_program, example_call, find_sites, install_compiled, note_repeated, recompiling, restore
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
-from lpcompile.capture.leaves import find_leaves
+from lpcompile.capture.leaves import Leaf, find_leaves
 from lpcompile.compiled import Compiled, PhaseCode
-from lpcompile.errors import LpError
+from lpcompile.errors import LpError, nearest_names
 from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
 from passes.ir.parser import parse_program
-from passes.ir.program import Program, Unit, num_op
+from passes.ir.program import STATE, Program, Unit, child_path, num_op
 from runtime.ops import OP_OF
 from runtime.state import RunState
 
@@ -72,6 +72,7 @@ def install_text(
         leaves, unreached = find_leaves(model)
         calls = _calls(model, example_inputs, example_kwargs, mode)
         _check_fits(program, build_program(model, leaves, calls.recordings, mode), file)
+        _check_names(program, dict(model.named_modules()), leaves, file)
         policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls)
         resolution = Resolution({**program.specs}, {}, [])
         phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))
@@ -86,6 +87,36 @@ def _calls(
     if args is None and kwargs is None:
         return Calls()
     return record_call(model, *example_call(args, kwargs), mode)
+
+
+def _check_names(program: Program, modules: Mapping[str, nn.Module], leaves: Sequence[Leaf], file: str) -> None:
+    """Every module that a graph is of or calls, and every attribute that it reads, is there."""
+    paths = {leaf.name: leaf.path for leaf in leaves}  # a product of a composite leaf is no module
+    for name, unit in program.units.items():
+        owner = modules.get(paths.get(unit.path, unit.path))
+        if owner is None:
+            what, hint = f'the model has no module "{unit.path}"', nearest_names(unit.path, [*modules][1:])
+            raise LpError(what, where=f"{file}: {name}", hint=hint)
+        for node in (*unit.graph.nodes, *(unit.fed.nodes if unit.fed else ())):
+            target = str(node.target)
+            if node.op == "call_module" and child_path(unit.path, node) not in modules:
+                kind, known = "child", [path for path, _ in owner.named_modules()][1:]
+            elif node.op == "get_attr" and target != STATE and not _has_attribute(owner, target):
+                kind, known = "attribute", [path for path, _ in (*owner.named_parameters(), *owner.named_buffers())]
+            else:
+                continue
+            what, hint = f'{type(owner).__name__} has no {kind} "{target}"', nearest_names(target, known)
+            raise LpError(what, where=f"{file}: {name}: %{node.name}", hint=hint)
+
+
+def _has_attribute(module: nn.Module, target: str) -> bool:
+    """A parameter, a buffer, what the class or the instance has; a property is not computed."""
+    *children, name = target.split(".")
+    for child in children:
+        if child not in module._modules:
+            return False
+        module = module._modules[child]  # type: ignore[assignment]
+    return name in (*module._parameters, *module._buffers, *vars(module)) or hasattr(type(module), name)
 
 
 def _check_fits(program: Program, own: Program, file: str) -> None:

@@ -2,19 +2,21 @@
 reason.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from passes.ir.gemm_nodes import Composite, GemmNode, Unreadable, read_gemm
 from passes.ir.program import REPEATED, SITE, SPEC, Program
+from passes.ir.stored_specs import spec_as_stored
+from passes.ir.types import META
 from passes.manager import Pass
-from runtime.contractions import Side
 from runtime.errors import NotSupported
 from runtime.gemms import contraction_of, parse_geometry, varies_along_sum
 from runtime.kernels.dispatch import GemmRequest, choose
-from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
+from runtime.numerics.specs import ROLES, LayerSpec
 
 
 @dataclass(frozen=True)
@@ -47,37 +49,21 @@ class Annotate(Pass):
 
 
 def as_stored(gemm: GemmNode | Unreadable, spec: LayerSpec) -> LayerSpec:
-    """The spec for the operands as they lie in memory: a policy speaks of w_NK, and transformers' Conv1D holds w_KN;
-    of blocks it only says that there are, and they lie along the sum.
+    """The spec for the operands as they lie in memory."""
+    return spec_as_stored(gemm.kind, gemm.geometry, spec) if isinstance(gemm, GemmNode) else spec
+
+
+def _dtype_of(node: object) -> torch.dtype | None:
+    """Of what the recorder saw, or torch.compile; an operation that a pass wrote gives the dtype of its first operand.
+    None if it is not known.
     """
-    if not isinstance(gemm, GemmNode):
-        return spec
-    if gemm.kind == "linear_kn":
-        fwd, bwd = (replace(numbers, rhs=_transposed(numbers.rhs)) for numbers in (spec.fwd, spec.bwd))
-        spec = LayerSpec(fwd, bwd, spec.grad)
-    return LayerSpec(*(_with_blocks_along_sum(gemm, role, spec.role(role)) for role in ROLES))
-
-
-def _with_blocks_along_sum(gemm: GemmNode, role: Role, numbers: GemmSpec) -> GemmSpec:
-    """A scale per row leaves the sum exactly where the sum runs along the row; likewise a column."""
-    free = contraction_of(gemm.kind, parse_geometry(gemm.geometry)).free_axis
-    down: Along = "batched-column" if gemm.kind == "matmul" else "column"
-
-    def laid(side: Side, operand: QuantSpec) -> QuantSpec:
-        if not operand.is_block:
-            return operand
-        return replace(operand, along=down if free[role, side] == "column" else "row")
-
-    return replace(numbers, lhs=laid("lhs", numbers.lhs), rhs=laid("rhs", numbers.rhs))
-
-
-def _transposed(spec: QuantSpec) -> QuantSpec:
-    if spec.scale is None:
-        return spec
-    other: dict[Granularity, Granularity] = {"row": "column", "column": "row"}
-    granularity = other.get(spec.scale.granularity, spec.scale.granularity)
-    block = spec.scale.block[::-1] if granularity == "block" else spec.scale.block
-    return replace(spec, scale=replace(spec.scale, granularity=granularity, block=block))
+    while isinstance(node, fx.Node):
+        seen = node.meta.get("val", node.meta.get(META))
+        if seen is not None:
+            dtype = getattr(seen, "dtype", None)
+            return dtype if isinstance(dtype, torch.dtype) else None
+        node = next(iter(node.all_input_nodes), None)
+    return None
 
 
 def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
@@ -86,6 +72,9 @@ def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | 
         return gemm.reason
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):
         return "an operand is not a tensor of the graph"
+    for dtype in (_dtype_of(gemm.lhs), _dtype_of(gemm.rhs)):
+        if not spec.is_identity and dtype is not None and not dtype.is_floating_point:
+            return f"an operand is {dtype}, and only real numbers are cast"
     geometry = parse_geometry(gemm.geometry)
     contraction = contraction_of(gemm.kind, geometry)
     for role in ROLES:

@@ -22,6 +22,7 @@ from passes.analysis.vrr import MAX_LOG_LOSS, log_loss, min_accumulator, vrr
 from passes.finding import Finding, names_of
 from passes.ir.program import Program
 from passes.manager import Pass
+from runtime.errors import PassError
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
 from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec
@@ -39,6 +40,14 @@ class ChooseAccumulator(Pass):
     requires: ClassVar[tuple[str, ...]] = ("unannotated",)
     exponent: int = 8
     nonzero: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.nonzero <= 1:
+            where, expected = "choose-accumulator{nonzero}", "0 < nonzero <= 1"
+            raise PassError("no share of the products", where=where, expected=expected, got=str(self.nonzero))
+        if not 2 <= self.exponent <= 8:
+            where, expected = "choose-accumulator{exponent}", "2 to 8 bits"
+            raise PassError("no exponent of a sum", where=where, expected=expected, got=str(self.exponent))
 
     def run(self, program: Program) -> bool:
         lengths = sum_lengths(program)

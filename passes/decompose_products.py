@@ -58,7 +58,7 @@ def _rewrite_einsum(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _rewrite_grouped(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    x, offs = node.args[0], argument(node, 2, "offs")
+    x, offs = argument(node, 0, "mat_a"), argument(node, 2, "offs")
     weight = argument(node, 1, "mat_b")
     kind: Callable[..., Any] = linear_kn
     num_groups = weight.meta["tensor_meta"].shape[0]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, read_gemm
-from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, state_node
+from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, site_numbers, state_node
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
 from runtime.ops import OPS
@@ -29,12 +29,11 @@ class InsertCasts(Pass):
     requires: ClassVar[tuple[str, ...]] = ("annotated",)
 
     def run(self, program: Program) -> bool:
-        numbers = {site: number for number, site in enumerate(sorted(program.specs))}
+        numbers = site_numbers(program)
         changed = False
         for _, graph in program.graphs():
             for node in list(graph.nodes):
                 if SPEC in node.meta and node.target is not OPS["lp.gemm"].run:
-                    # groups of one site draw other stochastic bits
                     number = numbers[node.meta[SITE]] + node.meta.get(GROUP, 0) * len(numbers)
                     _rewrite(graph, node, number)
                     changed = True

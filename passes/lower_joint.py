@@ -61,7 +61,7 @@ def lower_joint(
     casts = _Casts(graph, dict(decompositions), overflow_key, done)
     for site in sites:
         spec = specs.get(site.name)
-        if spec is None or spec.is_identity:
+        if spec is None:
             continue
         spec = as_stored(site.gemm, spec)
         reason = _refusal(site, spec, device)
@@ -84,7 +84,7 @@ def lower_joint(
 def _refusal(site: JointSite, spec: LayerSpec, device: str) -> str | None:
     if "stochastic" in str(spec):
         return "the joint front end has no clock for stochastic rounding; torch.compile(lpcompile(model, policy)) has"
-    if site.stray:
+    if site.stray and not spec.is_identity:  # what is not cast need not be told apart
         return f"%{site.stray[0].name} of its backward reads neither of its operands, or both"
     return refusal(site.gemm, spec, device)
 
@@ -98,6 +98,8 @@ def _rewrite(casts: "_Casts", site: JointSite, gemm: GemmNode, plan: GemmPlan) -
         w = casts.of(gemm.rhs, spec.fwd.rhs)
         site.fwd.replace_all_uses_with(_multiply(casts, site.fwd, "fwd", plan, x, w, gemm.bias))
     for role, product in (("bwd", site.bwd), ("grad", site.grad)):
+        if product is None and site.stray:
+            held.append(role)  # type: ignore[arg-type]
         if product is not None:
             held.append(role)  # type: ignore[arg-type]
             if plan.method(role) != "as_is":  # type: ignore[arg-type]

@@ -72,29 +72,49 @@ def run_passes(
 
 
 def parse_passes(text: str, known: dict[str, type[Pass]]) -> list[Pass]:
-    """`a,b{option=1,other=x}` -> passes. Raises PassError on an unknown pass or option."""
+    """`a,b{option=1,other=x}` -> passes. Raises PassError on an unknown pass or option, and on what is no such list."""
     found = []
-    for item in split_items(text):
-        name, _, options = item.partition("{")
+    for number, item in enumerate(split_items(text), 1):
+        name, _, options = (part.strip() for part in item.partition("{"))
         if name not in known:
-            raise PassError(f'"{name}" is not a pass', hint=nearest_names(name, tuple(known)))
-        found.append(_build(known[name], options.rstrip("}")))
+            raise PassError(
+                f'"{name}" is not a pass',
+                where=f"passes, item {number}",
+                expected="the name of a pass",
+                got=f'"{name}"',
+                hint=nearest_names(name, tuple(known)),
+            )
+        found.append(_build(known[name], options.removesuffix("}")))
     return found
 
 
 def _build(kind: type[Pass], options: str) -> Pass:
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for option in filter(None, options.split(",")):
-        key, _, value = option.partition("=")
+    defaults = ",".join(f"{name}={_print(f.default)}" for name, f in fields.items())
+    for option in options.split(",") if options.strip() else ():
+        key, equals, value = (part.strip() for part in option.partition("="))
+        got = f'"{option.strip()}"'
+        if not equals:
+            what, expected = "an option without value", "option=value"
+            raise PassError(what, where=kind.name, expected=expected, got=got, hint=defaults or kind.name)
         if key not in fields:
-            raise PassError(f'{kind.name} has no option "{key}"', hint=nearest_names(key, tuple(fields)))
-        values[key] = _parse(value, type(fields[key].default), f"{kind.name}{{{key}}}")
-    return kind(**values)
+            hint = nearest_names(key, tuple(fields)) if fields else kind.name
+            what, expected = f'it has no option "{key}"', ", ".join(fields) or "no options"
+            raise PassError(what, where=kind.name, expected=expected, got=got, hint=hint)
+        if key in values:
+            what, expected = f'the option "{key}" is there twice', "each option once"
+            raise PassError(what, where=kind.name, expected=expected, got=got, hint="one of the two")
+        values[key] = _parse(value, fields[key].default, kind.name, key)
+    try:
+        return kind(**values)
+    except PassError as error:
+        hint = error.hint or str(kind())
+        raise PassError(error.what, where=error.where, expected=error.expected, got=error.got, hint=hint) from error
 
 
 def split_items(text: str) -> list[str]:
-    """The passes of a text: at commas outside braces."""
+    """The passes of a text: at commas outside braces. Raises PassError where it is no list of them."""
     items, depth = [""], 0
     for character in text:
         depth += (character == "{") - (character == "}")
@@ -102,19 +122,41 @@ def split_items(text: str) -> list[str]:
             items.append("")
         else:
             items[-1] += character
-    return [item.strip() for item in items if item.strip()]
+    items = [item.strip() for item in items]
+    if items == [""]:
+        return []
+    for number, item in enumerate(items, 1):
+        opened, closed = item.count("{"), item.count("}")
+        name, _, rest = item.partition("{")
+        inside, _, after = rest.partition("}")
+        what, hint = "", f"{name.partition('}')[0]}{{{inside}}}" if opened else name.partition("}")[0]
+        if not item:
+            what, hint = "no pass between two commas", ",".join(filter(None, items)) or '""'
+        elif opened > closed:
+            what = "a brace is not closed"
+        elif opened > 1 or closed > opened:
+            what = "a brace too much"
+        elif after:
+            what, hint = "there is more after the brace", f"{hint},{after}"
+        if what:
+            where, expected = f"passes, item {number}", "NAME or NAME{option=value,...}"
+            raise PassError(what, where=where, expected=expected, got=item or text, hint=hint)
+    return items
 
 
 def _print(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _parse(text: str, kind: type, where: str) -> Any:
-    if kind is bool:
+def _parse(text: str, default: Any, owner: str, key: str) -> Any:
+    """A value of the default's kind."""
+    where, hint = f"{owner}{{{key}}}", f"{key}={_print(default)}"
+    if isinstance(default, bool):
         if text not in ("true", "false"):
-            raise PassError("not a truth value", where=where, expected="true or false", got=text)
+            raise PassError("not a truth value", where=where, expected="true or false", got=text, hint=hint)
         return text == "true"
     try:
-        return kind(text)
+        return type(default)(text)
     except ValueError as error:
-        raise PassError(f"not a {kind.__name__}", where=where, got=text) from error
+        expected = "a whole number" if isinstance(default, int) else "a number"
+        raise PassError("not a number of this kind", where=where, expected=expected, got=text, hint=hint) from error

@@ -167,8 +167,8 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Conv:
-    """y = x * w, 1-D to 3-D, grouped, depthwise and transposed. A transposed one is the BWD of a convolution applied to
-    x; its weight is (C_in, C_out / groups, ...).
+    """y = x * w, 1-D to 3-D, grouped, depthwise and transposed; x is (B, C, ...), or (C, ...) for B = 1. A transposed
+    one is the BWD of a convolution applied to x; its weight is (C_in, C_out / groups, ...).
 
     The direct kernels of torch compute it in the operands' dtype, so `multiply` is not called: a backend that cannot
     use them declines the kind.
@@ -186,21 +186,45 @@ class Conv:
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
-        return torch.convolution(lhs, rhs, bias, g.stride, g.padding, g.dilation, g.is_transposed, self._more, g.groups)
+        y = torch.convolution(
+            self._batch(lhs), rhs, bias, g.stride, g.padding, g.dilation, g.is_transposed, self._more, g.groups
+        )
+        return self._as_given(y, lhs.dim())
 
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
-        return self.native(lhs, rhs, None)
+        return self._as_given(self._fwd(self._batch(lhs), rhs, multiply), lhs.dim())
 
     def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        shape = lhs_shape if self._is_batched(len(lhs_shape)) else torch.Size((1, *lhs_shape))
+        return self._as_given(self._bwd(self._batch(dy), rhs, shape, multiply), len(lhs_shape))
+
+    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return self._grad(self._batch(dy), self._batch(lhs), rhs_shape, multiply)
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        dy = self._batch(dy)
+        return dy.sum((0, *range(2, dy.dim())))
+
+    def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return self.native(lhs, rhs, None)
+
+    def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         lhs = dy.new_empty((1,)).expand(lhs_shape)
         return self._backward(dy, lhs, rhs, (True, False, False))[0]
 
-    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+    def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         rhs = dy.new_empty((1,)).expand(rhs_shape)
         return self._backward(dy, lhs, rhs, (False, True, False))[1]
 
-    def bias_grad(self, dy: Tensor) -> Tensor:
-        return dy.sum((0, *range(2, dy.dim())))
+    def _is_batched(self, num_dims: int) -> bool:
+        return num_dims != 1 + len(self.geometry.stride)
+
+    def _batch(self, x: Tensor) -> Tensor:
+        """torch.nn.functional's convolutions take (C, ...) for a batch of one sample."""
+        return x if self._is_batched(x.dim()) else x.unsqueeze(0)
+
+    def _as_given(self, y: Tensor, num_dims: int) -> Tensor:
+        return y if self._is_batched(num_dims) else y.squeeze(0)
 
     @property
     def _more(self) -> tuple[int, ...]:

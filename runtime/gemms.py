@@ -15,7 +15,7 @@ dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond
 sets `state.overflow` when `state.watch_overflow` asks for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -36,6 +36,7 @@ from runtime.contractions import (
     Multiply,
     Side,
 )
+from runtime.errors import NotSupported
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.cpu.epilogue import finish
@@ -50,6 +51,13 @@ from runtime.state import RunState
 from runtime.unfolded import unfolded
 
 KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
+METHODS = (
+    *("as_is", "fp32", "bf16", "int8"),
+    *("cpu_bf16", "cpu_int8"),
+    *("cuda_fp8", "cuda_bf16", "cuda_fp16", "cuda_int8"),
+    *EMULATED,
+)
+"""What `methods` may name, of the backends of runtime/kernels/dispatch.py."""
 _STORAGE = {"fp16": torch.float16, "int8": torch.int8}
 
 _DY_BWD, _DY_GRAD, _WEIGHT_BWD = (
@@ -212,6 +220,7 @@ def run_gemm(
     Where no role rounds anything and the casts are the carriers themselves, it is torch's own op with torch's own
     backward: no bit changes, whatever order of additions the machine's library has for which transposition.
     """
+    check_transforms(plan.spec.is_identity)
     if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
             state.gemm_calls += 1
@@ -229,10 +238,67 @@ def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, Operand | None]
         return True  # an identity cast is traced as its input
     carriers = {"fwd_lhs": lhs, "fwd_rhs": rhs, "bwd_rhs": rhs, "grad_lhs": lhs}
     is_alias: Any = vars(torch._C)["_is_alias_of"]
-    return all(cast is None or is_alias(cast.grid, carriers[name]) for name, cast in casts.items())
+    look = _unwrapped if _is_transformed() else lambda x: x
+    return all(cast is None or is_alias(look(cast.grid), look(carriers[name])) for name, cast in casts.items())
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func runs."""
+    return bool(vars(torch._C)["_are_functorch_transforms_active"]())
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor below what the transforms of torch.func put around it."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
+def check_transforms(is_identity: bool) -> None:
+    """Raise NotSupported where a transform of torch.func reaches something that is cast."""
+    if not is_identity and not torch.compiler.is_compiling() and _is_transformed():
+        raise NotSupported(
+            "a transform of torch.func (grad, vmap, jvp) does not go through a product that is cast",
+            where="lpcompile",
+            hint="loss.backward() or torch.autograd.grad, or a policy that does not name these layers",
+        )
 
 
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
+
+
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's once_differentiable, with a sentence of ours for who differentiates what backward gives."""
+    torchs = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():
+            return torchs(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or not any(grad is not None and grad.requires_grad for grad in grads):
+            return results
+        return _NoSecond.apply(*(None if x is None else x.detach().requires_grad_() for x in results))
+
+    return run
+
+
+class _NoSecond(torch.autograd.Function):
+    """Gradients that are not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if each is None else each.view_as(each) for each in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise NotSupported(
+            "a product that is cast has no second derivative",
+            where="lpcompile",
+            expected="each gradient to be differentiated once",
+            hint="fp32 or fp32-emulated for what a gradient penalty reads",
+        )
 
 
 class _Gemm(torch.autograd.Function):
@@ -284,7 +350,7 @@ class _Gemm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, state = ctx.plan, ctx.state
         rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale, activated = ctx.saved_tensors

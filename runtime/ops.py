@@ -28,7 +28,18 @@ from runtime.activations import ACTIVATIONS
 from runtime.constants import LIFETIMES
 from runtime.contractions import Side
 from runtime.folding import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
-from runtime.gemms import KINDS, GemmPlan, Operand, contraction_of, parse_geometry, run_gemm, to_grid, varies_along_sum
+from runtime.gemms import (
+    KINDS,
+    METHODS,
+    GemmPlan,
+    Operand,
+    check_transforms,
+    contraction_of,
+    parse_geometry,
+    run_gemm,
+    to_grid,
+    varies_along_sum,
+)
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.op_types import (
@@ -62,7 +73,9 @@ def scale(x: Tensor, *, spec: str) -> Tensor | None:
     """
     if torch.compiler.is_compiling():
         return traced.scale(x, spec)
-    return compute_scale(x.detach(), QuantSpec.parse(spec))
+    parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
+    return compute_scale(x.detach(), parsed)
 
 
 def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: int, lifetime: str) -> Tensor | None:
@@ -72,6 +85,7 @@ def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: in
     if torch.compiler.is_compiling():
         return traced.scale(x, spec)
     parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
     kept = state.constants.find(x, parsed, site, slot, lifetime)
     return compute_scale(x.detach(), parsed) if kept is None else kept.scale_or(lambda: compute_scale(x, parsed))
 
@@ -86,6 +100,7 @@ def quantize(
     if torch.compiler.is_compiling():
         return traced.quantize(x, s, state, spec, site, slot)
     parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
     if lifetime and state is not None:
         constants = state.constants
         kept = constants.find(x, parsed, site, slot, lifetime) if s is None else constants.find_by_scale(s, site, slot)
@@ -312,6 +327,10 @@ _CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`
 
 _LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
 
+_SLOT = Rule(
+    "`slot` must be 0 or 1 of FWD's operands, 2 of BWD's rhs or 3 of GRAD's x", lambda a: a["slot"] in range(4)
+)
+
 _GEMM_RULES = (
     Rule("`spec` must hold the three GEMMs, `fwd: ...; bwd: ...; grad: ...`", _parses("spec", LayerSpec.parse)),
     Rule(f"`kind` must be one of {', '.join(KINDS)}, conv", lambda a: a["kind"] in {*KINDS, "conv"}),
@@ -320,6 +339,10 @@ _GEMM_RULES = (
     ),
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
+    Rule(
+        f"`methods` must be empty before they are chosen, else each one of {', '.join(METHODS)}",
+        lambda a: a["methods"] == ",," or set(a["methods"].split(",")) <= {*METHODS},
+    ),
     _LIFETIME,
     Rule(
         f"`activation` must be one of {', '.join(ACTIVATIONS)}, or absent",
@@ -356,13 +379,13 @@ OPS: dict[str, OpDef] = {
             "lp.constant_scale",
             constant_scale,
             scale_result,
-            (_CAST_PARSES, _HAS_SCALE, _LIFETIME, _SAME_EACH_TIME),
+            (_CAST_PARSES, _HAS_SCALE, _SLOT, _LIFETIME, _SAME_EACH_TIME),
         ),
         OpDef(
             "lp.quantize",
             quantize,
             quantize_result,
-            (_CAST_PARSES, _LIFETIME, _SAME_EACH_TIME),
+            (_CAST_PARSES, _SLOT, _LIFETIME, _SAME_EACH_TIME),
             (_SCALED, _KEPT),
         ),
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),

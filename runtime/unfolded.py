@@ -28,13 +28,13 @@ def unfolded(geometry: ConvGeometry) -> AbstractContraction:
 class UnfoldedConv(Conv):
     """y = x * w by im2col; x (B, C, ...), w (O, C / groups, ...)."""
 
-    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+    def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         return _forward(lhs, rhs, self.geometry, multiply)
 
-    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+    def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return _input_gradient(dy, rhs, lhs_shape[2:], self.geometry, multiply)
 
-    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+    def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return _weight_gradient(dy, lhs, rhs_shape, self.geometry, multiply)
 
 
@@ -42,7 +42,7 @@ class UnfoldedConv(Conv):
 class UnfoldedConvTranspose(Conv):
     """The transpose of UnfoldedConv; x (B, O, ...), w (O, C / groups, ...) in the names of that convolution."""
 
-    def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+    def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         g = self.geometry
         size = [
             (n - 1) * s - 2 * p + d * (k - 1) + 1 + more
@@ -52,10 +52,10 @@ class UnfoldedConvTranspose(Conv):
         ]
         return _input_gradient(lhs, rhs, torch.Size(size), g, multiply)
 
-    def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+    def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return _forward(dy, rhs, self.geometry, multiply)
 
-    def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+    def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return _weight_gradient(lhs, dy, rhs_shape, self.geometry, multiply)
 
 

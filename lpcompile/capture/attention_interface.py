@@ -11,6 +11,7 @@ the two products the arithmetic is that of the model's own eager attention, its 
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -32,10 +33,13 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
         """query (B, heads, Q, D), key and value (B, key heads, K, D), an additive mask that broadcasts to
-        (B, heads, Q, K). Returns (B, Q, heads, D) and the probabilities.
+        (B, heads, Q, K). Returns (B, Q, heads, D) and the probabilities. Raises NotSupported for an option that the
+        eager attention would ignore, though it may change the result.
         """
         owner: Any = vars(self)["owner"]
-        return _eager_attention(owner)(owner, query, key, value, attention_mask, **options)
+        eager = _eager_attention(owner)
+        _check_options(owner, eager, options)
+        return eager(owner, query, key, value, attention_mask, **options)
 
 
 def use_lp_attention(model: Model) -> Model:
@@ -107,6 +111,27 @@ def _eager_attention(owner: nn.Module) -> Callable[..., Any]:
     return found
 
 
+def _check_options(owner: nn.Module, eager: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None and name not in (*_READ, *_IGNORED)]
+    read = _names_read(eager) if given else ()
+    for name in given:
+        if name not in read:
+            what = f"the eager attention of {type(owner).__name__} does not read {name}"
+            expected = f"None, or one of {', '.join((*_READ, *_IGNORED))}"
+            hint = 'model.set_attn_implementation("sdpa"), which this front end reaches by example inputs'
+            raise NotSupported(what, where=f"core_attention({name}=...)", expected=expected, hint=hint)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=256)
+def _names_read(function: Callable[..., Any]) -> frozenset[str]:
+    """Its parameters, and what it may look up among its keywords."""
+    code = inspect.unwrap(function).__code__
+    return frozenset(inspect.signature(function).parameters) | {
+        each for each in code.co_consts if isinstance(each, str)
+    }
+
+
 class _Parts(TorchFunctionMode):
     """Gives the products to whom they belong, in the order of the program, and leaves all else alone."""
 
@@ -132,5 +157,16 @@ NAME = "lp"
 CHILD = "core_attention"
 
 _PARTS = ("qk", "pv")
+
+_READ = ("scaling", "dropout")
+"""What every eager attention reads."""
+
+_IGNORED = (
+    *("is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "past_key_values"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    *("max_seqlen_q", "max_seqlen_k", "deterministic", "s_aux", "position_embeddings"),
+)
+"""What models hand to every attention and an eager one leaves to the mask or to its module, as it does uncompiled."""
 
 _MATMULS = frozenset({torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm})

@@ -31,15 +31,15 @@ def multihead_attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results of nn.MultiheadAttention.forward."""
-    is_batched = query.dim() == 3
+    is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, module.num_heads)  # type: ignore[attr-defined]
     batch_dim = 0 if module.batch_first else 1
     if not is_batched:
         query, key, value = _thrice(query, key, value, lambda x: x.unsqueeze(1))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     elif module.batch_first:
         query, key, value = _thrice(query, key, value, lambda x: x.transpose(1, 0))
-    dtype = query.dtype
-    key_padding_mask, attn_mask = _as_float(key_padding_mask, dtype), _as_float(attn_mask, dtype)
+    key_padding_mask = _as_float(key_padding_mask, "key_padding_mask", query.dtype)
+    attn_mask = _as_float(attn_mask, "attn_mask", query.dtype)
     if is_causal and attn_mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
     is_causal = is_causal and key_padding_mask is None and not need_weights
@@ -47,12 +47,13 @@ def multihead_attention(
 
     length, batch, _ = query.shape
     heads = module.num_heads
+    _check_shapes(module, query, key, value, key_padding_mask, attn_mask)
     q, k, v = _project(module, products["in_proj"], query, key, value)
     if module.bias_k is not None and module.bias_v is not None:
         k = torch.cat([k, module.bias_k.repeat(1, batch, 1)])
         v = torch.cat([v, module.bias_v.repeat(1, batch, 1)])
         attn_mask, key_padding_mask = _one_more(attn_mask), _one_more(key_padding_mask)
-    q, k, v = (x.view(x.shape[0], batch * heads, -1).transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.view(x.shape[0], batch * heads, module.head_dim).transpose(0, 1) for x in (q, k, v))
     if module.add_zero_attn:
         zeros = k.new_zeros((k.shape[0], 1, k.shape[2]))
         k, v = torch.cat([k, zeros], dim=1), torch.cat([v, zeros], dim=1)
@@ -111,11 +112,33 @@ def _parts(packed: Tensor, number: int) -> tuple[Tensor, ...]:
     return packed.unflatten(-1, (number, -1)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous().unbind(0)
 
 
-def _as_float(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A boolean mask is True where a key is left out."""
-    if mask is None or mask.is_floating_point():
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+def _as_float(mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask is True where a key is left out. Raises AssertionError for one of integers."""
+    return F._canonical_mask(mask, name, other_type=None, other_name="", target_type=dtype, check_other=False)
+
+
+def _check_shapes(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """The errors of multi_head_attention_forward for what would broadcast."""
+    length, batch, width = query.shape
+    if width != module.embed_dim:
+        raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {width}")
+    dims = 3 if module.in_proj_weight is not None else 2
+    if key.shape[:dims] != value.shape[:dims]:
+        raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+    if attn_mask is not None:
+        shape = (length, key.shape[0]) if attn_mask.dim() == 2 else (batch * module.num_heads, length, key.shape[0])
+        if attn_mask.shape != shape:
+            raise RuntimeError(f"The shape of the attn_mask is {attn_mask.shape}, but should be {shape}.")
+    if key_padding_mask is not None and key_padding_mask.shape != (batch, key.shape[0]):
+        shape = (batch, key.shape[0])
+        raise AssertionError(f"The shape of the key_padding_mask is {key_padding_mask.shape}, but should be {shape}.")
 
 
 def _one_more(mask: Tensor | None) -> Tensor | None:

@@ -134,6 +134,7 @@ def part_graph(module: nn.Module, leaf: Leaf) -> fx.Graph:
     names = ("a", "b") if leaf.op == "matmul" else ("x", "weight", "bias")
     operands = tuple(graph.placeholder(name) for name in names)
     operands[1].meta[WEIGHT] = leaf.op != "matmul"
+    _note_if_not_real(operands[1], module)
     if leaf.op == "linear":
         node = graph.call_function(torch._C._nn.linear, operands)
     elif leaf.op == "matmul":
@@ -164,6 +165,7 @@ def leaf_graph(module: nn.Module) -> fx.Graph:
     graph = fx.Graph()
     x = graph.placeholder(next(name for name in inspect.signature(type(module).forward).parameters if name != "self"))
     weight = graph.get_attr("weight")
+    _note_if_not_real(weight, module)
     bias = graph.get_attr("bias") if has_tensor(module, "bias") else None
     graph.output((row[1](graph, module, (x, weight, bias)),))
     return graph
@@ -172,6 +174,13 @@ def leaf_graph(module: nn.Module) -> fx.Graph:
 def has_tensor(module: nn.Module, name: str) -> bool:
     """Whether the module has a tensor of this name. One that a parametrization computes is not computed for that."""
     return is_parametrized(module, name) or getattr(module, name, None) is not None
+
+
+def _note_if_not_real(node: fx.Node, module: nn.Module) -> None:
+    """Of a leaf without recording the graph shows no dtypes; one that nothing can cast it must."""
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter and not weight.is_floating_point():
+        node.meta["tensor_meta"] = _extract_tensor_metadata(weight)
 
 
 def _linear(graph: fx.Graph, module: Any, operands: tuple[Any, ...]) -> fx.Node:

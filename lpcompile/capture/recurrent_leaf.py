@@ -30,11 +30,15 @@ def recurrent(module: nn.RNNBase, products: Products, input: Any, hx: Any = None
             expected="a tensor, padded",
             hint="pad_packed_sequence, or a policy that does not name this module",
         )
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{type(module).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     is_batched, is_lstm = input.dim() == 3, isinstance(module, nn.LSTM)
     x = input if is_batched else input.unsqueeze(1)
     x = x.transpose(0, 1) if is_batched and module.batch_first else x
     directions = 2 if module.bidirectional else 1
     states = _initial_states(module, x, hx, is_batched, directions)
+    check: Any = module.check_forward_args  # torch's errors for sizes that would broadcast
+    check(x.transpose(0, 1) if module.batch_first else x, states if is_lstm else states[0], None)
     finals: list[tuple[Tensor, ...]] = []
     for layer in range(module.num_layers):
         outputs = []
@@ -58,10 +62,17 @@ def recurrent(module: nn.RNNBase, products: Products, input: Any, hx: Any = None
 def recurrent_cell(module: nn.RNNCellBase, products: Products, input: Tensor, hx: Any = None) -> Any:
     """Arguments and results of the forward of nn.RNNCell, nn.LSTMCell and nn.GRUCell."""
     is_batched, is_lstm = input.dim() == 2, isinstance(module, nn.LSTMCell)
+    given = () if hx is None else hx if is_lstm else (hx,)
+    for name, tensor in (("input", input), *(("hx", part) for part in given)):
+        if tensor.dim() not in (1, 2):
+            kind = type(module).__name__
+            raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
     x = input if is_batched else input.unsqueeze(0)
     zeros = x.new_zeros(x.shape[0], module.hidden_size)
-    given = hx if is_lstm else (hx,)
     state = (zeros, zeros)[: 1 + is_lstm] if hx is None else tuple(s if is_batched else s.unsqueeze(0) for s in given)
+    for part in state:
+        if part.shape != zeros.shape:
+            raise RuntimeError(f"hidden has the size {tuple(part.shape)}, where {tuple(zeros.shape)} is expected")
     gates = products["ih"](x, module.weight_ih, module.bias_ih)
     state = _step_of(module)(gates, products["hh"](state[0], module.weight_hh, module.bias_hh), state)
     state = state if is_batched else tuple(part.squeeze(0) for part in state)
@@ -72,6 +83,9 @@ def _initial_states(module: nn.RNNBase, x: Tensor, hx: Any, is_batched: bool, di
     """h, and c of an LSTM, each (layers x directions, batch, size)."""
     if hx is not None:
         given = hx if isinstance(module, nn.LSTM) else (hx,)
+        if any(state.dim() != 2 + is_batched for state in given):
+            dims = ", ".join(f"{state.dim()}-D" for state in given)
+            raise RuntimeError(f"For {2 + is_batched}-D input, hx should also be {2 + is_batched}-D but got {dims}")
         return tuple(state if is_batched else state.unsqueeze(1) for state in given)
     sizes = [module.proj_size or module.hidden_size, *([module.hidden_size] if isinstance(module, nn.LSTM) else [])]
     return tuple(x.new_zeros(module.num_layers * directions, x.shape[1], size) for size in sizes)

@@ -4,7 +4,8 @@
     matmul   FWD K    BWD N    GRAD M, of every matrix that is multiplied with the same one
     conv     FWD I / groups times the window, BWD O / groups times the window, GRAD batch times positions
 
-With a stride, BWD (FWD of a transposed convolution) is an upper bound. GRAD is that of the first recorded call.
+With a stride, BWD (FWD of a transposed convolution) is an upper bound. GRAD is that of the first recorded call; a sum
+that was empty there says nothing of other calls.
 """
 
 import math
@@ -31,7 +32,7 @@ def sum_lengths(program: Program) -> dict[str, Lengths]:
                 for part, lengths in _lengths_of(node).items():
                     known = found.setdefault(node.meta[SITE] + part, {})
                     for role in ROLES:
-                        if role in lengths and not (role == "grad" and node.meta.get(REPEATED)):
+                        if lengths.get(role) and not (role == "grad" and node.meta.get(REPEATED)):
                             known[role] = max(lengths[role], known.get(role, 0))
     return found
 
@@ -76,8 +77,7 @@ def _conv(lhs: Sequence[int], rhs: Sequence[int], geometry: ConvGeometry) -> Len
     else:
         lengths = {"fwd": second * taps, "bwd": first // geometry.groups * taps}
     if lhs:
-        channels, *sizes = lhs[-len(window) - 1 :]
-        batch = math.prod(lhs) // (channels * math.prod(sizes))
+        sizes, batch = lhs[-len(window) :], math.prod(lhs[: -len(window) - 1])
         rows = zip(sizes, window, geometry.stride, geometry.padding, geometry.dilation)
         outputs = [(size + 2 * pad - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, step in rows]
         lengths["grad"] = batch * math.prod(sizes if geometry.is_transposed else outputs)

@@ -10,13 +10,14 @@ from passes.ir.arguments import ArgumentsError, parse_arguments
 from passes.ir.parser import SEGMENTS
 from passes.ir.printer import meta_attribute
 from passes.ir.program import NODE_META, STATE
+from passes.ir.records import wrong_choice, wrong_device, wrong_passes
 from passes.ir.structure import STRUCTURES, Structure
 from passes.ir.syntax import read_type
 from passes.ir.targets import find_target
 from runtime.errors import LpError, NotSupported, VerifyError
 from runtime.numerics.block_formats import is_block_format
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import LayerSpec
+from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.op_types import VALUE, OpType, PlainType, QuantType, accepts
 from runtime.ops import OPS, OpDef
 
@@ -224,6 +225,15 @@ def _check_graph(op: Operation, values: Mapping[str, Any]) -> None:
 def _check_site(op: Operation, values: Mapping[str, Any]) -> None:
     if "spec" in values:
         _parse_spec(values["spec"])
+    for role in ROLES:
+        if role in values and (expected := wrong_choice(values[role])):
+            raise VerifyException(f"{role} is not a choice: expected {expected}")
+
+
+def _check_program(op: Operation, values: Mapping[str, Any]) -> None:
+    for key, wrong in (("device", wrong_device), ("passes", wrong_passes)):
+        if expected := wrong(values[key]):
+            raise VerifyException(f"{key}: expected {expected}, got {values[key]}")
 
 
 def _parse_spec(text: str) -> None:
@@ -241,6 +251,7 @@ _CHECKS: dict[str, Callable[[Operation, Mapping[str, Any]], None]] = {
     "torch.get_attr": _check_get_attr,
     "torch.graph": _check_graph,
     "lp.site": _check_site,
+    "lp.program": _check_program,
 }
 
 

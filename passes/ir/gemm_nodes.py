@@ -10,7 +10,7 @@ matmul_1, einsum_0, sdpa_0.qk, sdpa_0.pv. What a policy's `op` matches is the op
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,15 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 def _read_linear(node: fx.Node) -> GemmNode | Unreadable:
     lhs, rhs, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    if _has_vector(rhs):
+        return Unreadable("linear", _VECTOR)
     return GemmNode("linear", "linear", lhs, rhs, bias)
+
+
+def _has_vector(*operands: object) -> bool:
+    """Whether one of them is known to have fewer than two dims."""
+    metas = [operand.meta.get("tensor_meta") for operand in operands if isinstance(operand, fx.Node)]
+    return any(meta is not None and len(meta.shape) < 2 for meta in metas)
 
 
 def _read_linear_kn(node: fx.Node) -> GemmNode | Unreadable:
@@ -98,12 +106,13 @@ def _read_linear_kn(node: fx.Node) -> GemmNode | Unreadable:
 
 
 def _read_matmul(node: fx.Node) -> GemmNode | Unreadable:
-    lhs, rhs = node.args[0], argument(node, 1, "other")
-    if not isinstance(lhs, fx.Node) or not isinstance(rhs, fx.Node) or node.kwargs.get("out") is not None:
+    lhs, rhs = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2"))
+    if not isinstance(lhs, fx.Node) or not isinstance(rhs, fx.Node):
         return Unreadable("matmul", "an operand is not a tensor of the graph")
-    shapes = [operand.meta["tensor_meta"].shape for operand in (lhs, rhs) if "tensor_meta" in operand.meta]
-    if any(len(shape) < 2 for shape in shapes):
-        return Unreadable("matmul", "a product with a vector is no GEMM")
+    if node.kwargs.get("out") is not None:
+        return Unreadable("matmul", "a product that is written into out= has no lp form")
+    if _has_vector(lhs, rhs):
+        return Unreadable("matmul", _VECTOR)
     return GemmNode("matmul", "matmul", lhs, rhs)
 
 
@@ -127,13 +136,34 @@ def _read_conv(num_dims: int) -> Callable[[fx.Node], GemmNode | Unreadable]:
     return read
 
 
+def _read_matmul_swapped(node: fx.Node) -> GemmNode | Unreadable:
+    """w.__rmatmul__(x) is x @ w."""
+    gemm = _read_matmul(node)
+    return replace(gemm, lhs=gemm.rhs, rhs=gemm.lhs) if isinstance(gemm, GemmNode) else gemm
+
+
+def _read_convolution(node: fx.Node) -> GemmNode | Unreadable:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    lhs, rhs, bias, stride, padding, dilation, is_transposed, more, groups = (
+        argument(node, i, name) for i, name in enumerate(names)
+    )
+    if not all(isinstance(value, tuple | list) for value in (stride, padding, dilation, more)):
+        return Unreadable("convolution", "its stride, padding or dilation is no list of numbers")
+    num_dims = len(stride)
+    stride, padding, dilation, more = (_per_dim(value, num_dims) for value in (stride, padding, dilation, more))
+    geometry = ConvGeometry(stride, padding, dilation, groups, more if is_transposed else ())
+    op = f"conv{'_transpose' if is_transposed else ''}{num_dims}d"
+    return GemmNode(op, "conv", lhs, rhs, bias, print_geometry(geometry))
+
+
 def _read_einsum(node: fx.Node) -> Composite | Unreadable:
     operands = node.args[1:]
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
-    if not isinstance(node.args[0], str) or len(operands) != 2:
+    equation = argument(node, 0, "equation")
+    if not isinstance(equation, str) or len(operands) != 2:
         return Unreadable("einsum", "only an equation of two operands is one matrix product")
-    reason = why_no_product(node.args[0])
+    reason = why_no_product(equation)
     return Unreadable("einsum", reason) if reason else Composite("matmul", "einsum", "decompose-products")
 
 
@@ -142,7 +172,7 @@ def _read_addmm(stem: str, names: tuple[str, str]) -> Callable[[fx.Node], GemmNo
         factors = (node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1))
         if len(node.args) > 3 or factors != (1, 1) or node.kwargs.get("out") is not None:
             return Unreadable(stem, "alpha and beta other than 1, or out=, have no lp form")
-        added, lhs, rhs = node.args[0], argument(node, 1, names[0]), argument(node, 2, names[1])
+        added, lhs, rhs = (argument(node, i, name) for i, name in enumerate(("input", *names)))
         if not (isinstance(added, fx.Node) and isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)):
             return Unreadable(stem, "an operand is not a tensor of the graph")
         return GemmNode("matmul", "matmul", lhs, rhs, added, stem=stem)
@@ -156,6 +186,8 @@ def _read_grouped(node: fx.Node) -> Composite | Unreadable:
     meta = weight.meta.get("tensor_meta") if isinstance(weight, fx.Node) else None
     if meta is None or len(meta.shape) != 3 or argument(node, 2, "offs") is None:
         return Unreadable("grouped_mm", "only rows in groups times one matrix per group, x_SK w_GKN, is read")
+    if not isinstance(argument(node, 0, "mat_a"), fx.Node):
+        return Unreadable("grouped_mm", "an operand is not a tensor of the graph")
     root = weight.args[0] if weight.op == "call_function" else weight
     if not isinstance(root, fx.Node) or not (root.op == "get_attr" or root.meta.get(WEIGHT)):
         return Unreadable(
@@ -186,8 +218,9 @@ def _read_conv_transpose(num_dims: int) -> Callable[[fx.Node], GemmNode | Unread
     return read
 
 
-def _unreadable(stem: str) -> Callable[[fx.Node], Unreadable]:
-    return lambda node: Unreadable(stem, f"{stem} has no lp form; write it as matmul or linear")
+def _unreadable(stem: str, reason: str = "") -> Callable[[fx.Node], Unreadable]:
+    told = f"{stem}: {reason}" if reason else f"{stem} has no lp form; write it as matmul or linear"
+    return lambda node: Unreadable(stem, told)
 
 
 def _per_dim(value: Any, num_dims: int) -> tuple[int, ...]:
@@ -208,6 +241,10 @@ def _same_padding(node: fx.Node, padding: str, dilation: Sequence[int]) -> tuple
     return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
 
 
+_VECTOR = "a product with a vector is no GEMM"
+_NO_SUM = "an outer product has no sum and is no GEMM"
+_IN_PLACE = "a product that is added in place has no lp form"
+_CELL = "the products of a cell as one function have no lp form; call its module, or write them as linear"
 _CONV_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
 
 _READERS: dict[Any, Callable[[fx.Node], Reading]] = {
@@ -234,16 +271,75 @@ _READERS: dict[Any, Callable[[fx.Node], Reading]] = {
     F.conv_transpose1d: _read_conv_transpose(1),
     F.conv_transpose2d: _read_conv_transpose(2),
     F.conv_transpose3d: _read_conv_transpose(3),
+    torch.linalg.matmul: _read_matmul,
+    torch.Tensor.__rmatmul__: _read_matmul_swapped,
+    torch.convolution: _read_convolution,
+    torch.Tensor.addmm_: _unreadable("addmm", _IN_PLACE),
+    torch.Tensor.baddbmm_: _unreadable("baddbmm", _IN_PLACE),
+    torch.Tensor.addbmm_: _unreadable("addbmm", _IN_PLACE),
+    torch.Tensor.addmv_: _unreadable("addmv", _IN_PLACE),
+    torch.Tensor.addr_: _unreadable("addr", _IN_PLACE),
     F.bilinear: _unreadable("bilinear"),
     F.multi_head_attention_forward: _unreadable("multi_head_attention_forward"),
     torch.tensordot: _unreadable("tensordot"),
     torch.inner: _unreadable("inner"),
+    torch.Tensor.inner: _unreadable("inner"),
     torch.addbmm: _unreadable("addbmm"),
     torch.Tensor.addbmm: _unreadable("addbmm"),
     torch.chain_matmul: _unreadable("chain_matmul"),
     torch.linalg.multi_dot: _unreadable("multi_dot"),
+    torch.matrix_power: _unreadable("matrix_power"),
+    torch.Tensor.matrix_power: _unreadable("matrix_power"),
+    torch.linalg.matrix_power: _unreadable("matrix_power"),
+    torch.mv: _unreadable("mv", _VECTOR),
+    torch.Tensor.mv: _unreadable("mv", _VECTOR),
+    torch.addmv: _unreadable("addmv", _VECTOR),
+    torch.Tensor.addmv: _unreadable("addmv", _VECTOR),
+    torch.dot: _unreadable("dot", _VECTOR),
+    torch.Tensor.dot: _unreadable("dot", _VECTOR),
+    torch.vdot: _unreadable("dot", _VECTOR),
+    torch.Tensor.vdot: _unreadable("dot", _VECTOR),
+    torch.linalg.vecdot: _unreadable("vecdot", _VECTOR),
+    torch.outer: _unreadable("outer", _NO_SUM),
+    torch.Tensor.outer: _unreadable("outer", _NO_SUM),
+    torch.ger: _unreadable("outer", _NO_SUM),
+    torch.Tensor.ger: _unreadable("outer", _NO_SUM),
+    torch.addr: _unreadable("addr", _NO_SUM),
+    torch.Tensor.addr: _unreadable("addr", _NO_SUM),
+    torch.sparse.mm: _unreadable("sparse_mm", "products of sparse matrices have no lp form"),
+    torch.sparse.addmm: _unreadable("sparse_addmm", "products of sparse matrices have no lp form"),
+    torch._int_mm: _unreadable("int_mm", "its operands are integers already"),
+    torch._scaled_mm: _unreadable("scaled_mm", "its operands are FP8 already"),
+    torch._addmm_activation: _unreadable("addmm_activation"),
+    torch.conv_tbc: _unreadable("conv_tbc", "write it as conv1d"),
     torch.lstm: _unreadable("lstm"),
     torch.gru: _unreadable("gru"),
     torch.rnn_tanh: _unreadable("rnn_tanh"),
     torch.rnn_relu: _unreadable("rnn_relu"),
+    torch.lstm_cell: _unreadable("lstm_cell", _CELL),
+    torch.gru_cell: _unreadable("gru_cell", _CELL),
+    torch.rnn_tanh_cell: _unreadable("rnn_tanh_cell", _CELL),
+    torch.rnn_relu_cell: _unreadable("rnn_relu_cell", _CELL),
 }
+
+_ATEN: dict[str, Callable[[fx.Node], Reading]] = {
+    "mm": _read_matmul,
+    "bmm": _read_matmul,
+    "matmul": _read_matmul,
+    "linear": _read_linear,
+    "addmm": _read_addmm("addmm", ("mat1", "mat2")),
+    "baddbmm": _read_addmm("baddbmm", ("batch1", "batch2")),
+    "convolution": _read_convolution,
+    "mv": _unreadable("mv", _VECTOR),
+    "dot": _unreadable("dot", _VECTOR),
+    "outer": _unreadable("outer", _NO_SUM),
+    "einsum": _unreadable("einsum", "torch.einsum is read, and not the operation below it"),
+    "addmm_": _unreadable("addmm", _IN_PLACE),
+    "baddbmm_": _unreadable("baddbmm", _IN_PLACE),
+    "scaled_dot_product_attention": _unreadable("sdpa", "torch.nn.functional's is read, and not the one below it"),
+}
+"""torch.ops.aten.NAME, as such and by its default overload."""
+
+for _name, _read in _ATEN.items():
+    _packet = getattr(torch.ops.aten, _name)
+    _READERS |= {_packet: _read, _packet.default: _read}

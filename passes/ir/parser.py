@@ -13,18 +13,19 @@ from torch import fx
 from passes.finding import Finding
 from passes.ir.arguments import ArgumentsError, parse_arguments
 from passes.ir.printer import meta_attribute
-from passes.ir.program import NODE_META, Program, Unit
+from passes.ir.program import NODE_META, Program, Unit, site_numbers
+from passes.ir.records import wrong_choice, wrong_device, wrong_passes
 from passes.ir.structure import STRUCTURES, UNIT_FLAGS
 from passes.ir.syntax import OpText, Source, read_op
 from passes.ir.targets import find_target
 from passes.ir.types import META, tensor_meta, type_of
-from passes.ir.verifier import verify, verify_node
+from passes.ir.verifier import verify, verify_node, verify_site
 from passes.manager import split_items
 from runtime.errors import LpError, VerifyError, nearest_names
 from runtime.kernels.dispatch import Choice
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.op_types import OpType, TensorType
-from runtime.ops import OPS, OpDef
+from runtime.ops import OP_OF, OPS, OpDef
 
 
 def parse_program(text: str, file: str = "<text>") -> Program:
@@ -110,8 +111,10 @@ class _ProgramReader:
     def __init__(self, source: Source) -> None:
         self._source, self._check = source, _Checker(source)
         self._program = Program({}, {})
+        self._lp_nodes: list[tuple[str, fx.Node, int]] = []
 
     def program(self) -> Program:
+        """Raises ParseError where the text says, VerifyError for what no one place of it is."""
         module = read_op(self._source)
         self._check.one_of(module, ("builtin.module",), "module")
         self._check.structure(module)
@@ -125,9 +128,22 @@ class _ProgramReader:
             elif op.name == "lp.finding":
                 self._program.findings.append(Finding(**values))
             else:
-                self._program.device = values["device"]
-                self._program.passes = split_items(values["passes"])
+                self._record(op, values)
+        numbers = site_numbers(self._program)
+        for name, node, place in self._lp_nodes:  # sites may stand after the graphs
+            try:
+                verify_site(self._program, numbers, name, node)
+            except VerifyError as error:
+                what, hint = f"{OP_OF[node.target].name}: {error.what}", error.hint  # type: ignore[index]
+                self._check.fail(place, what, expected=error.expected, got=error.got, hint=hint)
         return self._program
+
+    def _record(self, op: OpText, values: dict[str, Any]) -> None:
+        for key, wrong in (("device", wrong_device), ("passes", wrong_passes)):
+            if expected := wrong(values[key]):
+                self._check.fail(op.attributes[key].place, f"not {key}", expected=expected, got=values[key])
+        self._program.device = values["device"]
+        self._program.passes = split_items(values["passes"])
 
     def _site(self, op: OpText, values: dict[str, Any]) -> None:
         name, program = values["name"], self._program
@@ -139,16 +155,17 @@ class _ProgramReader:
             program.decisions[name] = values["decisions"]
         for role in ROLES:
             if role in values:
-                try:
-                    program.choices.setdefault(name, {})[role] = Choice(**values[role])
-                except TypeError:
-                    expected, got = ", ".join(Choice.__dataclass_fields__), ", ".join(values[role])
+                if expected := wrong_choice(values[role]):
+                    got = ", ".join(f"{key} {value}" for key, value in values[role].items() if key != "reason")
                     self._check.fail(op.attributes[role].place, "not a choice", expected=expected, got=got)
+                program.choices.setdefault(name, {})[role] = Choice(**values[role])
 
     def _graph(self, op: OpText, values: dict[str, Any]) -> None:
         units, name, kind = self._program.units, values["sym_name"], values["kind"]
         place = op.attributes["sym_name"].place
-        graph = _GraphReader(self._check, name, op).graph(values.get("arg_attrs"))
+        reader = _GraphReader(self._check, name, op)
+        graph = reader.graph(values.get("arg_attrs"))
+        self._lp_nodes += [(name, node, place) for node, place in reader.lp_nodes]
         if kind == "fed":
             unit = units.get(name.removesuffix("/fed"))
             if unit is None or unit.kind != "leaf" or unit.fed is not None or not name.endswith("/fed"):
@@ -172,6 +189,7 @@ class _GraphReader:
         self._graph = fx.Graph()
         self._values: dict[str, fx.Node] = {}
         self._types: dict[fx.Node, OpType] = {}
+        self.lp_nodes: list[tuple[fx.Node, int]] = []
 
     def graph(self, inputs: list[Any] | None) -> fx.Graph:
         op = self._op
@@ -230,6 +248,7 @@ class _GraphReader:
             verify_node(self._name, node, declared, self._types)
         except VerifyError as error:
             self._check.fail(op.place, f"{op.name}: {error.what}", expected=error.expected, got=error.got)
+        self.lp_nodes.append((node, op.place))
         self._finish_op(node, op)
 
     def _segments(self, op: OpText, declared: OpDef, operands: list[fx.Node]) -> tuple[fx.Node | None, ...]:

@@ -116,6 +116,13 @@ def child_path(path: str, call: fx.Node) -> str:
     return f"{path}.{call.target}" if path else str(call.target)
 
 
+def site_numbers(program: Program) -> dict[str, int]:
+    """The number of each site that the policy names, in the order of their names. Group g of a site has that number
+    plus g times how many sites there are: it draws other stochastic bits.
+    """
+    return {site: number for number, site in enumerate(sorted(program.specs))}
+
+
 def num_op(program: Program, name: str) -> int:
     """How many nodes of an lp op one forward pass runs: one variant of each module, and a fed leaf by its fed graph."""
     one_per_path = {unit.path: unit.fed or unit.graph for unit in reversed(program.units.values())}

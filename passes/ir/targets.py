@@ -20,6 +20,8 @@ def name_of(target: Any) -> str | None:
     """The name that leads back to the function; None if there is none (a lambda, a local function)."""
     if target in _FIXED:
         return _FIXED[target]
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return f"torch.ops.{target}"
     name = getattr(target, "__name__", "")
     for namespace in NAMESPACES:
         if getattr(_find(namespace), name, None) is target:

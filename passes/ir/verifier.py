@@ -2,15 +2,16 @@
 rule is the error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from passes.ir.program import Program
+from passes.ir.program import GROUP, SITE, SPEC, Program, site_numbers
+from passes.ir.stored_specs import spec_as_stored
 from passes.ir.types import Types, declared_type, operand_types, seen_type, type_of
-from runtime.errors import VerifyError
-from runtime.numerics.specs import LayerSpec
+from runtime.errors import VerifyError, nearest_names
+from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.op_types import OpType, TensorType, accepts
 from runtime.ops import OP_OF, OPS, OpDef
 
@@ -19,6 +20,7 @@ def verify(program: Program) -> None:
     """Raise VerifyError at the first node that breaks a rule: malformed graph, operand count, attributes, traits,
     cast formats.
     """
+    numbers = site_numbers(program)
     for name, graph in program.graphs():
         try:
             graph.lint()
@@ -28,6 +30,7 @@ def verify(program: Program) -> None:
         for node in graph.nodes:
             if node.op == "call_function" and node.target in OP_OF:
                 verify_node(name, node, OP_OF[node.target], types)
+                verify_site(program, numbers, name, node)
             types[node] = type_of(node, types)
 
 
@@ -57,6 +60,64 @@ def verify_node(graph_name: str, node: fx.Node, op: OpDef, types: Types) -> None
     if op is OPS["lp.gemm"]:
         _verify_casts(where, node)
     _verify_types(where, node, op, types)
+
+
+def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, node: fx.Node) -> None:
+    """What one lp node, which is verified, says of its site, against what the program says of it. `numbers` are those
+    of `site_numbers(program)`.
+    """
+    op = OP_OF[node.target]  # type: ignore[index]
+    where = f"{graph_name}: %{node.name} = {op.name}"
+    if op is OPS["lp.quantize"]:
+        _verify_key(where, node)
+    if op is not OPS["lp.gemm"]:
+        return
+    site = node.meta.get(SITE)
+    if site not in program.specs:
+        what = "`lp.site` must name a site that the policy names"
+        raise VerifyError(what, where=where, got=repr(site), hint=nearest_names(str(site), tuple(program.specs)))
+    given = str(node.kwargs["spec"])
+    wanted = spec_as_stored(str(node.kwargs["kind"]), str(node.kwargs.get("geometry", "")), program.specs[site])
+    if LayerSpec.parse(given) != wanted or node.meta.get(SPEC, wanted) != wanted:
+        got = given if LayerSpec.parse(given) != wanted else f"lp.spec {node.meta[SPEC]}"
+        raise VerifyError("`spec` must be that of its site", where=where, expected=str(wanted), got=got)
+    number = numbers[site] + node.meta.get(GROUP, 0) * len(numbers)
+    if node.kwargs["site"] != number:
+        what, got = "`site` must be the number of its site", str(node.kwargs["site"])
+        raise VerifyError(what, where=where, expected=str(number), got=got)
+    choices = program.choices.get(site)
+    if choices and set(choices) == {*ROLES}:
+        methods = ",".join(choices[role].method for role in ROLES)
+        if node.kwargs["methods"] != methods:
+            what, got = "`methods` must be those of the backends chosen for its site", str(node.kwargs["methods"])
+            raise VerifyError(what, where=where, expected=methods, got=got)
+
+
+def _verify_key(where: str, cast: fx.Node) -> None:
+    """A cast that GEMMs alone read has the site and the slot of one of them: they key its stochastic bits, and what is
+    kept of it.
+    """
+    key, scale = (cast.kwargs["site"], cast.kwargs["slot"]), cast.args[1]
+    if isinstance(scale, fx.Node) and scale.target is OPS["lp.constant_scale"].run:
+        kept = scale.kwargs["site"], scale.kwargs["slot"]
+        if kept != key:
+            what = "a kept scale must have the `site` and `slot` of its cast"
+            raise VerifyError(what, where=where, expected=_print_key(*key), got=_print_key(*kept))
+    allowed: set[tuple[Any, Any]] = set()
+    for user in cast.users:
+        if user.target is not OPS["lp.gemm"].run:
+            return
+        for name, slots in _SLOTS.items():
+            if user.args[_POSITIONS[name]] is cast:
+                allowed |= {(user.kwargs["site"], slot) for slot in slots}
+    if allowed and key not in allowed:
+        expected = " or ".join(_print_key(*each) for each in sorted(allowed))
+        what = "`site` and `slot` must be those of a GEMM that reads the cast"
+        raise VerifyError(what, where=where, expected=expected, got=_print_key(*key))
+
+
+def _print_key(site: Any, slot: Any) -> str:
+    return f"site {site} slot {slot}"
 
 
 def _verify_types(where: str, node: fx.Node, op: OpDef, types: Types) -> None:
@@ -92,6 +153,11 @@ def _verify_casts(where: str, gemm: fx.Node) -> None:
             raise VerifyError(
                 f"operand {name} is cast to another spec than the GEMM's", where=where, expected=str(quant), got=got
             )
+
+
+_SLOTS = {"fwd_lhs": (0,), "fwd_rhs": (1,), "bwd_rhs": (1, 2), "grad_lhs": (0, 3)}
+"""Of each cast that a GEMM multiplies: which slots it may have."""
+_POSITIONS = {operand.name: position for position, operand in enumerate(OPS["lp.gemm"].operands)}
 
 
 def _listed(declared: Sequence[object]) -> str:

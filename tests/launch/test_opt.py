@@ -14,6 +14,7 @@ from lpcompile.errors import LpError
 from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.program import Program
+from passes.manager import parse_passes
 from passes.pipelines import PASSES, PIPELINES
 from tests.passes.golden import check
 from tests.passes.golden import run as run_text
@@ -116,8 +117,11 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 MISTAKES = {
     "an order that cannot be": (["--passes", "insert-casts"], "insert-casts: it cannot run yet. Expected every GEMM"),
-    "an unknown pass": (["--passes", "anotate"], '"anotate" is not a pass. Try "annotate"'),
-    "an unknown option": (["--passes", "share-casts{acros=graph}"], 'share-casts has no option "acros"'),
+    "an unknown pass": (
+        ["--passes", "anotate"],
+        '"anotate" is not a pass. Expected the name of a pass. Got "anotate". Try "annotate"',
+    ),
+    "an unknown option": (["--passes", "share-casts{acros=graph}"], 'share-casts: it has no option "acros"'),
     "a policy for a file": (["--policy", "hfp8"], "--policy: a file has its policy in it"),
 }
 
@@ -129,6 +133,58 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(name: str, file: Path, capsys
     out, err = capsys.readouterr()
     assert sentence in err
     assert not out
+
+
+def test_stats_names_every_pass_in_full(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the terminal, or a pipe, is 80 columns wide."""
+    assert run(["opt", str(file), "--stats"]) == 0
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    passes = [str(each) for each in parse_passes(PIPELINES["train"], PASSES)]
+    assert [line[0] for line in lines] == ["pass", *passes, "total"]
+    assert max(map(len, passes)) > 40
+
+
+@pytest.mark.parametrize("flag", ["-o", "--dot"])
+@pytest.mark.parametrize("target", ["nowhere/a.txt", "."])
+def test_what_cannot_be_written_is_one_sentence(
+    flag: str, target: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file.parent / target
+    assert run(["opt", str(file), flag, str(path)]) == 2
+    assert re.search(rf"{path}: cannot write the file. Got (No such file|Is a directory)", capsys.readouterr().err)
+
+
+def test_a_binary_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"\x80\x02\xff\xfe" * 9)
+    assert run(["opt", str(path)]) == 2
+    assert f"{path}: not a text. Expected the text form of a program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("def make(): return {}['size']", "\"raising:make\" raises. Got KeyError: 'size'"),
+        ("1 / 0", '"raising:make" is not there. Got ZeroDivisionError: division by zero'),
+        ("def make(:", '"raising:make" is not there. Got SyntaxError: '),
+        ("def make(size): return size", '"raising:make" raises. Got TypeError: make() missing 1 required'),
+    ],
+)
+def test_a_callable_that_raises_is_one_sentence(
+    body: str,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    (tmp_path / "raising.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "raising", raising=False)
+    assert run(["opt", "raising:make", "--policy", "hfp8"]) == 2
+    assert sentence in capsys.readouterr().err
+    sys.modules.pop("raising", None)
 
 
 def test_what_is_neither_file_nor_model_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

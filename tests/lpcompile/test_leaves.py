@@ -54,6 +54,65 @@ def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+# Convolutions
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "2d-grouped": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), groups=2), (2, 4, 5, 6)),
+    "3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), (1, 2, 1), (0, 1, 1), (1, 1, 2)), (2, 2, 4, 5, 9)),
+    "3d-no-bias": (lambda: nn.Conv3d(4, 4, 3, padding=1, groups=2, bias=False), (1, 4, 3, 4, 5)),
+    "1d-unbatched": (lambda: nn.Conv1d(4, 6, 3, padding=1), (4, 9)),
+    "2d-unbatched": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 7, 8)),
+    "3d-unbatched": (lambda: nn.Conv3d(2, 4, 2, padding=1), (2, 4, 5, 6)),
+    "circular-unbatched": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (4, 9)),
+    "transposed-1d-unbatched": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), (4, 9)),
+    "transposed-2d-unbatched": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 5, 6)),
+    "transposed-3d-unbatched": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("with_examples", [True, False])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution_is_bitwise(case: str, with_examples: bool) -> None:
+    make, shape = CONVOLUTIONS[case]
+    module, inputs = nn.Sequential(make()), (_randn(*shape),)
+    expected = _run(module, inputs)
+    lpcompile(module, "fp32-emulated", inputs if with_examples else None, strict=True)
+    assert _same(_run(module, inputs), expected)
+    assert run_state(module).gemm_calls == 1
+
+
+@pytest.mark.parametrize("case", [case for case in CONVOLUTIONS if "unbatched" in case])
+def test_a_sample_without_a_batch_dim_is_a_batch_of_one(case: str) -> None:
+    make, shape = CONVOLUTIONS[case]
+    module, x = make(), _randn(*shape).requires_grad_()
+    casts = {"x": "e4m3", "w": "e4m3"}, {"dy": "e5m2", "w": "e4m3"}, {"dy": "e5m2", "x": "e4m3"}
+    rule = {"match": {"name": "*"}, **dict(zip(("fwd", "bwd", "grad"), casts))}
+    lpcompile(module, Policy.model_validate({"version": 1, "name": "p", "rules": [rule]}), strict=True)
+    y, batched = module(x), module(x[None])
+    assert torch.equal(y, batched[0])
+    inputs, dy = (x, *module.parameters()), _randn(*y.shape)
+    assert _same([*torch.autograd.grad(y, inputs, dy)], [*torch.autograd.grad(batched, inputs, dy[None])])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_functional_convolution_of_one_sample(dims: int) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(_randn(4, 4, *(3,) * dims))
+
+        def forward(self, x: Tensor) -> Tensor:
+            conv, transposed = getattr(F, f"conv{dims}d"), getattr(F, f"conv_transpose{dims}d")
+            return transposed(conv(x, self.weight, padding=1).relu(), self.weight, stride=2)
+
+    module, inputs = Functional(), (_randn(4, *(5,) * dims),)
+    expected = _run(module, inputs)
+    lpcompile(module, "fp32-emulated", inputs, strict=True)
+    assert _same(_run(module, inputs), expected)
+    assert run_state(module).gemm_calls == 2
+
+
 # Transposed convolutions and paddings
 
 TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -297,6 +356,62 @@ def test_stochastic_rounding_at_every_time_step_is_refused() -> None:
     rows = {row.name: row for row in report(module).gemms}
     assert rows["ih_l0"].runs_as_policy_says
     assert "the same bits each time" in rows["hh_l0"].reason
+
+
+def _lstm(*shape: int) -> tuple[Tensor, Tensor]:
+    return _randn(*shape), _randn(*shape)
+
+
+def _attention() -> nn.Module:
+    return nn.MultiheadAttention(16, 4)
+
+
+WRONG_ARGUMENTS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]] = {
+    "lstm: batch of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), _lstm(1, 1, 6)), {}),
+    "lstm: layers of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), _lstm(2, 3, 6)), {}),
+    "lstm: size of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), (_randn(1, 3, 6), _randn(1, 3, 1))), {}),
+    "lstm: dims of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8), _lstm(3, 6)), {}),
+    "lstm: unbatched, dims of the state": (lambda: nn.LSTM(8, 6), (_randn(7, 8), _lstm(1, 1, 6)), {}),
+    "lstm: dims of the input": (lambda: nn.LSTM(8, 6), (_randn(1, 7, 3, 8),), {}),
+    "lstm: size of the input": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 9),), {}),
+    "lstm: dtype of the input": (lambda: nn.LSTM(8, 6), (_randn(7, 3, 8).double(),), {}),
+    "gru: batch of the state": (lambda: nn.GRU(8, 6, batch_first=True), (_randn(7, 3, 8), _randn(1, 1, 6)), {}),
+    "rnn: batch of the state": (lambda: nn.RNN(8, 6), (_randn(7, 3, 8), _randn(1, 1, 6)), {}),
+    "rnn: dims of the state": (lambda: nn.RNN(8, 6), (_randn(7, 8), _randn(1, 1, 6)), {}),
+    "lstm cell: batch of the state": (lambda: nn.LSTMCell(8, 6), (_randn(3, 8), _lstm(1, 6)), {}),
+    "lstm cell: dims of the input": (lambda: nn.LSTMCell(8, 6), (_randn(2, 3, 8),), {}),
+    "gru cell: batch of the state": (lambda: nn.GRUCell(8, 6), (_randn(3, 8), _randn(1, 6)), {}),
+    "rnn cell: dims of the state": (lambda: nn.RNNCell(8, 6), (_randn(3, 8), _randn(1, 3, 6)), {}),
+    "rnn cell: size of the state": (lambda: nn.RNNCell(8, 6), (_randn(3, 8), _randn(3, 1)), {}),
+    "mha: mask for one query": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(1, 3)}),
+    "mha: mask for one key": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(3, 1)}),
+    "mha: mask for one head": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(1, 3, 3)}),
+    "mha: mask of four dims": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(1, 1, 3, 3)}),
+    "mha: mask of integers": (_attention, (_Q, _Q, _Q), {"attn_mask": torch.zeros(3, 3).long()}),
+    "mha: padding of one key": (
+        _attention, (_Q, _Q, _Q), {"key_padding_mask": torch.zeros(5, 1).bool()},
+    ),
+    "mha: padding of one sample": (
+        _attention, (_Q, _Q, _Q), {"key_padding_mask": torch.zeros(1, 3).bool()},
+    ),
+    "mha: batch of the keys": (_attention, (_Q, _K[:, :1], _K[:, :1]), {}),
+    "mha: width of the query": (_attention, (_Q[..., :8], _Q[..., :8], _Q[..., :8]), {}),
+    "mha: values of another length": (_attention, (_Q, _K, _K[:2]), {}),
+    "mha: keys without a batch": (_attention, (_Q, _K[0], _K[0]), {}),
+    "mha: causal without a mask": (_attention, (_Q, _Q, _Q), {"is_causal": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+def test_what_torch_refuses_a_compiled_leaf_refuses(case: str) -> None:
+    """With an error of the same kind, and never by broadcasting."""
+    make, inputs, options = WRONG_ARGUMENTS[case]
+    module = make()
+    with pytest.raises((RuntimeError, ValueError, AssertionError)) as torchs:
+        module(*inputs, **options)
+    lpcompile(module, "bf16")
+    with pytest.raises(torchs.type):
+        module(*inputs, **options)
 
 
 # Mixture of experts

@@ -91,3 +91,30 @@ def test_a_mistake_in_the_text_says_where() -> None:
     text = _text(example, "int8").replace('"lp.gemm"', '"lp.gem"', 1)
     with pytest.raises(ParseError, match=r'^r.lpir:\d+:\d+: "lp.gem" is no operation of a graph. Try "lp.gemm"'):
         install_text(example.model, text, example_kwargs=example.batch, file="r.lpir")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('{target = "bn1"}', '{target = "bm1"}', r'\w+ has no child "bm1". Try "bn1"\? Known: .*bn1'),
+        ('{target = "weight"}', '{target = "wait"}', r'\w+ has no attribute "wait". Try "weight"\? Known: weight'),
+        ('path = "stem"', 'path = "stern"', r'the model has no module "stern". Try "stem"'),
+    ],
+)
+def test_a_name_that_the_model_does_not_have_is_refused_before_it_is_called(old: str, new: str, sentence: str) -> None:
+    example = build("resnet")
+    text = _text(example, "int8")
+    assert old in text
+    with pytest.raises(LpError, match=rf"^r.lpir: [\w.#]*(: %\w+)?: {sentence}"):
+        install_text(example.model, text.replace(old, new, 1), example_kwargs=example.batch, file="r.lpir")
+    assert find_compiled(example.model) is None
+
+
+def test_a_leaf_of_several_products_is_installed_from_a_text() -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), torch.randn(2, 5, 16)
+    program = program_of(model, "bf16", (x,))
+    run_passes(program, parse_passes(PIPELINES["train"], PASSES))
+    twin = install_text(copy.deepcopy(model), print_program(program), (x,))
+    assert torch.equal(twin(x), lpcompile(model, "bf16", (x,))(x))
+    assert get_compiled(twin).state.gemm_calls == 6

@@ -15,16 +15,87 @@ def test_passes_print_and_parse(text: str) -> None:
     assert parse_passes(printed, PASSES) == passes
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("anotate", r'"anotate" is not a pass. Try "annotate"'),
-        ("share-casts{acros=graph}", r'share-casts has no option "acros". Try "across"'),
-    ],
-)
-def test_unknown_names_get_the_nearest_one(text: str, sentence: str) -> None:
-    with pytest.raises(PassError, match=sentence):
+WRONG: dict[str, tuple[str, str]] = {
+    # text: what the error says before its hint, and the hint
+    "anotate": (
+        'passes, item 1: "anotate" is not a pass. Expected the name of a pass. Got "anotate"',
+        '"annotate"? Known: ',
+    ),
+    "annotate,x": (
+        'passes, item 2: "x" is not a pass. Expected the name of a pass. Got "x"',
+        "Known: choose-accumulator",
+    ),
+    "share-casts{acros=graph}": (
+        'share-casts: it has no option "acros". Expected across. Got "acros=graph"',
+        '"across"? Known: across',
+    ),
+    "annotate{x=1}": ('annotate: it has no option "x". Expected no options. Got "x=1"', "annotate"),
+    "share-casts{across}": (
+        'share-casts: an option without value. Expected option=value. Got "across"',
+        "across=modules",
+    ),
+    "share-casts{across=here}": (
+        "share-casts{across}: no such reach. Expected modules or graph. Got here",
+        "share-casts{across=modules}",
+    ),
+    "share-casts{across=modules,across=graph}": (
+        'share-casts: the option "across" is there twice. Expected each option once. Got "across=graph"',
+        "one of the two",
+    ),
+    "share-casts{across=modules,}": (
+        'share-casts: an option without value. Expected option=value. Got ""',
+        "across=mod",
+    ),
+    "place-regions{finite=yes}": (
+        "place-regions{finite}: not a truth value. Expected true or false. Got yes",
+        "finite=false",
+    ),
+    "choose-accumulator{exponent=x}": (
+        "choose-accumulator{exponent}: not a number of this kind. Expected a whole number. Got x",
+        "exponent=8",
+    ),
+    "choose-accumulator{nonzero=2}": (
+        "choose-accumulator{nonzero}: no share of the products. Expected 0 < nonzero <= 1. Got 2.0",
+        "choose-accumulator{exponent=8,nonzero=1.0}",
+    ),
+    "share-casts{across=modules": (
+        "passes, item 1: a brace is not closed. Expected NAME or NAME{option=value,...}. Got share-casts{across=m",
+        "share-casts{across=modules}",
+    ),
+    "annotate,share-casts{across=modules}}": (
+        "passes, item 2: a brace too much. Expected NAME or NAME{option=value,...}. Got share-casts{across=modules}}",
+        "share-casts{across=modules}",
+    ),
+    "share-casts{across={modules}}": ("passes, item 1: a brace too much", "share-casts"),
+    "share-casts{across=modules}x": (
+        "passes, item 1: there is more after the brace. Expected NAME or NAME{option=value,...}. Got share-casts{acr",
+        "share-casts{across=modules},x",
+    ),
+    "annotate,,select-kernels": (
+        "passes, item 2: no pass between two commas. Expected NAME or NAME{option=value,...}. Got annotate,,select",
+        "annotate,select-kernels",
+    ),
+    "annotate,": ("passes, item 2: no pass between two commas", "annotate"),
+    ",": ("passes, item 1: no pass between two commas", '""'),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_no_list_of_passes_is_said_in_four_parts(text: str) -> None:
+    sentence, hint = WRONG[text]
+    with pytest.raises(PassError) as caught:
         parse_passes(text, PASSES)
+    error = caught.value
+    assert str(error).startswith(sentence)
+    assert error.hint.startswith(hint)
+    assert error.where
+    assert error.expected
+    assert error.got
+
+
+@pytest.mark.parametrize("text", ["", "  ", "annotate{}", " annotate , share-casts{ across = graph } "])
+def test_spaces_and_nothing_are_fine(text: str) -> None:
+    assert len(parse_passes(text, PASSES)) == (0 if not text.strip() else text.count(",") + 1)
 
 
 @pytest.mark.parametrize("mode", PIPELINES)

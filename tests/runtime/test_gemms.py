@@ -56,6 +56,14 @@ OPERATIONS = {
         (6,),
         replace(_GEOMETRY, output_padding=(1, 0)),
     ),
+    "conv1d_unbatched": (lambda x, w, b: F.conv1d(x, w, b, 1, 2), (4, 9), (6, 4, 3), (6,), _ONE_D),
+    "conv_transpose2d_unbatched": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 1), (1, 0), (1, 0), 2, (1, 2)),
+        (4, 5, 6),
+        (4, 3, 3, 3),
+        (6,),
+        replace(_GEOMETRY, output_padding=(1, 0)),
+    ),
 }
 
 _ROW = {
@@ -141,7 +149,8 @@ def _expected(name: str, layer: LayerSpec, inputs: tuple[Tensor, ...], magnitude
     operation(cast_of["grad"][1], w64, None).backward(cast_of["grad"][0])
     out |= {"dx": x64.grad, "dw": w64.grad}
     if b is not None:
-        dims = (0, *range(2, dy.dim())) if name.startswith("conv") else ()
+        channels = dy.dim() - w.dim() + 1  # the dim of them: there may be none of samples before it
+        dims = [dim for dim in range(dy.dim()) if dim != channels] if name.startswith("conv") else []
         out["db"] = size(dy.double()).sum(dims).view(b.shape) if dims else size(dy.double()).sum_to_size(b.shape)
     return out
 

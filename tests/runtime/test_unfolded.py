@@ -39,6 +39,20 @@ def test_is_the_convolution(
     assert torch.equal(conv.grad(dy, x, w.shape, torch.matmul), dw)
 
 
+@pytest.mark.parametrize("output_padding", [(), (1, 0)])
+def test_one_sample_without_a_batch_dim(output_padding: tuple[int, ...]) -> None:
+    geometry = ConvGeometry((2, 3), (1, 0), (1, 2), 2, output_padding)
+    x, w = torch.randn(4, 7, 8), torch.randn(4, 2, 3, 2)
+    conv = unfolded(geometry)
+    y = conv.fwd(x[None], w, torch.matmul)
+    dy = torch.randn(y.shape)
+    assert torch.equal(conv.fwd(x, w, torch.matmul), y[0])
+    dx = conv.bwd(dy, w, x[None].shape, torch.matmul)
+    assert torch.equal(conv.bwd(dy[0], w, x.shape, torch.matmul), dx[0])
+    dw = conv.grad(dy, x[None], w.shape, torch.matmul)
+    assert torch.equal(conv.grad(dy[0], x, w.shape, torch.matmul), dw)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_is_the_transposed_convolution(groups: int) -> None:
     geometry = ConvGeometry((2, 3), (1, 0), (1, 2), groups, (1, 0))

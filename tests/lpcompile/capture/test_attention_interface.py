@@ -106,3 +106,22 @@ def test_a_model_without_such_attention_gets_a_sentence() -> None:
     model.set_attn_implementation("lp")
     with pytest.raises(LpError, match="use_lp_attention"):
         model(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_an_argument_that_the_models_eager_attention_does_not_read_is_refused_aloud() -> None:
+    model = use_lp_attention(build("llama"))
+    core = next(module for module in model.modules() if isinstance(module, CoreAttention))
+    owner = vars(core)["owner"]
+    heads, width = owner.config.num_attention_heads, owner.head_dim
+    q = torch.randn(1, heads, 3, width)
+    k = torch.randn(1, heads // owner.num_key_value_groups, 3, width)
+    options = {"scaling": 1.0, "dropout": 0.0}
+    y, _ = core(q, k, k, None, **options)
+    bias = torch.full((1, heads, 3, 3), 9.0)
+    carried = {"sliding_window": 7, "position_ids": torch.arange(3), "position_bias": None}
+    for compiled in (False, True):
+        if compiled:
+            lpcompile(model, "fp32-emulated")
+        assert torch.equal(core(q, k, k, None, **options, **carried)[0], y)
+        with pytest.raises(LpError, match=r"does not read position_bias. Expected None, or one of scaling, dropout"):
+            core(q, k, k, None, **options, position_bias=bias)

@@ -105,6 +105,20 @@ def test_has_the_bits_of_the_leaf_path(policy: str) -> None:
     assert len(report.gemms) == (0 if policy == "fp32" else 21 if policy != "bf16" else len(report.gemms))
 
 
+@pytest.mark.parametrize("is_convolution", [False, True])
+def test_where_nothing_is_cast_every_product_runs_as_it_is(is_convolution: bool) -> None:
+    torch.manual_seed(0)
+    model, x = (_Convolutions(), torch.randn(2, 3, 8, 8)) if is_convolution else _attention()
+    plain = copy.deepcopy(model)
+    expected = _results(plain, plain, x)
+    compiled = compile_joint(model, "fp32-emulated", backend="aot_eager", fullgraph=True)
+    found, report = _results(compiled, model, x), joint_report(model)
+    assert differences(found, expected, 0.0) == []
+    assert {(row.backend, row.fidelity) for row in report.gemms} == {("torch_native", "format-exact")}
+    assert len(report.gemms) == 3 * (3 if is_convolution else 7 + 4)
+    assert report.num_casts == 0
+
+
 @pytest.mark.parametrize("policy", ["hfp8", "int8"])
 def test_convolutions_have_the_bits_of_the_leaf_path(policy: str) -> None:
     torch.manual_seed(0)

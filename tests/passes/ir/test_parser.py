@@ -1,6 +1,7 @@
 """The parser: what is wrong with a text is said with its line and column, by us and by xdsl."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +36,23 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "has another type",
     ),
     "half a spec": (r'methods = "[^"]*"', 'methods = "fp32"', "`methods` must name one method per role"),
+    "methods that are none": (
+        r'methods = "[^"]*"',
+        'methods = "a,b,c"',
+        "`methods` must be empty before they are chosen",
+    ),
+    "slot that is none": (r"slot = 0", "slot = 4", "`slot` must be 0 or 1 of FWD's operands"),
+    "backend that is none": (r'backend = "[a-z_]*"', 'backend = "tpu"', "not a choice. Expected backend cpu or"),
+    "fidelity that is none": (
+        r'fidelity = "[a-z-]*"',
+        'fidelity = "perfect"',
+        "not a choice. Expected fidelity bitwise",
+    ),
+    "half a choice": (r'backend = "[a-z_]*", ', "", "not a choice. Expected backend, method, fidelity, reason"),
+    "pass that is none": (r'passes = "[^"]*"', 'passes = "nosuch"', 'not passes. Expected .* "nosuch" is not a pass'),
+    "option that is none": (r"share-casts{across=modules}", "share-casts{acros=modules}", 'has no option "acros"'),
+    "device that is none": (r'device = "cpu"', 'device = "tpu"', "not device. Expected a type of device, such as cpu"),
+    "device with a number": (r'device = "cpu"', 'device = "cuda:0"', "not device. Expected a type of device without"),
     "unknown kind": (r'kind = "linear"', 'kind = "lineal"', "`kind` must be one of"),
     "operand left out": (r"\(%x, %w, %b, %quantize", "(%x, %w, %quantize", "wrong number of operand"),
     "operand twice": (r"\"lp\.scale\"\(%x\)", '"lp.scale"(%x, %x)', "wrong number of operand"),
@@ -79,6 +97,64 @@ def test_every_mutation_is_rejected_twice(name: str) -> None:
         parse_program(mutated, "file.lpir")
     with pytest.raises(VerifyError):
         verify_text(mutated, "file.lpir")
+
+
+SITE_MUTATIONS: dict[str, tuple[str, str | Callable[[re.Match[str]], str], str]] = {
+    # of one lp.gemm or cast against its site: what xdsl, which looks at one operation at a time, cannot say
+    "spec of another site": (
+        r'(kind = "linear", spec = "fwd: e4m3 nearest_even row/)amax( [^;]* row/)amax',
+        r"\1pow2\2pow2",
+        "cast to another spec|`spec` must be that of its site",
+    ),
+    "spec in which nothing is seen": (
+        r'(kind = "linear", spec = "[^"]*bwd: )e4m3',
+        r"\1e5m2",
+        "lp.gemm: `spec` must be that of its site. Expected fwd: .* Got fwd: ",
+    ),
+    "another lp.spec": (r'(lp\.spec = "[^"]*bwd: )e4m3', r"\1e5m2", "must be that of its site. .* Got lp.spec fwd"),
+    "site number of a GEMM": (
+        r'(methods = "[^"]*", site = )0',
+        r"\g<1>3",
+        "must be those of a GEMM .* Expected site 3 slot 0",
+    ),
+    "site number of all": (
+        r"(?s)site = 0(.*)",
+        lambda m: m[0].replace("site = 0", "site = 3"),
+        "be the number of its site. Expected 0. Got 3",
+    ),
+    "slot of a kept scale": (
+        r'(constant_scale".*slot = )1',
+        r"\g<1>0",
+        "a kept scale must have the `site` and `slot` of its cast",
+    ),
+    "site number of a cast": (r"(row/amax\", site = )0", r"\g<1>3", "must be those of a GEMM .* Got site 3 slot 0"),
+    "slot of a cast": (r"slot = 0", "slot = 2", "must be those of a GEMM .* Expected site 0 slot 0. Got site 0 slot 2"),
+    "no such site": (
+        r'(lp\.gemm.*lp\.site = )"fc"',
+        r'\1"fd"',
+        'must name a site that the policy names. Got .fd.. Try "fc"',
+    ),
+    "no site": (r'(lp\.gemm.*), lp\.site = "fc"', r"\1", "must name a site that the policy names. Got None"),
+    "site that nobody names": (
+        r'({name = "fc"), spec = "[^"]*"',
+        r'\1, refusal = ""',
+        "that the policy names. Got 'fc'",
+    ),
+    "methods that were not chosen": (
+        r'(kind = "linear".*methods = )"[^"]*"',
+        r'\1"as_is,as_is,as_is"',
+        "`methods` must be those of the backends chosen for its site",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITE_MUTATIONS)
+def test_a_gemm_that_is_not_what_its_site_says_is_rejected(name: str) -> None:
+    pattern, new, sentence = SITE_MUTATIONS[name]
+    mutated, count = re.subn(pattern, new, _text(), count=1)
+    assert count == 1, "the mutation changes something"
+    with pytest.raises(ParseError, match=rf"^file\.lpir:\d+:\d+: .*(?:{sentence})"):
+        parse_program(mutated, "file.lpir")
 
 
 CALL_MUTATIONS: dict[str, tuple[str, str, str]] = {

@@ -30,6 +30,8 @@ NAMES: dict[str, Any] = {
     "torch.Tensor.__getitem__": torch.Tensor.__getitem__,
     "torch._C._set_grad_enabled": torch._C._set_grad_enabled,
     "torch.matmul": torch.matmul,
+    "torch.ops.aten.mm": torch.ops.aten.mm,
+    "torch.ops.aten.relu.default": torch.ops.aten.relu.default,
     "operator.getitem": operator.getitem,
     "math.sqrt": math.sqrt,
     "builtins.getattr": getattr,

@@ -1,0 +1,43 @@
+"""Stored specs: what a policy says of a site, for the operands as they lie in memory.
+
+w: row     one scale per output feature: a row of w_NK, a column of the w_KN that transformers' Conv1D holds
+mxfp8      blocks along the sum: along the row of an operand whose free axis is the row, else down its column
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+from runtime.contractions import Side
+from runtime.gemms import contraction_of, parse_geometry
+from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
+
+
+@lru_cache(maxsize=4096)
+def spec_as_stored(kind: str, geometry: str, spec: LayerSpec) -> LayerSpec:
+    """Of a GEMM of this kind and geometry, as lp.gemm has them."""
+    if kind == "linear_kn":
+        fwd, bwd = (replace(numbers, rhs=_transposed(numbers.rhs)) for numbers in (spec.fwd, spec.bwd))
+        spec = LayerSpec(fwd, bwd, spec.grad)
+    return LayerSpec(*(_with_blocks_along_sum(kind, geometry, role, spec.role(role)) for role in ROLES))
+
+
+def _with_blocks_along_sum(kind: str, geometry: str, role: Role, numbers: GemmSpec) -> GemmSpec:
+    """A scale per row leaves the sum exactly where the sum runs along the row; likewise a column."""
+    free = contraction_of(kind, parse_geometry(geometry)).free_axis
+    down: Along = "batched-column" if kind == "matmul" else "column"
+
+    def laid(side: Side, operand: QuantSpec) -> QuantSpec:
+        if not operand.is_block:
+            return operand
+        return replace(operand, along=down if free[role, side] == "column" else "row")
+
+    return replace(numbers, lhs=laid("lhs", numbers.lhs), rhs=laid("rhs", numbers.rhs))
+
+
+def _transposed(spec: QuantSpec) -> QuantSpec:
+    if spec.scale is None:
+        return spec
+    other: dict[Granularity, Granularity] = {"row": "column", "column": "row"}
+    granularity = other.get(spec.scale.granularity, spec.scale.granularity)
+    block = spec.scale.block[::-1] if granularity == "block" else spec.scale.block
+    return replace(spec, scale=replace(spec.scale, granularity=granularity, block=block))
