@@ -68,7 +68,8 @@ def lpcompile(
     GEMM-bearing children compiled all the same.
 
     mode="infer" is for evaluation under torch.no_grad(): batch norms, sums and activations go into the product next to
-    them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs.
+    them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs; of a
+    graph that only has batch norms folded, with gradients, the graph, within a few ulp of the original.
 
     seed keys stochastic rounding. strict=True raises LoweringError if a named GEMM does not run as its policy says or a
     check (lpcompile/checks.py) finds something wrong. Compiling a compiled model replaces what was there; whatever

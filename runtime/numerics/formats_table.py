@@ -45,7 +45,8 @@ field 0 of DLFloat16 is one more binade (normal, the default) or zero.
 Specials: `Inf, NaN`: the top exponent, as in IEEE 754. `NaN`: the all-ones code, of either sign. `one NaN/Inf`: the
 same code for both. `NaN, no -0`: the code of -0 is NaN. Every format saturates unless `overflow="ieee"` is asked for;
 one without a code for an overflow saturates then too. In a table (fp4-radix4, nf4, e8m0, int1) a tie goes under
-nearest_even to 0 if that is one of the two, else to the larger magnitude.
+nearest_even to 0 if that is one of the two, else to the larger magnitude. int1 has no 0: sign(0) = +1, in a row of
+zeros too. `subnormals=no` leaves 0 and the smallest normal: what lies between goes to the nearer of them.
 """
 _BLOCKS = """
 ## Block formats
