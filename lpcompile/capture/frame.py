@@ -36,6 +36,7 @@ from lpcompile.capture.guards import (
 )
 from lpcompile.capture.precedents import Precedent, Precedents
 from lpcompile.capture.recording import LostProduct, Opaque, Recording
+from lpcompile.capture.replay import Tape
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete, hint
 from passes.ir.gemm_nodes import is_gemm, read_gemm
@@ -80,11 +81,14 @@ class Frame:
         self.module, self.path = module, path
         self.opaque: Opaque | None = None
         self.reads_data = False
+        self.reads_sizes = False
         self.reads_strides = False
         self.reads_grad_mode = False
         self.switches_grad_mode = False
         self.writes: dict[tuple[int, str], str] = {}
         """Where an attribute was last set: (id of the module, attribute) -> file:line."""
+        self.tape = Tape()
+        self.is_symbolic = is_symbolic
         self._products: list[LostProduct] = []
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
@@ -136,6 +140,7 @@ class Frame:
         """End the graph. The first reason counts."""
         if self.opaque is None:
             self.opaque = Opaque(reason, where or self._line())
+            self.tape = Tape()
 
     def note_product(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A function runs that may multiply matrices. If the frame ends without a graph, it is lost, and told."""
@@ -154,6 +159,19 @@ class Frame:
         gemm = read_gemm(scratch.call_function(function, *operands))
         if gemm is not None:
             self._products.append(LostProduct(gemm, self._line()))
+
+    def note_event(
+        self,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any = None,
+        *,
+        error: Exception | None = None,
+    ) -> None:
+        """An operation or a child gave `result` or raised, which a second run must find again."""
+        if self.opaque is None:
+            self.tape.add(target, args, kwargs, result, error)
 
     def prepare(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Node | None:
         """The node of an operation that is about to run; None once the frame has failed."""
@@ -285,6 +303,7 @@ class Frame:
         recording = self._seal(result) if self.opaque is None else None
         self._nodes.clear()
         self._kept.clear()
+        self.tape = Tape()
         self._leaves = []
         self.arguments = ((), {})
         if recording is None:
@@ -476,6 +495,7 @@ class Frame:
             if id(value) in self._nodes and not writes:
                 with torch.enable_grad(), torch._C.DisableTorchFunction():
                     alias = value.view_as(value)
+                self.tape.add_alias(alias, value)
                 if self.shapes is not None:
                     self.shapes.add_alias(alias, value)
                 value = alias

@@ -10,8 +10,9 @@ data are ones. Children stay calls of the child, so weights, hooks and wrappers 
 forward a graph cannot stand for is named with the reason and the line.
 """
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,6 +29,7 @@ from lpcompile.capture.guards import flatten_arguments, with_article
 from lpcompile.capture.install import original_forward
 from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recording import Opaque, Recording, RecordResult
+from lpcompile.capture.replay import Diverged, Replay
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete
 
@@ -48,18 +50,25 @@ def record(
     precedents = Precedents() if precedents is None else precedents
     leaves, _ = flatten_arguments(args, kwargs)
 
-    def run(is_symbolic: bool) -> RecordResult:
+    def run(plain: Container[str]) -> _Recorder:
         with restored(model, leaves) as bystanders:
-            recorder = _Recorder(model, is_leaf, bystanders, is_symbolic, precedents)
+            recorder = _Recorder(model, is_leaf, bystanders, plain, precedents)
             with recorder.listening():
                 model(*args, **kwargs)
-        return recorder.result()
+        return recorder
 
     try:
-        return run(is_symbolic=True)
+        recorder = run(())
+        plain: frozenset[str] = frozenset()
+        for _ in range(MAX_RERUNS):
+            if recorder.tell_symbols <= plain:
+                break
+            plain |= recorder.tell_symbols
+            recorder = run(plain)
     except Exception:
         # a forward that cannot bear a torch.SymInt for a size; if it is not that, the same error comes again
-        return run(is_symbolic=False)
+        recorder = run({path for path, _ in model.named_modules()})
+    return recorder.result()
 
 
 def is_builtin_leaf(module: nn.Module) -> bool:
@@ -78,14 +87,18 @@ class _Recorder:
         model: nn.Module,
         is_leaf: Callable[[nn.Module], bool],
         bystanders: Bystanders,
-        is_symbolic: bool,
+        plain: Container[str],
         precedents: Precedents,
     ) -> None:
+        """`plain` are the paths of modules whose sizes are plain numbers."""
+        self.tell_symbols: set[str] = set()
+        """Paths of modules whose forward does something else where sizes are plain numbers."""
+        self._replay: Replay | None = None
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
         self._is_leaf = is_leaf
         self._bystanders = bystanders
-        self._is_symbolic = is_symbolic
+        self._plain = plain
         self._precedents = precedents
         self._signatures = precedents.signatures(model)
         self._stack: list[Frame] = []
@@ -116,10 +129,13 @@ class _Recorder:
         original_unwrap = torch._functorch.utils.unwrap_dead_wrappers
         original_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
         original_is_grad_enabled = torch.is_grad_enabled
+        original_repr = torch.SymInt.__repr__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if id(module) in self._paths:
                 self._reached.add(self._paths[id(module)])
+                if self._replay is not None and self._is_mine():
+                    return self._replay.take(self._paths[id(module)], args, kwargs)
             if not self._is_listening():
                 return original_call(module, *args, **kwargs)
             return self._on_call(original_call, module, args, kwargs)
@@ -151,6 +167,8 @@ class _Recorder:
 
         def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
             run = original_apply.__get__(None, cls)
+            if self._replay is not None and self._is_mine():
+                return self._replay.take(FunctionCall(cls), args, kwargs)
             return self._on_function(run, cls, args, kwargs) if self._frame is not None else run(*args, **kwargs)
 
         def unwrap(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -163,6 +181,10 @@ class _Recorder:
             if self._frame is not None:
                 self._frame.fail("checkpoints a part of itself, which a graph would not recompute")
             return original_checkpoint(*args, **kwargs)
+
+        def print_size(size: torch.SymInt) -> str:
+            # a name as good as a number in text: what is made of the text, no condition says
+            return original_repr(size) if self._frame is None else repr(int(size))
 
         def is_grad_enabled() -> bool:
             if self._frame is not None:
@@ -179,6 +201,10 @@ class _Recorder:
             stack.enter_context(_patched(torch._functorch.utils, "unwrap_dead_wrappers", unwrap))
             stack.enter_context(_patched(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpoint))
             stack.enter_context(_patched(torch, "is_grad_enabled", is_grad_enabled))
+            stack.enter_context(_patched(torch.SymInt, "__repr__", print_size))
+            for name in _OVERRIDE_QUESTIONS:
+                answer = self._without_recorder(getattr(torch.overrides, name))
+                stack.enter_context(_patched(torch.overrides, name, answer))
             stack.enter_context(self._checkpoint_flags_off())
             stack.enter_context(_Operations(self))
             yield
@@ -210,6 +236,25 @@ class _Recorder:
 
     def _is_listening(self) -> bool:
         return not self._suspended and threading.get_ident() == self._thread
+
+    def _is_mine(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def _without_recorder(self, question: Callable[..., bool]) -> Callable[..., bool]:
+        """torch.overrides.has_torch_function as it answers where nothing is recorded; torch's own layers ask whether
+        anything sees their operations, and something does."""
+
+        def answer(*args: Any) -> bool:
+            is_user = not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+            if not self._is_mine() or not is_user or (self._frame is None and self._replay is None):
+                return question(*args)
+            values = args[0] if question.__name__ == "has_torch_function" else args
+            return any(
+                type(value) is not Tensor and getattr(value, "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE
+                for value in values
+            )
+
+        return answer
 
     @property
     def _frame(self) -> Frame | None:
@@ -244,6 +289,7 @@ class _Recorder:
         if before[1] != after[1] or any(now is not then for now, then in zip(after[0], before[0])):
             caller.fail(f"hands {path} a container that {path} writes to")
         with self._suspend(), torch._C.DisableTorchFunction():
+            caller.note_event(self._paths[id(module)], args, kwargs, result)
             result = caller.bind(node, path, result)
             caller.resume()
         if caller.shapes is not None and not has_raised_sizes:
@@ -280,13 +326,14 @@ class _Recorder:
                     args,
                     kwargs,
                     caller=caller,
-                    is_symbolic=self._is_symbolic,
+                    is_symbolic=path not in self._plain,
                     precedents=self._precedents,
                     signature=self._signatures[id(module)],
                 )
             if override is not None:
                 frame.fail("is replaced on the instance, where the class's forward does not run")
             result = self._run(frame, forward, *frame.arguments)
+            self._check(frame, forward, result)
             with torch._C.DisableTorchFunction():
                 unsized = frame.returns_tainted(result)
                 told = frame.tell_caller(caller, result)
@@ -315,6 +362,35 @@ class _Recorder:
         finally:
             self._stack.pop()
 
+    def _check(self, frame: Frame, forward: Callable[..., Any], result: Any) -> None:
+        """Run the forward again as a real call runs it; a graph may stand for it only if it does the same."""
+        with self._suspend(), torch._C.DisableTorchFunction():
+            frame.pause()
+        if frame.opaque is not None:
+            return
+        if not self._is_repeated(frame, forward, result, swaps_copies=False):
+            if frame.is_symbolic and frame.reads_sizes:
+                self.tell_symbols.add(frame.path)
+            frame.fail("does not do in a second run what it did in the first", where=frame.definition)
+        elif not frame.reads_strides and frame.tape.copies_by_layout:
+            frame.reads_strides = not self._is_repeated(frame, forward, result, swaps_copies=True)
+
+    def _is_repeated(self, frame: Frame, forward: Callable[..., Any], result: Any, *, swaps_copies: bool) -> bool:
+        args, kwargs = frame.arguments
+        grad_enabled = torch.is_grad_enabled()
+        self._replay = Replay(frame.tape, swaps_copies=swaps_copies)
+        try:
+            with self._suspend():
+                again = forward(*concrete(args), **concrete(kwargs))
+                with torch._C.DisableTorchFunction():
+                    self._replay.finish(result, again)
+        except (Exception, Diverged):
+            return False
+        finally:
+            self._replay = None
+            torch._C._set_grad_enabled(grad_enabled)
+        return True
+
     def _keep(self, frame: Frame, outcome: Recording | Opaque) -> None:
         path = frame.path
         if isinstance(outcome, Opaque):
@@ -332,6 +408,9 @@ class _Recorder:
 
     def on_operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One torch function that is about to run."""
+        if self._replay is not None and self._is_mine():
+            is_of_sizes = getattr(func, "__name__", "").startswith("sym_")
+            return func(*args, **kwargs) if is_of_sizes else self._replay.take(func, args, kwargs)
         name, target, operands = _normalise(func, args)
         writes = _writes(name, kwargs)
         if writes:
@@ -344,6 +423,9 @@ class _Recorder:
                 self._fail_on_data(self._frame, f"reads {name} of a tensor whose size depends on data")
             elif name in _SYMBOLIC_READS and (shadow := shapes.shadow(args[0])) is not None:
                 size = func(shadow, *args[1:], **kwargs)
+                if self._frame is not None:
+                    self._frame.reads_sizes = True
+                    self._frame.note_event(func, args, kwargs, size)
                 return int(size) if name == "__len__" else size
             elif name == "nbytes":
                 shapes.fix(args)
@@ -369,8 +451,9 @@ class _Recorder:
             node = None if reads else frame.prepare("call_function", target, operands, kwargs)
             try:
                 result = func(*given, **options)
-            except Exception:
+            except Exception as error:
                 frame.withdraw(node)
+                frame.note_event(func, args, kwargs, error=error)
                 if name not in _DATA_READS or not args[0].is_meta:
                     raise
                 # any answer will do: the frame has no graph now, and what its children record is guarded
@@ -384,6 +467,7 @@ class _Recorder:
                     frame.note_kind_read(args[0])
                 if tainted and name in _SIZE_READS:
                     self._fail_on_data(frame, f"reads {name} of a tensor whose size depends on data")
+                frame.note_event(func, args, kwargs, result)
                 return result
             if name in _AUTOGRAD_READS:
                 frame.fail(f"reads {name} of a tensor, which no guard holds")
@@ -395,6 +479,7 @@ class _Recorder:
                 shapes.follow(func, args, kwargs, result)
                 if layouts != [look_outside(tensor) for tensor in written]:
                     shapes.forbid_following()
+            frame.note_event(func, args, kwargs, result)
             result = frame.bind(node, target, result, writes=writes)
         if tainted or _has_sizes_from_data(name, args, kwargs):
             frame.taint(result)
@@ -425,6 +510,7 @@ class _Recorder:
                 frame.shapes.shadow(leaf) is None for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)
             ):
                 frame.shapes.fix((args, kwargs))
+            frame.note_event(target, args, kwargs, result)
             result = frame.bind(node, target, result, writes=True)
         if frame.is_tainted((args, kwargs)):
             frame.taint(result)
@@ -505,6 +591,13 @@ def _has_sizes_from_data(name: str, args: tuple[Any, ...], kwargs: Mapping[str, 
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in pytree.tree_leaves(args[1:]))
     return False
 
+
+MAX_RERUNS = 2
+"""Of a whole forward, in which more and more modules are shown plain numbers."""
+
+_OVERRIDE_QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+_NO_OVERRIDE = torch._C._disabled_torch_function_impl
 
 _STRIDE_READS = frozenset({"stride", "is_contiguous", "storage_offset"})
 
