@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from torch.nn.modules import container, transformer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lpcompile.capture.bystanders import Bystanders, held_objects, restored
+from lpcompile.capture.bystanders import Bystanders, Held, held_objects, restored
 from lpcompile.capture.frame import CHECKPOINT_FLAG, Frame, FunctionCall, is_checkpoint_flag, is_watchable
 from lpcompile.capture.guards import flatten_arguments, with_article
 from lpcompile.capture.install import original_forward
+from lpcompile.capture.outside import Named, Outside
 from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recording import Opaque, Recording, RecordResult
 from lpcompile.capture.replay import Diverged, Replay
@@ -51,8 +53,9 @@ def record(
     leaves, _ = flatten_arguments(args, kwargs)
 
     def run(plain: Container[str]) -> _Recorder:
-        with restored(model, leaves) as bystanders:
-            recorder = _Recorder(model, is_leaf, bystanders, plain, precedents)
+        outside = Outside()
+        with restored(model, leaves, _named(model, is_leaf, outside)) as bystanders:
+            recorder = _Recorder(model, is_leaf, bystanders, plain, precedents, outside)
             with recorder.listening():
                 model(*args, **kwargs)
         return recorder
@@ -79,6 +82,18 @@ def is_builtin_leaf(module: nn.Module) -> bool:
     return owner.startswith("torch.nn.modules.") and owner not in (container.__name__, transformer.__name__)
 
 
+def _named(model: nn.Module, is_leaf: Callable[[nn.Module], bool], outside: Outside) -> list[Named]:
+    """What the forwards of a model, and the functions that its modules hold, name outside."""
+    found: dict[Named, None] = {}
+    for module in model.modules():
+        if is_builtin_leaf(module) or is_leaf(module):
+            continue
+        held = (value for value in vars(module).values() if isinstance(value, (FunctionType, MethodType)))
+        for function in (original_forward(module), *held):
+            found.update(outside.reads(function, type(module)).named)
+    return list(found)
+
+
 class _Recorder:
     """The stack of frames of the running forward, and what the finished ones gave."""
 
@@ -89,11 +104,14 @@ class _Recorder:
         bystanders: Bystanders,
         plain: Container[str],
         precedents: Precedents,
+        outside: Outside,
     ) -> None:
         """`plain` are the paths of modules whose sizes are plain numbers."""
         self.tell_symbols: set[str] = set()
         """Paths of modules whose forward does something else where sizes are plain numbers."""
         self._replay: Replay | None = None
+        self._outside = outside
+        self._held = Held()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
         self._is_leaf = is_leaf
@@ -129,6 +147,7 @@ class _Recorder:
         original_unwrap = torch._functorch.utils.unwrap_dead_wrappers
         original_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
         original_is_grad_enabled = torch.is_grad_enabled
+        original_is_inference_mode_enabled = torch.is_inference_mode_enabled
         original_repr = torch.SymInt.__repr__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +174,11 @@ class _Recorder:
                     return value
                 frame = self._frame
                 # what a property computes shows in the attributes it reads
-                if frame is not None and (name == "__dict__" or name in object.__getattribute__(owner, "__dict__")):
+                if frame is not None and (
+                    name == "__dict__"
+                    or name in object.__getattribute__(owner, "__dict__")
+                    or _is_users(type(owner), name)
+                ):
                     self._suspended = True
                     try:
                         frame.note_read(owner, name, value)
@@ -186,6 +209,11 @@ class _Recorder:
             # a name as good as a number in text: what is made of the text, no condition says
             return original_repr(size) if self._frame is None else repr(int(size))
 
+        def is_inference_mode_enabled() -> bool:
+            if self._frame is not None:
+                self._frame.reads_inference_mode = True
+            return original_is_inference_mode_enabled()
+
         def is_grad_enabled() -> bool:
             if self._frame is not None:
                 self._frame.reads_grad_mode = True
@@ -201,6 +229,8 @@ class _Recorder:
             stack.enter_context(_patched(torch._functorch.utils, "unwrap_dead_wrappers", unwrap))
             stack.enter_context(_patched(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpoint))
             stack.enter_context(_patched(torch, "is_grad_enabled", is_grad_enabled))
+            stack.enter_context(_patched(torch._C, "is_grad_enabled", is_grad_enabled))
+            stack.enter_context(_patched(torch, "is_inference_mode_enabled", is_inference_mode_enabled))
             stack.enter_context(_patched(torch.SymInt, "__repr__", print_size))
             for name in _OVERRIDE_QUESTIONS:
                 answer = self._without_recorder(getattr(torch.overrides, name))
@@ -310,7 +340,8 @@ class _Recorder:
                 return original_call(module, *args, **kwargs), False
         state = vars(module)
         override = state.get("forward")
-        forward = override or original_forward(module)
+        with self._suspend():
+            forward = override or original_forward(module)
         unsized = False
 
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
@@ -329,6 +360,8 @@ class _Recorder:
                     is_symbolic=path not in self._plain,
                     precedents=self._precedents,
                     signature=self._signatures[id(module)],
+                    outside=self._outside,
+                    held=self._held,
                 )
             if override is not None:
                 frame.fail("is replaced on the instance, where the class's forward does not run")
@@ -424,6 +457,7 @@ class _Recorder:
             elif name in _SYMBOLIC_READS and (shadow := shapes.shadow(args[0])) is not None:
                 size = func(shadow, *args[1:], **kwargs)
                 if self._frame is not None:
+                    self._frame.note_size_read(args[0])
                     self._frame.reads_sizes = True
                     self._frame.note_event(func, args, kwargs, size)
                 return int(size) if name == "__len__" else size
@@ -463,6 +497,8 @@ class _Recorder:
                 return answer
             if reads:
                 frame.reads_strides |= name in _STRIDE_READS
+                if name in _SIZE_READS and isinstance(args[0], Tensor):
+                    frame.note_size_read(args[0])
                 if name in _STATIC_READS and isinstance(args[0], Tensor):
                     frame.note_kind_read(args[0])
                 if tainted and name in _SIZE_READS:
@@ -528,6 +564,19 @@ class _Operations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return self._recorder.on_operation(func, args, kwargs or {})
+
+
+def _is_users(cls: type, name: str) -> bool:
+    """Whether the class has a value or a method of this name that a user wrote; what a property computes shows in what
+    it reads."""
+    if name == "forward" or name.startswith("__"):
+        return False
+    for base in cls.__mro__:
+        if name in vars(base):
+            value = vars(base)[name]
+            is_method = isinstance(value, (FunctionType, classmethod, staticmethod))
+            return not base.__module__.startswith("torch.") and (is_method or not hasattr(type(value), "__get__"))
+    return False
 
 
 @contextmanager
