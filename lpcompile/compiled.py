@@ -4,14 +4,13 @@ state_dict.
 
 import copy
 import dataclasses
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lpcompile.capture.calls import Calls
-from lpcompile.capture.graph_code import dumps
+from lpcompile.capture.graph_code import dumps, loads
 from lpcompile.capture.leaves import Leaf, Unreached
 from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_rules import Site
@@ -58,7 +57,7 @@ class Compiled:
         return {**vars(self), "phases": dumps(self.phases), "calls": dumps(self.calls)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, phases=pickle.loads(state["phases"]), calls=pickle.loads(state["calls"]))
+        vars(self).update(state, phases=loads(state["phases"]), calls=loads(state["calls"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         copied = memo[id(self)] = copy.copy(self)

@@ -4,8 +4,11 @@ A live forward draws random numbers, moves batch-norm statistics and may write a
 back; `PythonState` tells which module attributes changed between two points of a forward.
 """
 
+import collections
+import copy
+import pickle
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,42 +17,75 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile.capture.guards import is_plain
+from lpcompile.capture.looks import holders, is_object, moves
+from lpcompile.capture.outside import Named
 
 
 class PythonState:
-    """A shallow copy of the __dict__ of modules, of the containers in it and of plain objects (configurations)."""
+    """A shallow copy of the __dict__ of modules and of whatever can be reached from it: containers, plain objects
+    (configurations) and random generators. Of names outside (globals) the values and what can be reached from them."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], named: Iterable[Named] = ()) -> None:
         self._saved = [_Saved(module) for module in modules]
+        self._named = [(each, each.value()) for each in named]
+        reached = {id(held): held for module in modules for _, held in Held.of(module)}
+        reached.update((id(held), held) for _, value in self._named for held in holders(value))
+        self._contents = [(held, _snapshot(held)) for held in reached.values()]
         self._generators = _Generators()
 
     def restore(self) -> None:
+        for held, content in self._contents:
+            if not _is_same_content(_snapshot(held), content):
+                _refill(held, content)
         for saved in self._saved:
             saved.restore()
+        for each, value in self._named:
+            if each.value() is not value:
+                each.space.put(each.name, value)
         self._generators.restore()
+
+
+class Held:
+    """What can be reached from the attributes of modules, looked up once per value."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Any, list[Any]]] = {}
+
+    @staticmethod
+    def of(module: nn.Module, known: "Held | None" = None) -> Iterator[tuple[str, Any]]:
+        """(attribute, holder) of the containers, plain objects and generators."""
+        found = Held()._found if known is None else known._found
+        for name, value in vars(module).items():
+            if name in FRAMEWORK or type(value) in _PLAIN_KINDS:
+                continue
+            if id(value) not in found:
+                found[id(value)] = value, holders(value)
+            for held in found[id(value)][1]:
+                yield name, held
 
 
 class Watch:
     """What a forward changes on the Python side between two of its calls of children.
 
-    Looked at are the module itself, whatever user's container or configuration it or a descendant holds, and each
-    descendant from the moment that the forward first reads or writes one of its attributes (`add`): to look at all of
-    them at each call would cost the square of a model's depth.
+    Looked at are the module itself, whatever user's container or configuration it or a descendant holds, what the
+    forward names outside (`add_named`), and each descendant from the moment that the forward first reads or writes one
+    of its attributes (`add`): to look at all of them at each call would cost the square of a model's depth.
     """
 
-    def __init__(self, module: nn.Module, subtree: Sequence[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, subtree: Sequence[nn.Module], known: Held | None = None) -> None:
         self._module = module
         self._members = {id(each) for each in subtree}
-        self._held: dict[int, tuple[nn.Module, str, Any]] = {}
+        self._held: dict[int, tuple[nn.Module | None, str, Any]] = {}
+        self._named: dict[Named, Any] = {}
         for each in subtree:
-            for name, value in vars(each).items():
-                if name not in FRAMEWORK and id(value) not in self._held and _content(value) is not None:
-                    self._held[id(value)] = each, name, value
+            for name, held in Held.of(each, known):
+                self._held.setdefault(id(held), (each, name, held))
         self.start()
 
     def start(self) -> None:
         self._touched: dict[int, _Saved] = {}
-        self._contents = [(*held, _content(held[2]).copy()) for held in self._held.values()]
+        self._contents = [(*held, _snapshot(held[2])) for held in self._held.values()]
+        self._named = {named: named.value() for named in self._named}
         self._generators = _Generators()
         self.add(self._module)
 
@@ -58,15 +94,29 @@ class Watch:
         if id(module) not in self._touched and id(module) in self._members:
             self._touched[id(module)] = _Saved(module)
 
-    def first_change(self) -> tuple[nn.Module, str] | None:
-        """The first module whose state differs by now, and the name of the attribute."""
+    def add_named(self, named: Named, value: Any) -> None:
+        """Look at a name outside from now on."""
+        if named in self._named:
+            return
+        self._named[named] = value
+        for held in holders(value):
+            if id(held) not in self._held:
+                self._held[id(held)] = None, str(named), held
+                self._contents.append((None, str(named), held, _snapshot(held)))
+
+    def first_change(self) -> tuple[nn.Module | None, str] | None:
+        """The first module whose state differs by now, and the name of the attribute; or no module and a name
+        outside."""
         for saved in self._touched.values():
             changed = saved.first_change()
             if changed is not None:
                 return saved.module, changed
-        for module, name, holder, content in self._contents:
-            if not _is_same_content(_content(holder), content):
+        for module, name, held, content in self._contents:
+            if not _is_same_content(_snapshot(held), content):
                 return module, name
+        for named, value in self._named.items():
+            if not _is_same(named.value(), value):
+                return None, str(named)
         return None
 
     def has_drawn(self) -> bool:
@@ -75,15 +125,14 @@ class Watch:
 
 
 class _Saved:
-    """A shallow copy of the __dict__ of a module, of the containers in it and of plain objects."""
+    """A shallow copy of the __dict__ of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._entries = dict(vars(module))
-        self._contents = [
-            (name, value, content.copy())
-            for name, value in self._entries.items()
-            if (content := _content(value)) is not None
+        self._contents = [(name, value, value.copy()) for name, value in self._entries.items() if type(value) in _OWN]
+        self._iterators = [
+            (name, copied) for name, value in self._entries.items() if (copied := _copied_iterator(value))
         ]
 
     def first_change(self) -> str | None:
@@ -93,14 +142,17 @@ class _Saved:
             if name not in now or name not in self._entries or not _is_same(now[name], self._entries[name]):
                 return name
         for name, holder, saved in self._contents:
-            if not _is_same_content(_content(holder), saved):
+            if not _is_same_content(holder, saved):
                 return name
         return None
 
     def restore(self) -> None:
         for _, holder, saved in self._contents:
-            if not _is_same_content(_content(holder), saved):
+            if not _is_same_content(holder, saved):
                 _refill(holder, saved)
+        for name, (iterator, state) in self._iterators:
+            if iterator.__reduce__() != state.__reduce__():
+                self._entries[name] = state
         if not _is_same_content(vars(self.module), self._entries):
             vars(self.module).clear()
             vars(self.module).update(self._entries)
@@ -130,8 +182,8 @@ class Bystanders:
     first operation that writes to its storage, since copying all of them would double the memory of the model.
     """
 
-    def __init__(self, model: nn.Module, arguments: Sequence[object]) -> None:
-        self._python = PythonState(list(model.modules()))
+    def __init__(self, model: nn.Module, arguments: Sequence[object], named: Iterable[Named] = ()) -> None:
+        self._python = PythonState(list(model.modules()), named)
         tensors = [*model.buffers(), *(leaf for leaf in arguments if isinstance(leaf, Tensor))]
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
         self._grads = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -167,10 +219,10 @@ class Bystanders:
 
 
 @contextmanager
-def restored(model: nn.Module, arguments: Sequence[object]) -> Iterator[Bystanders]:
+def restored(model: nn.Module, arguments: Sequence[object], named: Iterable[Named] = ()) -> Iterator[Bystanders]:
     """Run a block and put the bystanders and grad mode back, whether or not it raised."""
     grad_enabled = torch.is_grad_enabled()
-    bystanders = Bystanders(model, arguments)
+    bystanders = Bystanders(model, arguments, named)
     try:
         yield bystanders
     finally:
@@ -183,32 +235,80 @@ def _position(state: Any) -> tuple[Any, ...]:
 
 
 def held_objects(module: nn.Module) -> dict[str, Any]:
-    """The plain objects (configurations) among the attributes of a module."""
-    held = {name: value for name, value in vars(module).items() if not isinstance(value, (dict, list, set))}
-    return {name: value for name, value in held.items() if _content(value) is not None}
+    """The plain objects (configurations) among the attributes of a module and of such objects, by dotted path."""
+    found: dict[str, Any] = {}
+
+    def visit(owner: Any, prefix: str, depth: int) -> None:
+        for name, value in vars(owner).items():
+            if type(value) in _PLAIN_KINDS or type(value) in _OWN or isinstance(value, (dict, list, set)):
+                continue
+            if is_object(value) and not callable(value) and not moves(value) and (prefix or name not in FRAMEWORK):
+                found[prefix + name] = value
+                if depth:
+                    visit(value, f"{prefix}{name}.", depth - 1)
+
+    visit(module, "", 2)
+    return found
 
 
-def _content(value: Any) -> Any:
-    kind = type(value)
-    if kind in _PLAIN_KINDS:
+class _State:
+    """The state of a random generator; equal by its bytes."""
+
+    def __init__(self, value: Any, content: bytes | None = None) -> None:
+        self.value = value
+        self.content = pickle.dumps(value) if content is None else content
+
+
+def _snapshot(held: Any) -> Any:
+    """A shallow copy of what a holder holds, or the state of a generator."""
+    if isinstance(held, dict):
+        return dict(held)
+    if isinstance(held, (list, collections.deque)):
+        return list(held)
+    if isinstance(held, set):
+        return set(held)
+    if isinstance(held, torch.Generator):
+        return _State(held.get_state(), held.get_state().numpy().tobytes())
+    if isinstance(held, np.random.Generator):
+        return _State(held.bit_generator.state)
+    if isinstance(held, random.Random):
+        return _State(held.getstate())
+    if isinstance(held, np.random.RandomState):
+        return _State(held.get_state(legacy=True))
+    return dict(vars(held)) if is_object(held) and not moves(held) else []
+
+
+def _refill(held: Any, content: Any) -> None:
+    if isinstance(held, list):
+        held[:] = content
+    elif isinstance(held, collections.deque):
+        held.clear()
+        held.extend(content)
+    elif isinstance(held, (torch.Generator, np.random.RandomState)):
+        held.set_state(content.value)
+    elif isinstance(held, random.Random):
+        held.setstate(content.value)
+    elif isinstance(held, np.random.Generator):
+        held.bit_generator.state = content.value
+    else:
+        target = held if isinstance(held, (dict, set)) else vars(held)
+        target.clear()
+        target.update(content)
+
+
+def _copied_iterator(value: Any) -> tuple[Any, Any] | None:
+    """An iterator and its copy, where there can be one."""
+    if not hasattr(type(value), "__next__") or isinstance(value, nn.Module):
         return None
-    if kind in _CONTAINERS or isinstance(value, (dict, list, set)):
-        return value
-    if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or kind.__module__.startswith("torch."):
+    try:
+        return value, copy.copy(value)
+    except TypeError:
         return None
-    return getattr(value, "__dict__", None)
-
-
-def _refill(holder: Any, saved: Any) -> None:
-    if isinstance(holder, list):
-        holder[:] = saved
-        return
-    target = holder if isinstance(holder, (dict, set)) else vars(holder)
-    target.clear()
-    target.update(saved)
 
 
 def _is_same_content(now: Any, before: Any) -> bool:
+    if isinstance(before, _State):
+        return bool(now.content == before.content)
     if len(now) != len(before):
         return False
     if isinstance(before, dict):
@@ -233,6 +333,6 @@ def _storage(tensor: Tensor) -> int | None:
 FRAMEWORK = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
-_CONTAINERS = frozenset({dict, list, set})
+_OWN = frozenset({dict, list, set, collections.OrderedDict})
 
-_PLAIN_KINDS = frozenset({type(None), bool, int, float, str, tuple})
+_PLAIN_KINDS = frozenset({type(None), bool, int, float, str})

@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from lpcompile.capture.bystanders import FRAMEWORK, Watch, held_objects
+from lpcompile.capture.bystanders import FRAMEWORK, Held, Watch, held_objects
 from lpcompile.capture.graph_code import compile_graph, is_same_graph
 from lpcompile.capture.guards import (
     Fact,
@@ -34,8 +34,11 @@ from lpcompile.capture.guards import (
     plain_copy,
     with_article,
 )
+from lpcompile.capture.looks import Unseen, look_at
+from lpcompile.capture.outside import Named, Outside
 from lpcompile.capture.precedents import Precedent, Precedents
 from lpcompile.capture.recording import LostProduct, Opaque, Recording
+from lpcompile.capture.replay import Tape
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete, hint
 from passes.ir.gemm_nodes import is_gemm, read_gemm
@@ -74,17 +77,23 @@ class Frame:
         is_symbolic: bool = True,
         precedents: Precedents | None = None,
         signature: int | None = None,
+        outside: Outside | None = None,
+        held: Held | None = None,
     ) -> None:
         """Arguments that are sizes become sizes of this call: run the forward on `arguments`. `signature` is the
         module's, for finding a call in `precedents` to follow."""
         self.module, self.path = module, path
         self.opaque: Opaque | None = None
         self.reads_data = False
+        self.reads_sizes = False
         self.reads_strides = False
         self.reads_grad_mode = False
+        self.reads_inference_mode = False
         self.switches_grad_mode = False
         self.writes: dict[tuple[int, str], str] = {}
         """Where an attribute was last set: (id of the module, attribute) -> file:line."""
+        self.tape = Tape()
+        self.is_symbolic = is_symbolic
         self._products: list[LostProduct] = []
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
@@ -99,6 +108,12 @@ class Frame:
         self._training = module.training
         self._autocast = autocast_state()
         self._attributes: dict[str, ValueFact] = {}
+        self._looks: dict[str, Any] = {}
+        self._named: dict[Named, Any] = {}
+        self._outside = outside or Outside()
+        self._default_dtype = torch.get_default_dtype()
+        self._inference_mode = torch.is_inference_mode_enabled()
+        self._reads_made_sizes = False
         self._held = {id(held): name for name, held in held_objects(module).items()}
         self._subtree = list(module.modules())
         leaves, self._in_spec = flatten_arguments(args, kwargs)
@@ -115,7 +130,8 @@ class Frame:
             self.arguments = pytree.tree_unflatten(self._leaves, self._in_spec)
         self._names = _leaf_names(forward, args, kwargs)
         self._facts = argument_facts(self._leaves)
-        self._watch = Watch(module, self._subtree)
+        self._watch = Watch(module, self._subtree, held)
+        self._follow(forward)
         self._note_unwatched()
         self._add_placeholders()
 
@@ -136,6 +152,7 @@ class Frame:
         """End the graph. The first reason counts."""
         if self.opaque is None:
             self.opaque = Opaque(reason, where or self._line())
+            self.tape = Tape()
 
     def note_product(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A function runs that may multiply matrices. If the frame ends without a graph, it is lost, and told."""
@@ -154,6 +171,19 @@ class Frame:
         gemm = read_gemm(scratch.call_function(function, *operands))
         if gemm is not None:
             self._products.append(LostProduct(gemm, self._line()))
+
+    def note_event(
+        self,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any = None,
+        *,
+        error: Exception | None = None,
+    ) -> None:
+        """An operation or a child gave `result` or raised, which a second run must find again."""
+        if self.opaque is None:
+            self.tape.add(target, args, kwargs, result, error)
 
     def prepare(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Node | None:
         """The node of an operation that is about to run; None once the frame has failed."""
@@ -210,17 +240,62 @@ class Frame:
         self.touch(owner)
         if name == "__dict__":
             return
-        copied = plain_copy(value)
-        if copied is None and value is not None:
-            return
         if owner is self.module:
             path = "" if name not in FRAMEWORK and not is_checkpoint_flag(owner, name) else None
         elif isinstance(owner, nn.Module):
             path = self.child_path(owner) if name == "training" or name not in FRAMEWORK else None
         else:
             path = self._held.get(id(owner))
-        if path is not None:
-            self._attributes.setdefault(f"{path}.{name}" if path else name, ValueFact(type(value), copied))
+        if path is None or self.opaque is not None:
+            return
+        path = f"{path}.{name}" if path else name
+        copied = plain_copy(value)
+        if copied is not None or value is None:
+            self._attributes.setdefault(path, ValueFact(type(value), copied))
+        elif not isinstance(value, (Tensor, nn.Module)) and id(value) not in self._held and path not in self._looks:
+            try:
+                self._looks[path] = look_at(value)
+            except Unseen as reason:
+                self.fail(f"reads the attribute {path}, {reason}")
+            if callable(value):
+                self._follow(value)
+
+    def note_size_read(self, tensor: Tensor) -> None:
+        """The forward read the size of a tensor. Of an argument it is in the guard, of a parameter it is its own, and
+        of what was made it may be that of any parameter used."""
+        if self.opaque is not None or any(tensor is leaf for leaf in self._leaves):
+            return
+        path = self._own_path(tensor)
+        if path is None:
+            self._reads_made_sizes = True
+        else:
+            self._looks.setdefault(f"{path}.shape", look_at(tensor.shape))
+
+    def _follow(self, function: Callable[..., Any]) -> None:
+        """What the function names outside of its arguments counts as read."""
+        reads = self._outside.reads(function, type(self.module))
+        self.reads_grad_mode |= reads.grad_mode
+        if reads.refusal is not None:
+            self.fail(reads.refusal, where=self.definition)
+        for named in reads.named:
+            if self.opaque is None and named not in self._named:
+                value = named.value()
+                self._watch.add_named(named, value)
+                try:
+                    self._named[named] = look_at(value)
+                except Unseen as reason:
+                    self.fail(f"reads {named}, {reason}", where=self.definition)
+
+    def _note_shapes(self) -> None:
+        """The shapes of the parameters that the graph uses, where the forward read a size that follows from them."""
+        for node in self._graph.nodes:
+            if node.op == "get_attr":
+                tensor = operator.attrgetter(node.target)(self.module)
+                self._looks.setdefault(f"{node.target}.shape", look_at(tensor.shape))
+            elif node.op == "call_module":
+                for name, parameter in self.module.get_submodule(node.target)._parameters.items():
+                    if parameter is not None:
+                        self._looks.setdefault(f"{node.target}.{name}.shape", look_at(parameter.shape))
 
     def note_kind_read(self, tensor: Tensor) -> None:
         """The forward read dtype or device of a tensor. Those of an argument are in the guard; those of a parameter
@@ -261,6 +336,9 @@ class Frame:
         change = self._watch.first_change()
         if change is not None:
             owner, name = change
+            if owner is None:
+                self.fail(f"changes {name}, which it names", where=self.definition)
+                return
             path = self.child_path(owner)
             label = f"{path}.{name}" if path else name
             self.fail(f"changes the attribute {label}", where=self._written_at(owner, name))
@@ -285,6 +363,7 @@ class Frame:
         recording = self._seal(result) if self.opaque is None else None
         self._nodes.clear()
         self._kept.clear()
+        self.tape = Tape()
         self._leaves = []
         self.arguments = ((), {})
         if recording is None:
@@ -342,6 +421,8 @@ class Frame:
     def _guard(self) -> Guard:
         if self.reads_strides and self._shapes is not None:
             self._shapes.fix_arguments()
+        if self._reads_made_sizes:
+            self._note_shapes()
         sizes, conditions = ({}, ()) if self._shapes is None else self._shapes.facts()
         facts = tuple(self._fact(fact, sizes.get(index)) for index, fact in enumerate(self._facts))
         return Guard(
@@ -353,6 +434,10 @@ class Frame:
             autocast=self._autocast,
             attributes=tuple(self._attributes.items()),
             conditions=conditions,
+            looks=tuple(self._looks.items()),
+            outside=tuple(self._named.items()),
+            default_dtype=self._default_dtype,
+            inference_mode=self._inference_mode if self.reads_inference_mode else None,
         )
 
     def _fact(self, fact: Fact, sizes: tuple[int | str, ...] | None) -> Fact:
@@ -476,6 +561,7 @@ class Frame:
             if id(value) in self._nodes and not writes:
                 with torch.enable_grad(), torch._C.DisableTorchFunction():
                     alias = value.view_as(value)
+                self.tape.add_alias(alias, value)
                 if self.shapes is not None:
                     self.shapes.add_alias(alias, value)
                 value = alias

@@ -7,6 +7,7 @@ The module is an argument and not captured, so a copied model calls its own chil
 import importlib
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,10 +62,17 @@ class GraphCode:
 
 
 def dumps(value: object) -> bytes:
-    """Pickle in which graphs, wherever they are, are rows as in a GraphCode; `pickle.loads` reads it."""
+    """Pickle in which graphs, wherever they are, are rows as in a GraphCode; `loads` reads it."""
     file = io.BytesIO()
     _Pickler(file).dump(value)
     return file.getvalue()
+
+
+def loads(held: bytes) -> Any:
+    """What `dumps` wrote. torch warns of the class of its own specs of arguments, which nobody here can help."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        return pickle.loads(held)
 
 
 class _Pickler(pickle.Pickler):
@@ -152,7 +160,7 @@ def _to_rows(graph: fx.Graph) -> list[_Row]:
 
 
 def _load(graph: bytes, switches_grad_mode: bool) -> GraphCode:
-    return GraphCode(pickle.loads(graph), switches_grad_mode=switches_grad_mode)
+    return GraphCode(loads(graph), switches_grad_mode=switches_grad_mode)
 
 
 def _load_graph(rows: list[_Row]) -> fx.Graph:

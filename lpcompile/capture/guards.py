@@ -8,15 +8,21 @@ why.
 
 import functools
 import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
+
+from lpcompile.capture.looks import PLAIN, Unseen, look_at
+from lpcompile.capture.outside import Named
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,15 @@ class Guard:
     `config.use_cache`, `wte.weight.dtype`): a schedule or a user may change them between steps."""
     conditions: tuple[str, ...] = ()
     """On the named sizes, as Python source: `s1 > 8`, `s0*s1 == s2`."""
+    looks: tuple[tuple[str, Any], ...] = ()
+    """Attributes that are not plain, as dotted paths, and what was seen of them (looks.py): functions, methods, objects
+    in containers, the shapes of parameters. Not compared under torch.compile, nor is what follows."""
+    outside: tuple[tuple[Named, Any], ...] = ()
+    """Globals and the like that the forward's code names (outside.py), and what was seen of them."""
+    default_dtype: torch.dtype | None = None
+    """None: any."""
+    inference_mode: bool | None = None
+    """None: the forward did not read it."""
     is_forward_only: bool = False
     """The graph has no carriers of the gradient, and holds only where grad mode is off."""
     unhooked: tuple[str, ...] = ()
@@ -79,6 +94,8 @@ class Guard:
     _plan: Any = field(init=False, repr=False, compare=False)
     _rows: Any = field(init=False, repr=False, compare=False)
     _attribute_rows: Any = field(init=False, repr=False, compare=False)
+    _look_rows: Any = field(init=False, repr=False, compare=False)
+    _outside_rows: Any = field(init=False, repr=False, compare=False)
     _unhooked_rows: Any = field(init=False, repr=False, compare=False)
     _broken_size: Any = field(init=False, repr=False, compare=False)
 
@@ -90,14 +107,22 @@ class Guard:
         object.__setattr__(
             self, "_attribute_rows", tuple((tuple(steps), name, f.value, f.kind) for (*steps, name), f in paths)
         )
+        looks = [(path.split("."), look) for path, look in self.looks]
+        object.__setattr__(
+            self, "_look_rows", tuple((tuple(steps), name, _atom(look), look) for (*steps, name), look in looks)
+        )
+        object.__setattr__(self, "_outside_rows", tuple((named, _atom(look), look) for named, look in self.outside))
         object.__setattr__(self, "_unhooked_rows", tuple((path, path.split(".")) for path in self.unhooked))
         sizes = tuple(None if isinstance(fact, ValueFact) else _sizes(fact) for fact in self.leaves)
         object.__setattr__(self, "_broken_size", _compile_sizes(sizes, self.conditions))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the compiled rows are no state: made again on loading
-        values = (getattr(self, f.name) for f in fields(self) if f.init)
-        return Guard, tuple(values)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        values["looks"] = tuple((path, _kept(look)) for path, look in self.looks)
+        # a closure is made again from its code
+        values["outside"] = tuple((named, _kept(look)) for named, look in self.outside if not named.space.is_cell)
+        return Guard, tuple(values.values())
 
     def check(self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
         """None when the graph holds for this call, else one short sentence."""
@@ -117,7 +142,14 @@ class Guard:
         for device_type, dtype in self.autocast:
             if autocast_dtype(device_type) is not dtype:
                 return f"autocast on {device_type} is {autocast_dtype(device_type)}, recorded {dtype}"
+        if self.default_dtype is not None and torch.get_default_dtype() is not self.default_dtype:
+            return f"the default dtype is {torch.get_default_dtype()}, recorded {self.default_dtype}"
+        if self.inference_mode is not None and torch.is_inference_mode_enabled() is not self.inference_mode:
+            return f"inference mode is {torch.is_inference_mode_enabled()}, recorded {self.inference_mode}"
         if self._attribute_rows and (differing := self.differing_attribute(module)) is not None:
+            return differing
+        has_looks = (self._look_rows or self._outside_rows) and not torch.compiler.is_compiling()
+        if has_looks and (differing := self._differing_look(module)) is not None:
             return differing
         if self._unhooked_rows and (hooked := self._hooked(module)) is not None:
             return hooked
@@ -135,6 +167,23 @@ class Guard:
             now = getattr(owner, name, None)
             if now is not value and (type(now) is not kind or now != value):
                 return f"attribute {'.'.join((*steps, name))} is {_describe(now)}, recorded {value!r}"
+        return None
+
+    def _differing_look(self, module: nn.Module) -> str | None:
+        """What differs among the attributes that are not plain and the names outside, if anything."""
+        for steps, name, atom, look in self._look_rows:
+            owner: Any = module
+            for step in steps:
+                owner = getattr(owner, step, None)
+            now = getattr(owner, name, None)
+            if now is atom or getattr(now, "__func__", _NO_FUNCTION) is atom or (name == "shape" and now == _SHARDED):
+                continue
+            if not _looks(now, look):
+                return f"attribute {'.'.join((*steps, name))} is {_describe(now)}, not what was recorded"
+        for named, atom, look in self._outside_rows:
+            now = named.value()
+            if now is not atom and not _looks(now, look):
+                return f"{named} is {_describe(now)}, not what was recorded"
         return None
 
     def _hooked(self, module: nn.Module) -> str | None:
@@ -199,7 +248,7 @@ class Guard:
 
 def is_plain(value: object) -> bool:
     """A value that can stand in a graph as a constant and in a guard as an equality."""
-    return type(value) in _PLAIN or isinstance(value, Enum)
+    return type(value) in PLAIN or isinstance(value, Enum)
 
 
 def is_container(value: object) -> bool:
@@ -210,9 +259,9 @@ def is_container(value: object) -> bool:
 
 def plain_copy(value: object) -> object | None:
     """A plain value, or a copy of a container of plain values; None for whatever else (and for None)."""
-    if is_plain(value):
+    if is_plain(value) or isinstance(value, (np.generic, int, float, str)):
         return value
-    if isinstance(value, dict) and type(value) is dict:
+    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
         items = {key: plain_copy(item) for key, item in value.items()}
         return items if all(copied is not None or value[key] is None for key, copied in items.items()) else None
     if type(value) in (list, tuple, set, frozenset):
@@ -340,6 +389,39 @@ def _collect(plan: tuple[Any, ...] | None, value: Any, leaves: list[Any]) -> boo
     return True
 
 
+def _atom(look: Any) -> Any:
+    """The object that alone has this look, if it says so by itself."""
+    if isinstance(look, (FunctionType, BuiltinFunctionType)):
+        return look
+    if isinstance(look, tuple) and len(look) == 2 and (look[0] == "method" or look[0] in _ATOMS):
+        return look[1]
+    return _NO_ATOM
+
+
+def _looks(now: Any, look: Any) -> bool:
+    try:
+        return bool(look_at(now) == look)
+    except Unseen:
+        return False
+
+
+class _Lost:
+    """What was seen, and could not be pickled: nothing looks like it."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = object.__hash__
+
+
+def _kept(look: Any) -> Any:
+    try:
+        pickle.dumps(look)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return _Lost()
+    return look
+
+
 def _describe(value: object) -> str:
     return repr(value) if plain_copy(value) is not None or value is None else with_article(value)
 
@@ -348,22 +430,11 @@ _CONTAINERS = frozenset({tuple, list, dict})
 
 _GLOBAL_HOOKS = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 
-_PLAIN = frozenset(
-    {
-        type(None),
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        type(...),
-        slice,
-        range,
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        torch.Size,
-    }
-)
+_ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype})
+
+_NO_ATOM = object()
+
+_NO_FUNCTION = object()
+
+_SHARDED = torch.Size([0])
+"""The shape of a parameter that an engine (ZeRO-3) holds elsewhere until it is used."""

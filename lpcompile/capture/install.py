@@ -7,7 +7,6 @@ class is made (gradient checkpointing) and look at its signature.
 
 import copy
 import functools
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
@@ -18,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lpcompile.capture.children import MARK, Children
-from lpcompile.capture.graph_code import GraphCode, dumps
+from lpcompile.capture.graph_code import GraphCode, dumps, loads
 from lpcompile.capture.guards import Guard
 from lpcompile.capture.recording import Recording
 
@@ -158,7 +157,7 @@ def captured_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _load_variant(held: bytes, children: Children) -> Variant:
-    guard, code, out_spec = pickle.loads(held)
+    guard, code, out_spec = loads(held)
     return Variant(guard, code, out_spec, children)
 
 

@@ -10,9 +10,11 @@ data are ones. Children stay calls of the child, so weights, hooks and wrappers 
 forward a graph cannot stand for is named with the reason and the line.
 """
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,12 +24,14 @@ from torch.nn.modules import container, transformer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lpcompile.capture.bystanders import Bystanders, held_objects, restored
+from lpcompile.capture.bystanders import Bystanders, Held, held_objects, restored
 from lpcompile.capture.frame import CHECKPOINT_FLAG, Frame, FunctionCall, is_checkpoint_flag, is_watchable
 from lpcompile.capture.guards import flatten_arguments, with_article
 from lpcompile.capture.install import original_forward
+from lpcompile.capture.outside import Named, Outside
 from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recording import Opaque, Recording, RecordResult
+from lpcompile.capture.replay import Diverged, Replay
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete
 
@@ -48,18 +52,26 @@ def record(
     precedents = Precedents() if precedents is None else precedents
     leaves, _ = flatten_arguments(args, kwargs)
 
-    def run(is_symbolic: bool) -> RecordResult:
-        with restored(model, leaves) as bystanders:
-            recorder = _Recorder(model, is_leaf, bystanders, is_symbolic, precedents)
+    def run(plain: Container[str]) -> _Recorder:
+        outside = Outside()
+        with restored(model, leaves, _named(model, is_leaf, outside)) as bystanders:
+            recorder = _Recorder(model, is_leaf, bystanders, plain, precedents, outside)
             with recorder.listening():
                 model(*args, **kwargs)
-        return recorder.result()
+        return recorder
 
     try:
-        return run(is_symbolic=True)
+        recorder = run(())
+        plain: frozenset[str] = frozenset()
+        for _ in range(MAX_RERUNS):
+            if recorder.tell_symbols <= plain:
+                break
+            plain |= recorder.tell_symbols
+            recorder = run(plain)
     except Exception:
         # a forward that cannot bear a torch.SymInt for a size; if it is not that, the same error comes again
-        return run(is_symbolic=False)
+        recorder = run({path for path, _ in model.named_modules()})
+    return recorder.result()
 
 
 def is_builtin_leaf(module: nn.Module) -> bool:
@@ -70,6 +82,18 @@ def is_builtin_leaf(module: nn.Module) -> bool:
     return owner.startswith("torch.nn.modules.") and owner not in (container.__name__, transformer.__name__)
 
 
+def _named(model: nn.Module, is_leaf: Callable[[nn.Module], bool], outside: Outside) -> list[Named]:
+    """What the forwards of a model, and the functions that its modules hold, name outside."""
+    found: dict[Named, None] = {}
+    for module in model.modules():
+        if is_builtin_leaf(module) or is_leaf(module):
+            continue
+        held = (value for value in vars(module).values() if isinstance(value, (FunctionType, MethodType)))
+        for function in (original_forward(module), *held):
+            found.update(outside.reads(function, type(module)).named)
+    return list(found)
+
+
 class _Recorder:
     """The stack of frames of the running forward, and what the finished ones gave."""
 
@@ -78,14 +102,21 @@ class _Recorder:
         model: nn.Module,
         is_leaf: Callable[[nn.Module], bool],
         bystanders: Bystanders,
-        is_symbolic: bool,
+        plain: Container[str],
         precedents: Precedents,
+        outside: Outside,
     ) -> None:
+        """`plain` are the paths of modules whose sizes are plain numbers."""
+        self.tell_symbols: set[str] = set()
+        """Paths of modules whose forward does something else where sizes are plain numbers."""
+        self._replay: Replay | None = None
+        self._outside = outside
+        self._held = Held()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
         self._is_leaf = is_leaf
         self._bystanders = bystanders
-        self._is_symbolic = is_symbolic
+        self._plain = plain
         self._precedents = precedents
         self._signatures = precedents.signatures(model)
         self._stack: list[Frame] = []
@@ -116,10 +147,14 @@ class _Recorder:
         original_unwrap = torch._functorch.utils.unwrap_dead_wrappers
         original_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
         original_is_grad_enabled = torch.is_grad_enabled
+        original_is_inference_mode_enabled = torch.is_inference_mode_enabled
+        original_repr = torch.SymInt.__repr__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if id(module) in self._paths:
                 self._reached.add(self._paths[id(module)])
+                if self._replay is not None and self._is_mine():
+                    return self._replay.take(self._paths[id(module)], args, kwargs)
             if not self._is_listening():
                 return original_call(module, *args, **kwargs)
             return self._on_call(original_call, module, args, kwargs)
@@ -139,7 +174,11 @@ class _Recorder:
                     return value
                 frame = self._frame
                 # what a property computes shows in the attributes it reads
-                if frame is not None and (name == "__dict__" or name in object.__getattribute__(owner, "__dict__")):
+                if frame is not None and (
+                    name == "__dict__"
+                    or name in object.__getattribute__(owner, "__dict__")
+                    or _is_users(type(owner), name)
+                ):
                     self._suspended = True
                     try:
                         frame.note_read(owner, name, value)
@@ -151,6 +190,8 @@ class _Recorder:
 
         def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
             run = original_apply.__get__(None, cls)
+            if self._replay is not None and self._is_mine():
+                return self._replay.take(FunctionCall(cls), args, kwargs)
             return self._on_function(run, cls, args, kwargs) if self._frame is not None else run(*args, **kwargs)
 
         def unwrap(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -163,6 +204,15 @@ class _Recorder:
             if self._frame is not None:
                 self._frame.fail("checkpoints a part of itself, which a graph would not recompute")
             return original_checkpoint(*args, **kwargs)
+
+        def print_size(size: torch.SymInt) -> str:
+            # a name as good as a number in text: what is made of the text, no condition says
+            return original_repr(size) if self._frame is None else repr(int(size))
+
+        def is_inference_mode_enabled() -> bool:
+            if self._frame is not None:
+                self._frame.reads_inference_mode = True
+            return original_is_inference_mode_enabled()
 
         def is_grad_enabled() -> bool:
             if self._frame is not None:
@@ -179,6 +229,12 @@ class _Recorder:
             stack.enter_context(_patched(torch._functorch.utils, "unwrap_dead_wrappers", unwrap))
             stack.enter_context(_patched(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpoint))
             stack.enter_context(_patched(torch, "is_grad_enabled", is_grad_enabled))
+            stack.enter_context(_patched(torch._C, "is_grad_enabled", is_grad_enabled))
+            stack.enter_context(_patched(torch, "is_inference_mode_enabled", is_inference_mode_enabled))
+            stack.enter_context(_patched(torch.SymInt, "__repr__", print_size))
+            for name in _OVERRIDE_QUESTIONS:
+                answer = self._without_recorder(getattr(torch.overrides, name))
+                stack.enter_context(_patched(torch.overrides, name, answer))
             stack.enter_context(self._checkpoint_flags_off())
             stack.enter_context(_Operations(self))
             yield
@@ -210,6 +266,25 @@ class _Recorder:
 
     def _is_listening(self) -> bool:
         return not self._suspended and threading.get_ident() == self._thread
+
+    def _is_mine(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def _without_recorder(self, question: Callable[..., bool]) -> Callable[..., bool]:
+        """torch.overrides.has_torch_function as it answers where nothing is recorded; torch's own layers ask whether
+        anything sees their operations, and something does."""
+
+        def answer(*args: Any) -> bool:
+            is_user = not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+            if not self._is_mine() or not is_user or (self._frame is None and self._replay is None):
+                return question(*args)
+            values = args[0] if question.__name__ == "has_torch_function" else args
+            return any(
+                type(value) is not Tensor and getattr(value, "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE
+                for value in values
+            )
+
+        return answer
 
     @property
     def _frame(self) -> Frame | None:
@@ -244,6 +319,7 @@ class _Recorder:
         if before[1] != after[1] or any(now is not then for now, then in zip(after[0], before[0])):
             caller.fail(f"hands {path} a container that {path} writes to")
         with self._suspend(), torch._C.DisableTorchFunction():
+            caller.note_event(self._paths[id(module)], args, kwargs, result)
             result = caller.bind(node, path, result)
             caller.resume()
         if caller.shapes is not None and not has_raised_sizes:
@@ -264,7 +340,8 @@ class _Recorder:
                 return original_call(module, *args, **kwargs), False
         state = vars(module)
         override = state.get("forward")
-        forward = override or original_forward(module)
+        with self._suspend():
+            forward = override or original_forward(module)
         unsized = False
 
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
@@ -280,13 +357,16 @@ class _Recorder:
                     args,
                     kwargs,
                     caller=caller,
-                    is_symbolic=self._is_symbolic,
+                    is_symbolic=path not in self._plain,
                     precedents=self._precedents,
                     signature=self._signatures[id(module)],
+                    outside=self._outside,
+                    held=self._held,
                 )
             if override is not None:
                 frame.fail("is replaced on the instance, where the class's forward does not run")
             result = self._run(frame, forward, *frame.arguments)
+            self._check(frame, forward, result)
             with torch._C.DisableTorchFunction():
                 unsized = frame.returns_tainted(result)
                 told = frame.tell_caller(caller, result)
@@ -315,6 +395,35 @@ class _Recorder:
         finally:
             self._stack.pop()
 
+    def _check(self, frame: Frame, forward: Callable[..., Any], result: Any) -> None:
+        """Run the forward again as a real call runs it; a graph may stand for it only if it does the same."""
+        with self._suspend(), torch._C.DisableTorchFunction():
+            frame.pause()
+        if frame.opaque is not None:
+            return
+        if not self._is_repeated(frame, forward, result, swaps_copies=False):
+            if frame.is_symbolic and frame.reads_sizes:
+                self.tell_symbols.add(frame.path)
+            frame.fail("does not do in a second run what it did in the first", where=frame.definition)
+        elif not frame.reads_strides and frame.tape.copies_by_layout:
+            frame.reads_strides = not self._is_repeated(frame, forward, result, swaps_copies=True)
+
+    def _is_repeated(self, frame: Frame, forward: Callable[..., Any], result: Any, *, swaps_copies: bool) -> bool:
+        args, kwargs = frame.arguments
+        grad_enabled = torch.is_grad_enabled()
+        self._replay = Replay(frame.tape, swaps_copies=swaps_copies)
+        try:
+            with self._suspend():
+                again = forward(*concrete(args), **concrete(kwargs))
+                with torch._C.DisableTorchFunction():
+                    self._replay.finish(result, again)
+        except (Exception, Diverged):
+            return False
+        finally:
+            self._replay = None
+            torch._C._set_grad_enabled(grad_enabled)
+        return True
+
     def _keep(self, frame: Frame, outcome: Recording | Opaque) -> None:
         path = frame.path
         if isinstance(outcome, Opaque):
@@ -332,6 +441,9 @@ class _Recorder:
 
     def on_operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One torch function that is about to run."""
+        if self._replay is not None and self._is_mine():
+            is_of_sizes = getattr(func, "__name__", "").startswith("sym_")
+            return func(*args, **kwargs) if is_of_sizes else self._replay.take(func, args, kwargs)
         name, target, operands = _normalise(func, args)
         writes = _writes(name, kwargs)
         if writes:
@@ -344,6 +456,10 @@ class _Recorder:
                 self._fail_on_data(self._frame, f"reads {name} of a tensor whose size depends on data")
             elif name in _SYMBOLIC_READS and (shadow := shapes.shadow(args[0])) is not None:
                 size = func(shadow, *args[1:], **kwargs)
+                if self._frame is not None:
+                    self._frame.note_size_read(args[0])
+                    self._frame.reads_sizes = True
+                    self._frame.note_event(func, args, kwargs, size)
                 return int(size) if name == "__len__" else size
             elif name == "nbytes":
                 shapes.fix(args)
@@ -369,8 +485,9 @@ class _Recorder:
             node = None if reads else frame.prepare("call_function", target, operands, kwargs)
             try:
                 result = func(*given, **options)
-            except Exception:
+            except Exception as error:
                 frame.withdraw(node)
+                frame.note_event(func, args, kwargs, error=error)
                 if name not in _DATA_READS or not args[0].is_meta:
                     raise
                 # any answer will do: the frame has no graph now, and what its children record is guarded
@@ -380,10 +497,13 @@ class _Recorder:
                 return answer
             if reads:
                 frame.reads_strides |= name in _STRIDE_READS
+                if name in _SIZE_READS and isinstance(args[0], Tensor):
+                    frame.note_size_read(args[0])
                 if name in _STATIC_READS and isinstance(args[0], Tensor):
                     frame.note_kind_read(args[0])
                 if tainted and name in _SIZE_READS:
                     self._fail_on_data(frame, f"reads {name} of a tensor whose size depends on data")
+                frame.note_event(func, args, kwargs, result)
                 return result
             if name in _AUTOGRAD_READS:
                 frame.fail(f"reads {name} of a tensor, which no guard holds")
@@ -395,6 +515,7 @@ class _Recorder:
                 shapes.follow(func, args, kwargs, result)
                 if layouts != [look_outside(tensor) for tensor in written]:
                     shapes.forbid_following()
+            frame.note_event(func, args, kwargs, result)
             result = frame.bind(node, target, result, writes=writes)
         if tainted or _has_sizes_from_data(name, args, kwargs):
             frame.taint(result)
@@ -425,6 +546,7 @@ class _Recorder:
                 frame.shapes.shadow(leaf) is None for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)
             ):
                 frame.shapes.fix((args, kwargs))
+            frame.note_event(target, args, kwargs, result)
             result = frame.bind(node, target, result, writes=True)
         if frame.is_tainted((args, kwargs)):
             frame.taint(result)
@@ -442,6 +564,19 @@ class _Operations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return self._recorder.on_operation(func, args, kwargs or {})
+
+
+def _is_users(cls: type, name: str) -> bool:
+    """Whether the class has a value or a method of this name that a user wrote; what a property computes shows in what
+    it reads."""
+    if name == "forward" or name.startswith("__"):
+        return False
+    for base in cls.__mro__:
+        if name in vars(base):
+            value = vars(base)[name]
+            is_method = isinstance(value, (FunctionType, classmethod, staticmethod))
+            return not base.__module__.startswith("torch.") and (is_method or not hasattr(type(value), "__get__"))
+    return False
 
 
 @contextmanager
@@ -505,6 +640,13 @@ def _has_sizes_from_data(name: str, args: tuple[Any, ...], kwargs: Mapping[str, 
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in pytree.tree_leaves(args[1:]))
     return False
 
+
+MAX_RERUNS = 2
+"""Of a whole forward, in which more and more modules are shown plain numbers."""
+
+_OVERRIDE_QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+_NO_OVERRIDE = torch._C._disabled_torch_function_impl
 
 _STRIDE_READS = frozenset({"stride", "is_contiguous", "storage_offset"})
 
