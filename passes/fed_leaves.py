@@ -35,8 +35,15 @@ def leaf_of(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
 
 def _has_other_folds(program: Program, leaf: Unit) -> bool:
     """Whether a leaf that is handed more than casts has several calls."""
-    callers = [each for each in program.units.values() if each.kind == "module"]
-    calls = [call for each in callers for call in each.graph.nodes if program.called_leaf(each, call) is leaf]
+    calls: list[fx.Node] = []
+    parent, _, name = ".".join(("", leaf.path)).rpartition(".")
+    while True:  # its callers are the modules around it
+        for each in program.modules_at(parent.removeprefix(".")):
+            calls += each.graph.find_nodes(op="call_module", target=name, sort=False)
+        if not parent:
+            break
+        parent, _, last = parent.rpartition(".")
+        name = f"{last}.{name}"
     return len(calls) > 1 and any(call.kwargs.keys() - {CASTS} for call in calls)
 
 

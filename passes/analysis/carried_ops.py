@@ -68,7 +68,7 @@ def read_carried(program: Program, unit: Unit, node: fx.Node, through_modules: b
     if not is_call or not through_modules or not isinstance(node.args[0], fx.Node):
         return None
     path = child_path(unit.path, node)
-    calls = [_only_call(each.graph) for each in program.units.values() if each.path == path and each.kind == "module"]
+    calls = [_only_call(each.graph) for each in program.modules_at(path)]
     texts = {None if call is None else f"{call.target} {call.args} {call.kwargs}" for call in calls}
     if len(texts) != 1 or calls[0] is None or (kind := _kind(calls[0])) is None:
         return None

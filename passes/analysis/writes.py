@@ -38,5 +38,4 @@ def _writes_here(program: Program, path: str, node: fx.Node) -> bool:
 
 
 def _module_writes(program: Program, path: str) -> bool:
-    variants = [unit for unit in program.units.values() if unit.path == path and unit.kind == "module"]
-    return any(_writes_here(program, path, node) for unit in variants for node in unit.graph.nodes)
+    return any(_writes_here(program, path, node) for unit in program.modules_at(path) for node in unit.graph.nodes)

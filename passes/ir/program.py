@@ -88,6 +88,18 @@ class Program:
     """What a pass decided about a site and role where the policy left it open, with the reason."""
     passes: list[str] = field(default_factory=list)
     """What has run on it, in order, as passes print: a file says it too."""
+    _at_path: dict[str, list[Unit]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _num_indexed: int = field(default=-1, init=False, repr=False, compare=False)
+
+    def modules_at(self, path: str) -> list[Unit]:
+        """The graphs of the module at `path`, one for each kind of call."""
+        if self._num_indexed != len(self.units):
+            self._at_path = {}
+            for unit in self.units.values():
+                if unit.kind == "module":
+                    self._at_path.setdefault(unit.path, []).append(unit)
+            self._num_indexed = len(self.units)
+        return self._at_path.get(path, [])
 
     def leaf(self, path: str) -> Unit | None:
         """The unit of the leaf module at `path`, if it is one."""
