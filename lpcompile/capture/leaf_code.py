@@ -35,6 +35,7 @@ class _LeafPhase:
 
     floor: GraphCode
     fed: GraphCode | None
+    operands: tuple[str, ...]
     keywords: tuple[str, ...]
 
     @staticmethod
@@ -44,7 +45,8 @@ class _LeafPhase:
         for code in (floor, fed):
             if code is not None:
                 code.compiled()  # torch.compile traces through a function, and not through the making of one
-        return _LeafPhase(floor, fed, _keywords(unit))
+        operands = tuple(str(node.target) for node in unit.graph.find_nodes(op="placeholder"))
+        return _LeafPhase(floor, fed, operands, _keywords(unit))
 
 
 def _keywords(unit: Unit) -> tuple[str, ...]:
@@ -65,8 +67,10 @@ class LeafForward:
     ) -> Any:
         """The forward: y = code(x), x by position or by its name, with or without what is handed down."""
         phase = self.phases[self.state.phase]
-        inputs = args or tuple(value for name, value in kwargs.items() if name not in _KEYWORDS)
-        return original(module, *inputs) if phase is None else _product(phase, module, kwargs, *inputs)
+        own = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+        if phase is None or len(args) + len(own) != 1 or not own.keys() <= {*phase.operands}:
+            return original(module, *args, **own)  # which says what is wrong with its arguments
+        return _product(phase, module, kwargs, *args, *own.values())
 
     @property
     def is_picklable(self) -> bool:

@@ -464,3 +464,13 @@ def test_experts_in_low_precision_are_near_and_not_equal() -> None:
     y = module(*inputs)
     assert not torch.equal(y, exact)
     assert F.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_a_leaf_refuses_the_arguments_that_torchs_refuses() -> None:
+    x = torch.randn(2, 4)
+    original, model = nn.Linear(4, 3), lpcompile(nn.Sequential(nn.Linear(4, 3)), "hfp8")[0]
+    for args, kwargs in (((), {"bogus": x}), ((x,), {"bogus": x}), ((x, x), {}), ((), {}), ((x,), {"input": x})):
+        for leaf in (original, model):
+            with pytest.raises(TypeError, match="forward"):
+                leaf(*args, **kwargs)
+    assert torch.equal(model(input=x), model(x))
