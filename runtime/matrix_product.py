@@ -112,7 +112,8 @@ def _matrix_product(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Te
     left, right = _quantized(a, b, spec)
     if spec.accumulator.is_integer:
         _check_int64(spec, a.shape[-1])
-    if a.device.type == "cpu" and cpu_accumulate.declines(spec) is None:
+    is_on_grid = not (spec.lhs.has_scale or spec.rhs.has_scale)  # nvfp4's values are on one times its tensor's 1 / S
+    if a.device.type == "cpu" and is_on_grid and cpu_accumulate.declines(spec) is None:
         return cpu_accumulate.multiply(left, right, spec, key)
     return reference.multiply(left, right, spec, key)
 

@@ -403,3 +403,11 @@ def test_a_chunk_is_a_whole_number(how: dict[str, Any]) -> None:
 def test_batches_that_do_not_broadcast_are_refused() -> None:
     with pytest.raises(FormatError, match="no product"):
         gemm(torch.ones(2, 3, 4), torch.ones(3, 4, 5))
+
+
+def test_the_scale_of_an_nvfp4_tensor_takes_its_products_off_the_grid() -> None:
+    """fp16's subnormals are the accumulator's grid here: the kernel would take the products of the two for exact."""
+    a, b = torch.tensor([[4.0366e-05], [1.5858e-05]]), torch.tensor([[0.40625, -0.21875]])
+    found = gemm(a, b, a_format="nvfp4", b_format="e4m3", accumulate="fp16")
+    exact = quantize(a, "nvfp4").double() @ quantize(b, "e4m3").double()
+    assert torch.equal(found, quantize(exact, "fp16").float())
