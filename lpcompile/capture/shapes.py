@@ -388,6 +388,7 @@ def _fixes(guard: sympy.Basic, symbol: sympy.Symbol) -> bool:
 
 
 def _holds(condition: str, values: dict[str, int]) -> bool:
+    """Whether the condition is true of the sizes; one that cannot be computed is not."""
     try:
         return eval(condition, {"math": math}, values) is True
     except (NameError, SyntaxError, TypeError, ArithmeticError, ValueError):
@@ -395,6 +396,7 @@ def _holds(condition: str, values: dict[str, int]) -> bool:
 
 
 def _is_sure(guard: sympy.Basic, ranges: dict[sympy.Symbol, Any]) -> bool:
+    """Whether the guard holds for all sizes in range. What sympy cannot bound is not sure, and stays a condition."""
     try:
         bound = bound_sympy(guard, ranges)
     except (NotImplementedError, AssertionError, TypeError, ValueError, KeyError):

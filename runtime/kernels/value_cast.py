@@ -60,17 +60,17 @@ def opaque_values(
     x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | None, draw: Draw, overflow: Overflow
 ) -> Tensor:
     """Any cast to a scalar format as one op, for code that is compiled. A rounding of None is the row's own."""
-    given = (format, rounding or "", signed_seed(draw.seed), *draw[1:], overflow)
+    given = (format, rounding, signed_seed(draw.seed), *draw[1:], overflow)
     values: Tensor = torch.ops.lp.quantize_values(x.detach(), scale, *given)
     return values
 
 
 def _values(
-    x: Tensor, scale: Tensor | None, format: str, rounding: str, seed: int, step: int, stream: int, offset: int,
-    overflow: Overflow = "saturate",
+    x: Tensor, scale: Tensor | None, format: str, rounding: Rounding | None, seed: int, step: int, stream: int,
+    offset: int, overflow: Overflow = "saturate",
 ) -> Tensor:  # fmt: skip
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mode: Rounding = rounding or get_format(format).rounding  # type: ignore[assignment]
+    mode = rounding or get_format(format).rounding
     if overflow == "saturate":
         _values_into(x, scale, out, format, mode, seed, step, stream, offset)
     else:
@@ -130,8 +130,8 @@ def _tiles(scale: Tensor, x_shape: torch.Size) -> tuple[Tensor, tuple[int, int]]
 
 
 def _shape(
-    x: Tensor, scale: Tensor | None, format: str, rounding: str, seed: int, step: int, stream: int, offset: int,
-    overflow: Overflow = "saturate",
+    x: Tensor, scale: Tensor | None, format: str, rounding: Rounding | None, seed: int, step: int, stream: int,
+    offset: int, overflow: Overflow = "saturate",
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 
@@ -148,7 +148,7 @@ def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_WHAT = "str format, str rounding, int seed, SymInt step, SymInt stream, SymInt offset"
+_WHAT = "str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset"
 _OPS = Library("lp", "FRAGMENT")
 _OPS.define(f'quantize_values(Tensor x, Tensor? scale, {_WHAT}, str overflow="saturate") -> Tensor')
 _OPS.impl("quantize_values", _values, "CompositeExplicitAutograd")
