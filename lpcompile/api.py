@@ -3,8 +3,6 @@
 policy -> phases -> per phase: graphs of leaves and modules -> passes -> installed as the forward of the same instances
 """
 
-import copy
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx, nn
 
-from lpcompile.capture.batch_norm import batch_norm_units, guarding_folds
+from lpcompile.capture.batch_norm import guarding_folds
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.cast_origins import with_origins
 from lpcompile.capture.children import MARK
@@ -23,11 +21,9 @@ from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.frame import FunctionCall
 from lpcompile.capture.install import RECORD, Variant, install, uninstall
 from lpcompile.capture.leaf_code import install_composite, install_leaf
-from lpcompile.capture.leaf_types import note_leaf_types
-from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves, part_graph
-from lpcompile.capture.recording import Opaque, Recording
-from lpcompile.capture.repeated import repeated_modules
-from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes, without_carriers
+from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves
+from lpcompile.capture.recording import Recording
+from lpcompile.capture.torch_layers import without_carriers
 from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.checks import check_policy
 from lpcompile.collector import no_full_collections
@@ -36,17 +32,16 @@ from lpcompile.errors import LoweringError, LpError
 from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
 from lpcompile.policy_rules import Site
+from lpcompile.sites import Recordings, build_program, find_sites, lost_sites, note_repeated, unit_name
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
-from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
-from passes.ir.program import HANDED, REPEATED, SITE, STATE, Program, Unit, num_op
+from passes.ir.program import HANDED, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.ops import OP_OF
 from runtime.state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)
-Recordings = Mapping[str, Sequence[Recording]]
 
 
 @no_full_collections()
@@ -293,48 +288,6 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     return resolution, program.findings
 
 
-def find_sites(leaves: Sequence[Leaf], calls: Calls) -> list[Site]:
-    """Those of leaves, and those of operations, whether a graph holds them or not."""
-    count = sum(leaf.index is not None for leaf in leaves)
-    sites = [Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
-    ops: dict[str, str] = {}
-    for path, variants in calls.recordings.items():
-        for recording in variants:
-            for base, gemm, _ in _functional_gemms(path, recording.graph):
-                ops |= dict.fromkeys(site_names(gemm, base), gemm.op)
-    for name, (op, _) in _lost_sites(calls).items():
-        ops.setdefault(name, op)
-    return sites + [Site(name, op, None, count, None, None) for name, op in ops.items()]
-
-
-def _functional_gemms(path: str, graph: fx.Graph) -> list[tuple[str, Reading, Any]]:
-    """(name, reading, node) of the GEMMs that a module writes as operations."""
-    found = [(gemm, node) for node in graph.nodes if (gemm := read_gemm(node)) is not None]
-    return [(name, *each) for name, each in zip(_number(path, [gemm for gemm, _ in found]), found)]
-
-
-def _lost_sites(calls: Calls) -> dict[str, tuple[str, str]]:
-    """(op, why it runs as in the original) by site, of the products that modules without a graph write."""
-    sites: dict[str, tuple[str, str]] = {}
-    for path, opaque in calls.opaque.items():
-        if isinstance(opaque, Opaque):
-            for base, product in zip(_number(path, [each.gemm for each in opaque.products]), opaque.products):
-                reason = f"{product.where}: {path or '(root)'} has no graph: {opaque.where}: it {opaque.reason}"
-                sites |= dict.fromkeys(site_names(product.gemm, base), (product.gemm.op, reason))
-    return sites
-
-
-def _number(path: str, gemms: Sequence[Reading]) -> list[str]:
-    """The names of a module's GEMMs, counted per stem in program order."""
-    numbers: Counter[str] = Counter()
-    names = []
-    for gemm in gemms:
-        stem = stem_of(gemm)
-        names.append(f"{path}.{stem}_{numbers[stem]}".removeprefix("."))
-        numbers[stem] += 1
-    return names
-
-
 def _compile_phase(
     model: nn.Module,
     from_step: int,
@@ -353,7 +306,7 @@ def _compile_phase(
             counted["lp.quantize"] = num_op(program, "lp.quantize")
 
     records = run_passes(program, parse_passes(PIPELINES[mode], PASSES), after_each=count_casts)
-    lost = _lost_sites(calls)
+    lost = lost_sites(calls)
     for name in program.specs.keys() - program.choices.keys() - program.refusals.keys():
         program.refusals[name] = lost[name][1] if name in lost else "no graph of the model holds this GEMM"
     return PhaseCode(from_step, policy, program, resolution, records, counted["lp.quantize"])
@@ -376,49 +329,6 @@ def _named_program(
     return program
 
 
-def note_repeated(model: nn.Module, leaves: Sequence[Leaf], program: Program) -> None:
-    """Mark the products that one forward runs several times and that a policy rounds stochastically: annotate refuses
-    them, since streams are keyed by the site.
-    """
-    sites = {name for name, spec in program.specs.items() if "stochastic" in str(spec)}
-    repeated = repeated_modules(model, program.units.values()) if sites else set()
-    paths = {leaf.name: leaf.path for leaf in leaves}
-    for unit in program.units.values():
-        for node in unit.graph.nodes if paths.get(unit.path, unit.path) in repeated else ():
-            if node.meta.get(SITE) in sites:
-                node.meta[REPEATED] = True
-
-
-def build_program(model: nn.Module, leaves: Sequence[Leaf], recordings: Recordings, mode: str = "train") -> Program:
-    """Graphs of leaves and of recorded modules; for mode="infer" also of batch norms, which a pass may fold."""
-    units: dict[str, Unit] = {}
-    modules = dict(model.named_modules())
-    for leaf in leaves:
-        graph = part_graph(modules[leaf.path], leaf)
-        for node in graph.nodes:
-            if read_gemm(node) is not None:
-                node.meta[SITE] = leaf.name
-        units[leaf.name] = Unit(leaf.name, graph, "leaf", is_observed=is_observed(modules[leaf.path]))
-    if mode == "infer" and recordings:
-        units |= batch_norm_units(modules)
-    for path, variants in recordings.items():
-        for number, recording in enumerate(variants):
-            graph = copy.deepcopy(recording.graph)  # modules that do the same share a recorded graph
-            for name, _, node in _functional_gemms(path, graph):
-                node.meta[SITE] = name
-            is_hooked = is_observed(modules[path])
-            units[_unit_name(path, number)] = Unit(path, graph, "module", is_observed=is_hooked)
-    note_writes(units.values(), modules, [leaf.path for leaf in leaves])
-    units |= {_unit_name(path, 0): unit for path, unit in layer_units(units.values(), modules).items()}
-    note_leaf_types(units.values(), modules)
-    parameter = next(model.parameters(), None)
-    return Program(units, {}, device=parameter.device.type if parameter is not None else "cpu")
-
-
-def _unit_name(path: str, number: int) -> str:
-    return f"{path}#{number}"
-
-
 def install_compiled(model: nn.Module, compiled: Compiled) -> None:
     """Give every leaf that a phase names, and every module whose graph a phase changed, its compiled forward."""
     modules = dict(model.named_modules())
@@ -426,7 +336,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
         _install_leaf(modules[path], list(parts), compiled)
     for path, variants in compiled.calls.recordings.items():
         for index, phase in enumerate(compiled.phases):
-            units_of_path = [phase.program.units[_unit_name(path, number)] for number in range(len(variants))]
+            units_of_path = [phase.program.units[unit_name(path, number)] for number in range(len(variants))]
             if any(_is_touched(unit) for unit in units_of_path):
                 modules[path].__dict__[STATE] = compiled.state
                 changed = [

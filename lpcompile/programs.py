@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from lpcompile.api import build_program, example_call, find_sites, install_compiled, note_repeated, recompiling, restore
+from lpcompile.api import example_call, install_compiled, recompiling, restore
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.leaves import Leaf, find_leaves
@@ -20,6 +20,7 @@ from lpcompile.compiled import Compiled, PhaseCode
 from lpcompile.errors import LpError, nearest_names
 from lpcompile.policy import Policy, Resolution
 from lpcompile.policy_file import load_policy
+from lpcompile.sites import build_program, find_sites, note_repeated
 from passes.ir.parser import parse_program
 from passes.ir.program import STATE, Program, Unit, child_path, num_op
 from runtime.ops import OP_OF

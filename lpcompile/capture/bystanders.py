@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile.capture.guards import is_plain
-from lpcompile.capture.looks import holders, is_object, moves
+from lpcompile.capture.looks import PLAIN, holders, is_object, moves
 from lpcompile.capture.outside import Named
 
 
@@ -56,7 +56,7 @@ class Held:
         """(attribute, holder) of the containers, plain objects and generators."""
         found = Held()._found if known is None else known._found
         for name, value in vars(module).items():
-            if name in FRAMEWORK or type(value) in _PLAIN_KINDS:
+            if name in FRAMEWORK or type(value) in PLAIN:
                 continue
             if id(value) not in found:
                 found[id(value)] = value, holders(value)
@@ -240,7 +240,7 @@ def held_objects(module: nn.Module) -> dict[str, Any]:
 
     def visit(owner: Any, prefix: str, depth: int) -> None:
         for name, value in vars(owner).items():
-            if type(value) in _PLAIN_KINDS or type(value) in _OWN or isinstance(value, (dict, list, set)):
+            if type(value) in PLAIN or type(value) in _OWN or isinstance(value, (dict, list, set)):
                 continue
             if is_object(value) and not callable(value) and not moves(value) and (prefix or name not in FRAMEWORK):
                 found[prefix + name] = value
@@ -334,5 +334,3 @@ FRAMEWORK = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
 _OWN = frozenset({dict, list, set, collections.OrderedDict})
-
-_PLAIN_KINDS = frozenset({type(None), bool, int, float, str})
