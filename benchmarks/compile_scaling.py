@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from benchmarks._timing import median_ms
 from lpcompile import lpcompile
 from lpcompile.capture.calls import record_call
-from lpcompile.capture.install import Variant, install
+from lpcompile.frontends.install import Variant, install
 
 LLAMA_2_70B = {
     "vocab_size": 32000,

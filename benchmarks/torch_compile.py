@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._timing import median_ms
 from lpcompile import lpcompile
-from lpcompile.capture.joint import compile_joint
+from lpcompile.frontends.joint.compile_joint import compile_joint
 
 _VOCABULARY = 2048
 _EAGER, _TORCHAO = "lpcompile", "torchao rowwise, compiled"

@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks._timing import median_ms
 from lpcompile import attach, lpcompile, report
 from passes.pipelines import PIPELINES
-from runtime.gemms import cast
 from runtime.kernels.cpu.fingerprint import fingerprint
 from runtime.numerics.specs import QuantSpec
+from runtime.ops.layer import cast
 
 WIDTH, LAYERS, ROWS, CONTEXT = 512, 4, 4, 128
 WEIGHTS = ((WIDTH, WIDTH), (4 * WIDTH, WIDTH), (8 * WIDTH, 4 * WIDTH))

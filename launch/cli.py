@@ -11,14 +11,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from launch.bench import find_benchmarks, run_benchmarks
-from launch.checkpoint import find_checkpoint, read_record
-from launch.config import RunConfig, flag_of, load_config
-from launch.inspect_commands import inspect_app
-from launch.launcher import WorkerError, check_run, launch, leave_last_words
-from launch.opt_command import opt
-from launch.policy_commands import policy_app
-from launch.summary import present
+from launch.commands.bench import find_benchmarks, run_benchmarks
+from launch.commands.inspect import inspect_app
+from launch.commands.opt import opt
+from launch.commands.policy import policy_app
+from launch.training.checkpoint import find_checkpoint, read_record
+from launch.training.config import RunConfig, flag_of, load_config
+from launch.training.launcher import WorkerError, check_run, launch, leave_last_words
+from launch.training.summary import present
 from runtime.errors import LpError, NotSupported
 
 app = typer.Typer(
@@ -92,7 +92,7 @@ def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
     if not is_worker:
         launch(run_config)
         return
-    from launch.trainer import work  # here: it imports the compiler and the engines, which only workers need
+    from launch.training.trainer import work  # here: it imports the compiler and the engines, which only workers need
 
     if not prepared:
         check_run(run_config, int(os.environ["WORLD_SIZE"]))

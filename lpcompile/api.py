@@ -17,28 +17,28 @@ from lpcompile.capture.batch_norm import guarding_folds
 from lpcompile.capture.calls import Calls, record_call
 from lpcompile.capture.cast_origins import with_origins
 from lpcompile.capture.children import MARK
-from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.capture.frame import FunctionCall
-from lpcompile.capture.install import RECORD, Variant, install, uninstall
-from lpcompile.capture.leaf_code import install_composite, install_leaf
-from lpcompile.capture.leaves import Leaf, Unreached, composite_forward, find_leaves
 from lpcompile.capture.recording import Recording
 from lpcompile.capture.torch_layers import without_carriers
-from lpcompile.capture.warnings_once import leave_warnings_once_out_of_graphs
-from lpcompile.checks import check_policy
 from lpcompile.collector import no_full_collections
 from lpcompile.compiled import COMPILED, JOINT, Compiled, PhaseCode, find_compiled, get_compiled
 from lpcompile.errors import LoweringError, LpError
-from lpcompile.policy import Policy, Resolution
-from lpcompile.policy_file import load_policy
-from lpcompile.policy_rules import Site
+from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
+from lpcompile.frontends.install import RECORD, Variant, install, uninstall
+from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
+from lpcompile.frontends.leaves.code import install_composite, install_leaf
+from lpcompile.frontends.leaves.find import Leaf, Unreached, composite_forward, find_leaves
+from lpcompile.policy.file import load_policy
+from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.rules import Site
+from lpcompile.reporting.checks import check_policy
 from lpcompile.sites import Recordings, build_program, find_sites, lost_sites, note_repeated, unit_name
 from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
 from passes.ir.program import HANDED, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
-from runtime.ops import OP_OF
+from runtime.ops.dialect import OP_OF
 from runtime.state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,9 +66,10 @@ def lpcompile(
     them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs; of a
     graph that only has batch norms folded, with gradients, the graph, within a few ulp of the original.
 
-    seed keys stochastic rounding. strict=True raises LoweringError if a named GEMM does not run as its policy says or a
-    check (lpcompile/checks.py) finds something wrong. Compiling a compiled model replaces what was there; whatever
-    raises leaves the model as it was. A part of a compiled model, and a model with a compiled part, are refused.
+    seed keys stochastic rounding. strict=True raises LoweringError if a named GEMM does not run as its policy says or
+    a check (lpcompile/reporting/checks.py) finds something wrong. Compiling a compiled model replaces what was there;
+    whatever raises leaves the model as it was. A part of a compiled model, and a model with a compiled part, are
+    refused.
     """
     loaded = load_policy(policy)
     if not isinstance(model, nn.Module):

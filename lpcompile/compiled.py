@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from lpcompile.capture.calls import Calls
-from lpcompile.capture.graph_code import dumps, loads
-from lpcompile.capture.leaves import Leaf, Unreached
-from lpcompile.policy import Policy, Resolution
-from lpcompile.policy_rules import Site
+from lpcompile.frontends.graph_code import dumps, loads
+from lpcompile.frontends.leaves.find import Leaf, Unreached
+from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.rules import Site
 from passes.ir.program import Program
 from passes.manager import PassRecord
 from runtime.errors import LpError
@@ -22,7 +22,7 @@ from runtime.state import RunState
 COMPILED = "_lp_compiled"
 """Where a compiled model keeps its Compiled, in the __dict__ of the root."""
 JOINT = "_lp_joint"
-"""Where a model with a joint front end (lpcompile/capture/joint.py) keeps what is known of it."""
+"""Where a model with a joint front end (lpcompile/frontends/joint/compile_joint.py) keeps what is known of it."""
 
 
 @dataclass

@@ -14,16 +14,16 @@ from torch import nn
 
 from lpcompile.api import example_call, install_compiled, recompiling, restore
 from lpcompile.capture.calls import Calls, record_call
-from lpcompile.capture.fast_paths import close_fast_paths, reopen_fast_paths
-from lpcompile.capture.leaves import Leaf, find_leaves
 from lpcompile.compiled import Compiled, PhaseCode
 from lpcompile.errors import LpError, nearest_names
-from lpcompile.policy import Policy, Resolution
-from lpcompile.policy_file import load_policy
+from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
+from lpcompile.frontends.leaves.find import Leaf, find_leaves
+from lpcompile.policy.file import load_policy
+from lpcompile.policy.resolve import Policy, Resolution
 from lpcompile.sites import build_program, find_sites, note_repeated
 from passes.ir.parser import parse_program
 from passes.ir.program import STATE, Program, Unit, child_path, num_op
-from runtime.ops import OP_OF
+from runtime.ops.dialect import OP_OF
 from runtime.state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -14,9 +14,9 @@ from passes.ir.stored_specs import spec_as_stored
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.errors import NotSupported
-from runtime.gemms import contraction_of, parse_geometry, varies_along_sum
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec
+from runtime.ops.layer import contraction_of, parse_geometry, varies_along_sum
 
 
 @dataclass(frozen=True)

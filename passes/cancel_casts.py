@@ -20,7 +20,7 @@ from passes.fed_leaves import QUANTIZE
 from passes.ir.program import Program, Unit
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 _DEQUANTIZE = OPS["lp.dequantize"].run
 

@@ -15,7 +15,7 @@ from torch import fx
 from passes.ir.gemm_nodes import Composite, read_gemm
 from passes.ir.program import SITE, SPEC, Program
 from runtime.errors import PassError
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 
 @dataclass(frozen=True)

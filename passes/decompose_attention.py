@@ -18,7 +18,7 @@ from torch import fx
 from passes.ir.gemm_nodes import argument
 from passes.ir.program import SITE, Program
 from passes.manager import Pass
-from runtime import attention
+from runtime.ops import attention
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import fx
 from passes.ir.gemm_nodes import Composite, argument, read_gemm
 from passes.ir.program import GROUP, SITE, WEIGHT, Program
 from passes.manager import Pass
-from runtime import einsum, grouped
-from runtime.contractions import linear_kn
+from runtime.ops import einsum, grouped
+from runtime.ops.contractions import linear_kn
 
 
 @dataclass(frozen=True)

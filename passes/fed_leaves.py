@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from passes.ir.program import CASTS, HANDED, Program, Unit
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 SCALE, QUANTIZE = OPS["lp.scale"].run, OPS["lp.quantize"].run
 Pair = tuple[fx.Node | None, fx.Node | None]

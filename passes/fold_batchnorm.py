@@ -24,8 +24,8 @@ from passes.ir.gemm_nodes import GemmNode, argument, read_gemm
 from passes.ir.program import AFFINE, FOLDED, INPUT_AFFINE, SPEC, WEIGHT, Program, Unit
 from passes.ir.types import META
 from passes.manager import Pass
-from runtime.gemms import parse_geometry
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
+from runtime.ops.layer import parse_geometry
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 
 A weight is a parameter, a buffer, a placeholder that carries one, or what operations that draw no random numbers make
 of such alone: a view, a folded batch norm. What is kept is told by the bytes of what is cast, at every use
-(runtime/constants.py); the pass only says where that is worth asking.
+(runtime/quantize/kept_casts.py); the pass only says where that is worth asking.
 
 A stochastic cast is left alone. Its bits are keyed by the micro-batch, so that the errors of micro-batches are
 independent: there is nothing to keep.
@@ -19,10 +19,10 @@ from torch import fx
 
 from passes.ir.program import STATE, WEIGHT, Program, state_node
 from passes.manager import Pass
-from runtime.constants import LIFETIMES
 from runtime.errors import PassError
 from runtime.numerics.specs import LayerSpec, QuantSpec
-from runtime.ops import OP_OF, OPS
+from runtime.ops.dialect import OP_OF, OPS
+from runtime.quantize.kept_casts import LIFETIMES
 
 _SCALE, _QUANTIZE, _GEMM = OPS["lp.scale"].run, OPS["lp.quantize"].run, OPS["lp.gemm"].run
 

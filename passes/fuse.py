@@ -22,7 +22,7 @@ from passes.ir.gemm_nodes import argument
 from passes.ir.program import ACTIVATION, FOLDED, RESIDUAL, Program, Unit, child_path
 from passes.ir.types import META
 from passes.manager import Pass
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from passes.ir.gemm_nodes import GemmNode, read_gemm
 from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, site_numbers, state_node
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 
 @dataclass(frozen=True)

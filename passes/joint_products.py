@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, Unreadable
-from runtime.contractions import ConvGeometry
-from runtime.gemms import print_geometry
+from runtime.ops.contractions import ConvGeometry
+from runtime.ops.layer import print_geometry
 
 SITE_KEY = "lp_site"
 """Key of `node.meta["custom"]`: the name of the leaf whose forward made the node."""

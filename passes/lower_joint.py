@@ -22,9 +22,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.annotate import as_stored, refusal
 from passes.ir.gemm_nodes import GemmNode
 from passes.joint_products import JointSite, Product
-from runtime.gemms import GemmPlan, Operand, cast, has_free_scales, with_scales
 from runtime.kernels.dispatch import Choice, GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
+from runtime.ops.layer import GemmPlan, Operand, cast, has_free_scales, with_scales
 
 aten: Any = torch.ops.aten
 lp: Any = torch.ops.lp

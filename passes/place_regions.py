@@ -40,10 +40,10 @@ from passes.ir.program import ACTIVATION, CASTS, RESIDUAL, Program, Unit
 from passes.ir.types import META, tensor_meta, types_of
 from passes.manager import Pass
 from runtime.errors import PassError
-from runtime.gemms import storage_dtype
 from runtime.numerics.specs import QuantSpec
-from runtime.op_types import TensorType
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
+from runtime.ops.layer import storage_dtype
+from runtime.ops.types import TensorType
 
 _GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS["lp.dequantize"].run
 _FWD_CASTS, _LATER_CASTS = slice(3, 7), slice(7, 11)

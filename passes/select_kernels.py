@@ -9,7 +9,7 @@ from passes.ir.program import SITE, Program
 from passes.manager import Pass
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 
 @dataclass(frozen=True)

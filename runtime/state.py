@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
-from runtime.constants import Constants
 from runtime.errors import LpError
+from runtime.quantize.kept_casts import Constants
 
 
 @dataclass

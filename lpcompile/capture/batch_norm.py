@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lpcompile.capture.guards import Guard, ValueFact
-from lpcompile.capture.leaves import has_tensor
 from lpcompile.capture.torch_layers import is_observed, layer_facts
+from lpcompile.frontends.leaves.find import has_tensor
 from passes.fold_batchnorm import norm_node
 from passes.ir.gemm_nodes import argument
 from passes.ir.program import ACTIVATION, AFFINE, FOLDED, INPUT_AFFINE, RESIDUAL, Program, Unit

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import Opaque, Recording, merged
+from lpcompile.frontends.leaves.find import is_leaf
 
 MAX_VARIANTS = 8
 """Per module. Each costs a check of a few microseconds in every call that an earlier one does not fit."""

@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from lpcompile.capture.bystanders import FRAMEWORK, Held, Watch, held_objects
-from lpcompile.capture.graph_code import compile_graph, is_same_graph
 from lpcompile.capture.guards import (
     Fact,
     Guard,
@@ -41,6 +40,7 @@ from lpcompile.capture.recording import LostProduct, Opaque, Recording
 from lpcompile.capture.replay import Tape
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete, hint
+from lpcompile.frontends.graph_code import compile_graph, is_same_graph
 from passes.ir.gemm_nodes import is_gemm, read_gemm
 
 

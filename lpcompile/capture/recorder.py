@@ -27,13 +27,13 @@ from torch.utils import _pytree as pytree
 from lpcompile.capture.bystanders import Bystanders, Held, held_objects, restored
 from lpcompile.capture.frame import CHECKPOINT_FLAG, Frame, FunctionCall, is_checkpoint_flag, is_watchable
 from lpcompile.capture.guards import flatten_arguments, with_article
-from lpcompile.capture.install import original_forward
 from lpcompile.capture.outside import Named, Outside
 from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recording import Opaque, Recording, RecordResult
 from lpcompile.capture.replay import Diverged, Replay
 from lpcompile.capture.script import look_outside
 from lpcompile.capture.shapes import Shapes, concrete
+from lpcompile.frontends.install import original_forward
 
 
 def record(

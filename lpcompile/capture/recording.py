@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
-from lpcompile.capture.graph_code import is_same_graph
 from lpcompile.capture.guards import Guard
+from lpcompile.frontends.graph_code import is_same_graph
 from passes.ir.gemm_nodes import Reading
 
 

@@ -26,9 +26,9 @@ from torch.fx.node import map_arg
 from passes.ir.gemm_nodes import argument
 from passes.ir.program import Program, Unit, child_path
 from passes.ir.types import META
-from runtime.gemms import storage_dtype
 from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
 from runtime.numerics.specs import QuantSpec
+from runtime.ops.layer import storage_dtype
 
 Kind = Literal["view", "layout", "cut", "pool", "join"]
 

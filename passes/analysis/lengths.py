@@ -16,9 +16,9 @@ from torch import fx
 from passes.ir.gemm_nodes import Composite, GemmNode, argument, read_gemm
 from passes.ir.program import REPEATED, SITE, Program
 from passes.ir.types import META
-from runtime.contractions import ConvGeometry
-from runtime.gemms import parse_geometry
 from runtime.numerics.specs import ROLES, Role
+from runtime.ops.contractions import ConvGeometry
+from runtime.ops.layer import parse_geometry
 
 Lengths = dict[Role, int]
 

@@ -15,8 +15,8 @@ from torch import fx
 from passes.analysis.carried_ops import read_carried
 from passes.ir.program import Program, Unit, child_path
 from passes.ir.types import types_of
-from runtime.op_types import OpType, QuantType, TensorType
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
+from runtime.ops.types import OpType, QuantType, TensorType
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The dialect: what runtime/ops.py and passes/ir/structure.py declare, as xdsl dialects that verify the text.
+"""The dialect: what runtime/ops/dialect.py and passes/ir/structure.py declare, as xdsl dialects that verify the text.
 
 xdsl is a tool for development, and only this file imports it: `pip install 'lpcompile[dev]'`, or `pip install xdsl`.
 """
@@ -18,8 +18,8 @@ from runtime.errors import LpError, NotSupported, VerifyError
 from runtime.numerics.block_formats import is_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.op_types import VALUE, OpType, PlainType, QuantType, accepts
-from runtime.ops import OPS, OpDef
+from runtime.ops.dialect import OPS, OpDef
+from runtime.ops.types import VALUE, OpType, PlainType, QuantType, accepts
 
 try:
     from xdsl.context import Context

@@ -11,8 +11,8 @@ from torch import fx
 from passes.ir.program import SITE, Program
 from passes.ir.targets import name_of
 from passes.ir.types import types_of
-from runtime.op_types import QuantType
-from runtime.ops import OP_OF
+from runtime.ops.dialect import OP_OF
+from runtime.ops.types import QuantType
 
 
 def print_dot(program: Program) -> str:

@@ -1,7 +1,7 @@
 """GEMM nodes: which nodes of a graph multiply matrices, and how to read them. The table at the end is the whole
 knowledge.
 
-    GemmNode     one product, as runtime.gemms.KINDS lays it out
+    GemmNode     one product, as runtime.ops.layer.KINDS lays it out
     Composite    products among other operations (attention, einsum, grouped): a pass writes them as GEMM nodes
     Unreadable   a product that has no lp form, and why
 
@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import fx
 
 from passes.ir.program import WEIGHT
-from runtime.contractions import ConvGeometry, linear_kn
-from runtime.einsum import why_no_product
-from runtime.gemms import print_geometry
+from runtime.ops.contractions import ConvGeometry, linear_kn
+from runtime.ops.einsum import why_no_product
+from runtime.ops.layer import print_geometry
 
 
 @dataclass(frozen=True)
 class GemmNode:
-    """A node read as y = lhs . rhs + bias. `kind` is a row of runtime.gemms.KINDS, or conv with its geometry."""
+    """A node read as y = lhs . rhs + bias. `kind` is a row of runtime.ops.layer.KINDS, or conv with its geometry."""
 
     op: str
     kind: str

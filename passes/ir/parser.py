@@ -1,7 +1,8 @@
 """The parser: text that the printer wrote, or a person, as a program. Every error says FILE:line:column.
 
-Syntax is read into a tree (passes/ir/syntax.py), and the tree is checked against the declarations of runtime/ops.py and
-passes/ir/structure.py as the graphs are built: names, operand counts, attributes, types, and each op's own rules.
+Syntax is read into a tree (passes/ir/syntax.py), and the tree is checked against the declarations of
+runtime/ops/dialect.py and passes/ir/structure.py as the graphs are built: names, operand counts, attributes, types, and
+each op's own rules.
 """
 
 import keyword
@@ -24,8 +25,8 @@ from passes.manager import split_items
 from runtime.errors import LpError, VerifyError, nearest_names
 from runtime.kernels.dispatch import Choice
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.op_types import OpType, TensorType
-from runtime.ops import OP_OF, OPS, OpDef
+from runtime.ops.dialect import OP_OF, OPS, OpDef
+from runtime.ops.types import OpType, TensorType
 
 
 def parse_program(text: str, file: str = "<text>") -> Program:

@@ -13,7 +13,7 @@ from passes.ir.targets import name_of
 from passes.ir.types import types_of
 from runtime.errors import NotSupported
 from runtime.numerics.specs import ROLES
-from runtime.ops import OP_OF, OpDef
+from runtime.ops.dialect import OP_OF, OpDef
 
 
 def print_program(program: Program) -> str:

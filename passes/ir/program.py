@@ -18,7 +18,7 @@ from torch import fx
 from passes.finding import Finding
 from runtime.kernels.dispatch import Choice
 from runtime.numerics.specs import LayerSpec, Role
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 SITE = "lp_site"
 """Key of `node.meta`: the name of the GEMM site that the node is."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from passes.ir.program import NODE_META
 from passes.ir.structure import STRUCTURES
-from runtime.ops import OPS, OpDef
+from runtime.ops.dialect import OPS, OpDef
 
 
 def tables() -> str:

@@ -7,9 +7,9 @@ mxfp8      blocks along the sum: along the row of an operand whose free axis is 
 from dataclasses import replace
 from functools import lru_cache
 
-from runtime.contractions import Side
-from runtime.gemms import contraction_of, parse_geometry
 from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
+from runtime.ops.contractions import Side
+from runtime.ops.layer import contraction_of, parse_geometry
 
 
 @lru_cache(maxsize=4096)

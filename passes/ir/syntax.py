@@ -3,7 +3,7 @@
     op         [%r {, %r} =] "NAME" ( [%x {, %x}] ) [<{ATTRIBUTES}>] [({ REGION })] [{ATTRIBUTES}] : (TYPES) -> TYPES
     region     [^bb0( [%x : TYPE {, ...}] ) :] {op}
     attribute  KEY = VALUE          VALUE: 1, 0.5, true, "text", [1, 2], {a = 1}, none, array<i32: 1, 0>
-    type       tensor<4x8xf32>, !lp.quant<...>, !lp.state, !torch.value, index        as runtime/op_types.py says
+    type       tensor<4x8xf32>, !lp.quant<...>, !lp.state, !torch.value, index        as runtime/ops/types.py says
 
 `//` begins a comment. Every part knows its place, so that an error says FILE:line:column.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import ParseError
-from runtime.op_types import DTYPE_NAMES, OpType, PlainType, QuantType, TensorType
+from runtime.ops.types import DTYPE_NAMES, OpType, PlainType, QuantType, TensorType
 
 Item = TypeVar("Item")
 

@@ -8,8 +8,8 @@ from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 
 from passes.ir.program import STATE
-from runtime.op_types import DTYPE_NAMES, VALUE, Operands, OpType, PlainType, TensorType
-from runtime.ops import OP_OF
+from runtime.ops.dialect import OP_OF
+from runtime.ops.types import DTYPE_NAMES, VALUE, Operands, OpType, PlainType, TensorType
 
 META = "tensor_meta"
 """Key of `node.meta`: shape and dtype of a tensor, as the recorder saw them."""

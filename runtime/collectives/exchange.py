@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.collectives.codec import WireSpec, pack, packed_bytes, unpack
 from runtime.collectives.counter import Kind, WireCounter
-from runtime.collectives.wire import WireSpec, pack, packed_bytes, unpack
 from runtime.errors import WireError
 
 Tamper = Callable[[list[Tensor]], list[Tensor]]

@@ -12,7 +12,7 @@ this file counts what was really handed to the collectives, and shares no code w
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.collectives.wire import WireSpec, packed_bytes
+from runtime.collectives.codec import WireSpec, packed_bytes
 
 
 @dataclass(frozen=True)

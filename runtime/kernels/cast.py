@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from runtime.kernels.cast_plans import block_plan, cast_plan, table_plan
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.cast_library import (
     CastPlan,
@@ -25,7 +26,6 @@ from runtime.kernels.fake import has_values
 from runtime.kernels.traced_cast import Draw, is_traced, traced_to_grid
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.block_formats import get_block_format
-from runtime.numerics.cast_plans import block_plan, cast_plan, table_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter
@@ -59,7 +59,7 @@ def fast_to_grid(
 
 
 def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
-    """The cast in code that is compiled: operations that fuse, or the opaque op of runtime/traced.py."""
+    """The cast in code that is compiled: operations that fuse, or the opaque op of runtime/ops/traced.py."""
     if spec.is_block or not is_traced(x, spec.format, spec.rounding):
         result: Tensor = torch.ops.lp.to_grid(x, scale, str(spec), dtype, signed_seed(draw.seed), *draw[1:])
         return result

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from runtime.contractions import Linear, LinearKN, Matmul, Side
 from runtime.errors import NotSupported
 from runtime.kernels import cuda, reference, torch_native
 from runtime.kernels.cpu import accumulate as cpu_accumulate
@@ -27,13 +26,14 @@ from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, embeds, get_format
 from runtime.numerics.specs import FP32_SUMS, AccumulateSpec, GemmSpec, QuantSpec, Role
+from runtime.ops.contractions import Linear, LinearKN, Matmul, Side
 
 Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
 
 
 @dataclass(frozen=True)
 class GemmRequest:
-    """One GEMM to place: the layer kind (a name of runtime.gemms.KINDS), the role, the numbers and the device type."""
+    """One GEMM to place: the layer kind (of runtime.ops.layer.KINDS), the role, the numbers and the device type."""
 
     kind: str
     role: Role

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
+from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu.cast_library import DTYPES
 from runtime.numerics.block_formats import is_block_format
-from runtime.numerics.cast_plans import cast_plan, table_plan
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter, philox
 from runtime.numerics.specs import Rounding

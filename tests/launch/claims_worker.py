@@ -22,14 +22,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import launch.engine_torchrun
-import runtime.gemms
-from launch.config import RunConfig
-from launch.trainer import Run
-from launch.world import World, join_world
+import launch.engines.ddp
+import runtime.ops.layer
+from launch.training.config import RunConfig
+from launch.training.trainer import Run
+from launch.training.world import World, join_world
 from lpcompile import load_policy, report
-from runtime.collectives import deepspeed
-from runtime.collectives.wire import WireSpec, pack
+from runtime.collectives.attach import deepspeed
+from runtime.collectives.codec import WireSpec, pack
 
 # Found by measurement: in 100 steps fp32 ends 1.3 % below the bigram (60 are too few), and 1e-6 on its weights moves
 # its loss by 0.01 %. At a learning rate of 5e-3 it is still 16 % above the bigram after 120 steps.
@@ -135,9 +135,9 @@ class Swap:
 @contextmanager
 def _tampering(swap: Swap | None) -> Iterator[None]:
     """While open, engines are built with this hand on their wire."""
-    ddp, ds = launch.engine_torchrun.attach_ddp, deepspeed.attach_deepspeed
+    ddp, ds = launch.engines.ddp.attach_ddp, deepspeed.attach_deepspeed
     with (
-        patch.object(launch.engine_torchrun, "attach_ddp", partial(ddp, tamper=swap)),
+        patch.object(launch.engines.ddp, "attach_ddp", partial(ddp, tamper=swap)),
         patch.object(deepspeed, "attach_deepspeed", partial(ds, tamper=swap)),
     ):
         yield
@@ -146,12 +146,12 @@ def _tampering(swap: Swap | None) -> Iterator[None]:
 @contextmanager
 def _zeroed_grad() -> Iterator[None]:
     """While open, the GRAD product of every GEMM that the policy names is zero."""
-    product = runtime.gemms.multiply_grad
+    product = runtime.ops.layer.multiply_grad
 
     def zeros(*arguments: Any) -> Tensor:
         return torch.zeros_like(product(*arguments))
 
-    with patch.object(runtime.gemms, "multiply_grad", zeros):
+    with patch.object(runtime.ops.layer, "multiply_grad", zeros):
         yield
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.config import RunConfig
-from launch.trainer import Run
-from launch.world import World, join_world
+from launch.training.config import RunConfig
+from launch.training.trainer import Run
+from launch.training.world import World, join_world
 from lpcompile import load_policy
 
 POLICY = """

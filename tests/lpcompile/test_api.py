@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
-import runtime.ops
+import runtime.ops.dialect
 from lpcompile import advance, attach, capture_more, load_policy, lpcompile, original_state_dict, report
 from lpcompile.api import restore, run_state
 from lpcompile.errors import LoweringError, LpError
@@ -88,7 +88,7 @@ def test_perturbing_one_node_changes_the_loss() -> None:
     before, grads_before = _loss_and_grads(model, call)
     layer = model.model.layers[1].mlp.down_proj
     code = vars(layer)["_lp_captured"].phases[0].floor
-    node = next(node for node in code.graph.nodes if node.target is runtime.ops.quantize)
+    node = next(node for node in code.graph.nodes if node.target is runtime.ops.dialect.quantize)
     node.kwargs = {**node.kwargs, "spec": "1-8-8 nearest_even"}
     code.__dict__["_function"] = None  # generate the source again
     after, grads_after = _loss_and_grads(model, call)
@@ -142,8 +142,8 @@ def test_shared_casts_are_counted_as_they_run(monkeypatch: pytest.MonkeyPatch) -
     model, _, call = _build("llama")
     lpcompile(model, "hfp8", example_kwargs=call)
     calls: list[str] = []
-    original = runtime.ops.to_grid
-    monkeypatch.setattr(runtime.ops, "to_grid", lambda *args: (calls.append(""), original(*args))[1])
+    original = runtime.ops.dialect.to_grid
+    monkeypatch.setattr(runtime.ops.dialect, "to_grid", lambda *args: (calls.append(""), original(*args))[1])
     model(**call)
     assert len(calls) == report(model).num_quantize_after
 

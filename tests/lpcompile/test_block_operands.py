@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import runtime.ops
+import runtime.ops.dialect
 from lpcompile import Policy, advance, lpcompile, report
 from lpcompile.api import run_state
-from runtime.gemms import cast
 from runtime.numerics import quantize
 from runtime.numerics.block_casts import quantize_blocks
 from runtime.numerics.block_formats import default_rounding
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec, ScaleSpec
+from runtime.ops.layer import cast
 
 BLOCKS = ("mxfp8", "mxfp8-e5m2:scale=rceil", "mxfp6", "mxfp4", "mxint8", "nvfp4")
 TOKENS, IN, OUT = (3, 25), 70, 45  # ragged blocks along every sum
@@ -106,7 +106,7 @@ def test_a_product_of_activations(name: str, b_shape: tuple[int, ...]) -> None:
 def laid(model: nn.Module) -> LayerSpec:
     """The spec on the one lp.gemm of a compiled layer."""
     graph = vars(model[0])["_lp_captured"].phases[0].floor.graph  # type: ignore[index]
-    return LayerSpec.parse(next(node.kwargs["spec"] for node in graph.nodes if node.target is runtime.ops.gemm))
+    return LayerSpec.parse(next(node.kwargs["spec"] for node in graph.nodes if node.target is runtime.ops.dialect.gemm))
 
 
 def test_the_compiler_lays_the_blocks_along_the_sum() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lpcompile import advance, capture_more, lpcompile, report
 from lpcompile.api import CountMicroBatches, WatchWeights, run_state
 from lpcompile.capture.calls import MAX_VARIANTS
-from lpcompile.capture.install import CapturedForward, captured
 from lpcompile.compiled import get_compiled
 from lpcompile.errors import LpError
+from lpcompile.frontends.install import CapturedForward, captured
 from lpcompile.programs import install_text
 from passes.ir.printer import print_program
 from tests.models_for_tests import tiny_llama, token_batch

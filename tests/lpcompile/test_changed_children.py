@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile import lpcompile, report
-from lpcompile.capture.install import CapturedForward, captured
+from lpcompile.frontends.install import CapturedForward, captured
 
 
 class LoRA(nn.Module):

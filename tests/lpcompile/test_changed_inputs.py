@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-import runtime.ops
+import runtime.ops.dialect
 from lpcompile import lpcompile
-from lpcompile.capture.install import captured
+from lpcompile.frontends.install import captured
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
@@ -90,13 +90,13 @@ def _assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 def num_casts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many casts of an input ran, in its one element."""
     counted = [0]
-    original = runtime.ops.to_grid
+    original = runtime.ops.dialect.to_grid
 
     def counting(x: Tensor, *args: Any) -> Tensor:
         counted[0] += not isinstance(x, nn.Parameter)
         return original(x, *args)
 
-    monkeypatch.setattr(runtime.ops, "to_grid", counting)
+    monkeypatch.setattr(runtime.ops.dialect, "to_grid", counting)
     return counted
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile import lpcompile
-from lpcompile.policy import Policy
+from lpcompile.policy.resolve import Policy
 
 
 class _Recalling(nn.Module):

@@ -19,8 +19,8 @@ from passes.ir.printer import print_program
 from passes.ir.program import num_op
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
-from runtime.folding import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from runtime.numerics import quantize
+from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from tests.zoo.models import ZOO, build
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm

@@ -14,7 +14,7 @@ from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.program import Program
 from passes.pipelines import PIPELINES
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 from tests.lpcompile.test_fold_batchnorm import _varied
 from tests.zoo.models import ZOO, build, run
 

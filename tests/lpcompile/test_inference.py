@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lpcompile import capture_more, lpcompile, report
 from lpcompile.api import restore
 from lpcompile.compiled import get_compiled
-from lpcompile.policy import Policy
-from lpcompile.policy_file import load_policy
+from lpcompile.policy.file import load_policy
+from lpcompile.policy.resolve import Policy
 from lpcompile.programs import install_text, program_of
 from passes.analysis.traffic import Traffic, traffic
 from passes.ir.printer import print_program

@@ -6,7 +6,7 @@ import pytest
 
 from lpcompile import Policy, load_policy
 from lpcompile.errors import PolicyError
-from lpcompile.policy_file import policy_schema
+from lpcompile.policy.file import policy_schema
 from runtime.numerics.specs import AccumulateSpec
 
 PLAN = "{format: 1-6-9, chunk: 64, rounding: stochastic, product: rounded, model: per_chunk}"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lpcompile import lpcompile, report
 from lpcompile.api import restore, run_state
-from lpcompile.capture.install import captured
 from lpcompile.errors import LpError
+from lpcompile.frontends.install import captured
 from lpcompile.programs import install_text, program_of
 from passes.ir.printer import print_program
 from tests.lpcompile.test_changed_children import Net

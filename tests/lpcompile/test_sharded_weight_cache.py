@@ -120,7 +120,7 @@ def _wrap(wrapper: str, model: nn.Module) -> Any:
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block)  # type: ignore[arg-type]
         return fully_shard(model)
-    from runtime.collectives.deepspeed import initialize
+    from runtime.collectives.attach.deepspeed import initialize
 
     config = {
         "train_micro_batch_size_per_gpu": 8,

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from lpcompile import advance, attach, lpcompile, report
 from lpcompile.api import WatchWeights, restore, run_state
 from passes.pipelines import PIPELINES
-from runtime import gemms
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.fingerprint import SOURCE
 from runtime.numerics.specs import QuantSpec
+from runtime.ops import layer as gemms
 from tests.zoo.models import ZOO, build, differences, names, run
 
 pytestmark = [

@@ -7,7 +7,7 @@ import torch
 from passes.manager import parse_passes
 from passes.pipelines import PASSES
 from runtime.numerics.formats import FORMATS
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 from tests.passes.golden import check, run
 
 _HALVES = {"q": "array<i32: 1, 0, 0>", "s": "array<i32: 1, 1, 0>"}

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lpcompile import lpcompile, report
 from lpcompile.api import run_state
 from lpcompile.compiled import get_compiled
-from lpcompile.policy import Policy
+from lpcompile.policy.resolve import Policy
 
 _LENGTH, _KEYS = 9, 7
 

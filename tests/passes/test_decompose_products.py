@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lpcompile import lpcompile, report
 from lpcompile.api import run_state
-from lpcompile.policy import Policy
+from lpcompile.policy.resolve import Policy
 
 
 class Apply(nn.Module):

@@ -14,13 +14,13 @@ def test_decompose_attention_makes_two_products_with_a_site_each() -> None:
         """
 // CHECK-LABEL: sym_name = "attn#0"
 // CHECK:      ^bb0(%q : tensor<2x4x8x16xf32>, %k : {{.*}}, %v :
-// CHECK-NEXT: [[Q:%[a-z0-9_]+]] = "torch.call_function"(%q) {target = "runtime.attention.scaled_query", args = "_, None"}
-// CHECK-NEXT: [[K:%[a-z0-9_]+]] = "torch.call_function"(%k, %q) {target = "runtime.attention.scaled_key"
+// CHECK-NEXT: [[Q:%[a-z0-9_]+]] = "torch.call_function"(%q) {target = "runtime.ops.attention.scaled_query", args = "_, None"}
+// CHECK-NEXT: [[K:%[a-z0-9_]+]] = "torch.call_function"(%k, %q) {target = "runtime.ops.attention.scaled_key"
 // CHECK-NEXT: [[S:%[a-z0-9_]+]] = "torch.call_function"([[Q]], [[K]]) {target = "torch.matmul", lp.site = "attn.sdpa_0.qk"}
-// CHECK-NEXT: [[P:%[a-z0-9_]+]] = "torch.call_function"([[S]]) {target = "runtime.attention.attention_weights", args = "_, None, True, 0.0"}
-// CHECK-NEXT: [[V:%[a-z0-9_]+]] = "torch.call_function"(%v, %q) {target = "runtime.attention.heads_like"
+// CHECK-NEXT: [[P:%[a-z0-9_]+]] = "torch.call_function"([[S]]) {target = "runtime.ops.attention.attention_weights", args = "_, None, True, 0.0"}
+// CHECK-NEXT: [[V:%[a-z0-9_]+]] = "torch.call_function"(%v, %q) {target = "runtime.ops.attention.heads_like"
 // CHECK-NEXT: [[Y:%[a-z0-9_]+]] = "torch.call_function"([[P]], [[V]]) {target = "torch.matmul", lp.site = "attn.sdpa_0.pv"}
-// CHECK-NEXT: [[O:%[a-z0-9_]+]] = "torch.call_function"([[Y]], %q) {target = "runtime.attention.like_query"}
+// CHECK-NEXT: [[O:%[a-z0-9_]+]] = "torch.call_function"([[Y]], %q) {target = "runtime.ops.attention.like_query"}
 // CHECK-SAME: -> tensor<2x4x8x16xf32>
 // CHECK-NEXT: "torch.return"([[O]])
 // CHECK-NOT:  scaled_dot_product_attention
@@ -34,7 +34,7 @@ def test_decompose_attention_leaves_what_no_rule_names() -> None:
         run(unnamed, "decompose-attention"),
         """
 // CHECK: target = "torch.nn.functional.scaled_dot_product_attention"
-// CHECK-NOT: runtime.attention
+// CHECK-NOT: runtime.ops.attention
 """,
     )
 
@@ -43,10 +43,10 @@ def test_decompose_products_makes_an_einsum_one_product() -> None:
     check(
         run(einsum(), "decompose-products"),
         """
-// CHECK:      [[A:%[a-z0-9_]+]] = "torch.call_function"(%a) {target = "runtime.einsum.left_matrices", args = "_, 'bqd,bkd->bqk'"}
-// CHECK-NEXT: [[B:%[a-z0-9_]+]] = "torch.call_function"(%b) {target = "runtime.einsum.right_matrices", args = "_, 'bqd,bkd->bqk'"}
+// CHECK:      [[A:%[a-z0-9_]+]] = "torch.call_function"(%a) {target = "runtime.ops.einsum.left_matrices", args = "_, 'bqd,bkd->bqk'"}
+// CHECK-NEXT: [[B:%[a-z0-9_]+]] = "torch.call_function"(%b) {target = "runtime.ops.einsum.right_matrices", args = "_, 'bqd,bkd->bqk'"}
 // CHECK-NEXT: [[P:%[a-z0-9_]+]] = "torch.call_function"([[A]], [[B]]) {target = "torch.matmul", lp.site = "m.einsum_0"}
-// CHECK-NEXT: "torch.call_function"([[P]], %a, %b) {target = "runtime.einsum.from_matrices"
+// CHECK-NEXT: "torch.call_function"([[P]], %a, %b) {target = "runtime.ops.einsum.from_matrices"
 // CHECK-SAME: -> tensor<2x3x5xf32>
 // CHECK-NOT:  target = "torch.einsum"
 """,

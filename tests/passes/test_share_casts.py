@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lpcompile.capture.leaves import leaf_graph
+from lpcompile.frontends.leaves.find import leaf_graph
 from passes.ir.gemm_nodes import read_gemm
 from passes.ir.program import CASTS, SITE, Program, Unit, num_op
 from passes.ir.verifier import verify
@@ -14,7 +14,7 @@ from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES
 from runtime.errors import PassError
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 _E4M3 = LayerSpec(*(GemmSpec(QuantSpec.parse("e4m3"), QuantSpec.parse("e4m3")) for _ in range(3)))
 _ROUGH = LayerSpec(*(GemmSpec(QuantSpec.parse("e5m2"), QuantSpec.parse("e5m2")) for _ in range(3)))

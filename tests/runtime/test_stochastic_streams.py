@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.gemms import cast
 from runtime.numerics.specs import QuantSpec
+from runtime.ops.layer import cast
 from runtime.state import RunState
 
 SPEC = QuantSpec("e2m1", "stochastic")

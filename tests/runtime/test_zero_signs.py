@@ -8,11 +8,11 @@ import itertools
 import pytest
 import torch
 
-from runtime.contractions import ConvGeometry
-from runtime.gemms import print_geometry
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.ops import OPS
+from runtime.ops.contractions import ConvGeometry
+from runtime.ops.dialect import OPS
+from runtime.ops.layer import print_geometry
 from runtime.state import RunState
 
 _GEMM, _QUANTIZE = OPS["lp.gemm"].run, OPS["lp.quantize"].run

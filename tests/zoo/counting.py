@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import runtime.gemms
-import runtime.ops
+import runtime.ops.dialect
+import runtime.ops.layer
 
 _PRODUCTS = frozenset(
     {
@@ -84,7 +84,7 @@ def count_products(model: nn.Module, batch: Mapping[str, Any], aside: Sequence[n
 
 @contextmanager
 def _compiled_gemms_aside(mode: _Count) -> Iterator[None]:
-    original = runtime.gemms.run_gemm
+    original = runtime.ops.layer.run_gemm
 
     def run_gemm(*args: Any) -> Any:
         mode.is_inside = True
@@ -93,8 +93,8 @@ def _compiled_gemms_aside(mode: _Count) -> Iterator[None]:
         finally:
             mode.is_inside = False
 
-    runtime.ops.run_gemm = run_gemm
+    runtime.ops.dialect.run_gemm = run_gemm
     try:
         yield
     finally:
-        runtime.ops.run_gemm = original
+        runtime.ops.dialect.run_gemm = original

@@ -10,7 +10,7 @@ import torch
 
 from lpcompile import lpcompile, report
 from lpcompile.api import run_state
-from lpcompile.capture.leaves import find_leaves
+from lpcompile.frontends.leaves.find import find_leaves
 from tests.zoo.counting import count_products
 from tests.zoo.models import NAMES, ZOO, build
 

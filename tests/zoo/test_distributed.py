@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lpcompile import lpcompile
 from lpcompile.api import run_state
-from lpcompile.capture.joint import compile_joint, joint_report
+from lpcompile.frontends.joint.compile_joint import compile_joint, joint_report
 from runtime.collectives.process_group import set_group_timeouts
 from tests.multiprocess import run_ranks
 from tests.zoo.models import ZOO, Batch, build, loss_of
@@ -90,7 +90,7 @@ def _wrap(wrapper: str, model: nn.Module) -> Any:
         for layer in model.model.layers:
             fully_shard(layer)
         return fully_shard(model)
-    from runtime.collectives.deepspeed import initialize
+    from runtime.collectives.attach.deepspeed import initialize
 
     config = {
         "train_micro_batch_size_per_gpu": 2,

@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.kernels.cast_plans import cast_plan
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.reference import NO_KEY, RandomKey, random_digits
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.cast_plans import cast_plan
 from runtime.numerics.formats import FloatFormat, IntFormat, get_format
 from runtime.numerics.specs import GemmSpec
 

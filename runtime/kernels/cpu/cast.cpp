@@ -34,7 +34,7 @@
 
 namespace {
 
-// Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/numerics/cast_plans.py fills it
+// Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/kernels/cast_plans.py fills it
 // in, and the two below.
 struct CastPlan {
   uint32_t shift;       // bits of an fp32 fraction that the format does not keep

@@ -21,10 +21,10 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.overrides import has_torch_function
 
 from lpcompile import lpcompile
-from lpcompile.capture.install import captured
 from lpcompile.capture.looks import Unseen, look_at
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import RecordResult
+from lpcompile.frontends.install import captured
 
 SCALE = 1.0
 TABLE = {"scale": 1.0, "limits": [1, 2]}

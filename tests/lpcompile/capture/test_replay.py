@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpcompile import lpcompile
-from lpcompile.capture.install import CapturedForward, captured
 from lpcompile.capture.recorder import record
+from lpcompile.frontends.install import CapturedForward, captured
 
 
 class Pair(nn.Module):

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.recorder import record
 from lpcompile.capture.torch_layers import without_carriers
+from lpcompile.frontends.leaves.find import is_leaf
 from lpcompile.programs import program_of
 from passes.ir.program import WRITES, Program
 

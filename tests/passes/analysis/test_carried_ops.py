@@ -10,11 +10,11 @@ from torch import Tensor, fx
 from passes.analysis.carried_ops import CarriedOp, carried_scale, moves_scale, read_carried, why_not_carried
 from passes.ir.program import Program, Unit
 from passes.ir.types import META, tensor_meta
-from runtime.gemms import cast, to_grid
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import QuantSpec
-from runtime.op_types import TensorType
+from runtime.ops.layer import cast, to_grid
+from runtime.ops.types import TensorType
 
 Build = Callable[[fx.Graph, fx.Node], fx.Node]
 

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from lpcompile import lpcompile, report
 from lpcompile.api import run_state
-from lpcompile.capture.leaves import is_leaf
 from lpcompile.capture.recorder import record
-from lpcompile.policy import Policy
+from lpcompile.frontends.leaves.find import is_leaf
+from lpcompile.policy.resolve import Policy
 from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
 from passes.pipelines import PASSES
 

@@ -8,7 +8,7 @@ from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.reference import tables
 from passes.ir.structure import STRUCTURES
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 from tests.passes.golden import run
 
 PAGE = (Path(__file__).parents[3] / "docs" / "ir.md").read_text()

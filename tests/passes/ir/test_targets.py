@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from lpcompile.capture.frame import FunctionCall
 from passes.ir.gemm_nodes import _READERS
 from passes.ir.targets import find_target, name_of
-from runtime import attention
-from runtime.contractions import linear_kn
-from runtime.ops import OPS
+from runtime.ops import attention
+from runtime.ops.contractions import linear_kn
+from runtime.ops.dialect import OPS
 
 
 class Double(torch.autograd.Function):
@@ -35,8 +35,8 @@ NAMES: dict[str, Any] = {
     "operator.getitem": operator.getitem,
     "math.sqrt": math.sqrt,
     "builtins.getattr": getattr,
-    "runtime.contractions.linear_kn": linear_kn,
-    "runtime.attention.scaled_query": attention.scaled_query,
+    "runtime.ops.contractions.linear_kn": linear_kn,
+    "runtime.ops.attention.scaled_query": attention.scaled_query,
 }
 
 
@@ -46,7 +46,11 @@ def test_a_name_leads_to_the_function_and_back(name: str) -> None:
     assert find_target(name) is NAMES[name]
 
 
-@pytest.mark.parametrize("target", [*_READERS, *(op.run for op in OPS.values())], ids=str)
+def _id(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
+
+
+@pytest.mark.parametrize("target", [*_READERS, *(op.run for op in OPS.values())], ids=_id)
 def test_every_function_that_passes_know_has_a_name(target: Any) -> None:
     name = name_of(target)
     assert name is not None

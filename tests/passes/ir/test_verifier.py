@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import fx, nn
 
-from lpcompile.capture.leaves import leaf_graph
+from lpcompile.frontends.leaves.find import leaf_graph
 from passes.ir.gemm_nodes import read_gemm
 from passes.ir.program import SITE, Program, Unit
 from passes.ir.verifier import verify
@@ -14,7 +14,7 @@ from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.errors import VerifyError
 from runtime.numerics.specs import LayerSpec
-from runtime.ops import OPS
+from runtime.ops.dialect import OPS
 
 _ROW, _COLUMN = "e4m3 nearest_even row/amax", "e4m3 nearest_even column/amax"
 _SPEC = (

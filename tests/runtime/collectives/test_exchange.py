@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from runtime.collectives import all_reduce, reduce_scatter
+from runtime.collectives.codec import WireSpec
 from runtime.collectives.counter import WireCounter
 from runtime.collectives.exchange import Lanes, Link, all_reduce_lanes, reduce_to_owners
 from runtime.collectives.ledger import Load, predict_all_reduce, predict_reduce_to_owners
-from runtime.collectives.wire import WireSpec
 from runtime.errors import WireError
 from tests.multiprocess import run_ranks
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from runtime.collectives import counter as counter_module
+from runtime.collectives.codec import WireSpec
 from runtime.collectives.counter import WireCounter
 from runtime.collectives.ledger import (
     Load,
@@ -17,7 +18,6 @@ from runtime.collectives.ledger import (
     predict_ring_all_reduce,
     predict_ring_reduce_scatter,
 )
-from runtime.collectives.wire import WireSpec
 
 SPEC = WireSpec()
 SHAPES = [(64, 64), (64,), (10, 10)]  # 4096 elements as codes, 164 in full precision

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from runtime.errors import FormatError
 from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu import block_cast
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.build import load_library
@@ -16,7 +17,6 @@ from runtime.kernels.cpu.cast_library import SOURCE
 from runtime.numerics import decode, quantize
 from runtime.numerics.block_casts import encode_blocks, quantize_blocks
 from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat, get_block_format
-from runtime.numerics.cast_plans import block_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.specs import ROUNDINGS, QuantSpec
 

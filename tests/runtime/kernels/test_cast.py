@@ -15,10 +15,10 @@ from torch._subclasses import FakeTensorMode
 
 from runtime.kernels import cast
 from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu import build
 from runtime.kernels.cpu.cast_library import SOURCE, cast_library
 from runtime.numerics import quantize
-from runtime.numerics.cast_plans import cast_plan, table_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.scaling import compute_scale

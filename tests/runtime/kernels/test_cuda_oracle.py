@@ -16,14 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import gemms
-from runtime.gemms import GemmPlan, cast
 from runtime.kernels import cuda
 from runtime.kernels.cuda import Capability
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
+from runtime.ops import layer as gemms
+from runtime.ops.layer import GemmPlan, cast
 from runtime.state import RunState
 
 SPECS = ["e4m3 stochastic row/amax", "dlfloat16", "nf4", "nf4 stochastic", "int8 nearest_even tensor/pow2"]

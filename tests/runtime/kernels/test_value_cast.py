@@ -11,11 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import FormatError
 from runtime.kernels import value_cast
+from runtime.kernels.cast_plans import table_plan
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import SOURCE
 from runtime.numerics import decode, get_format, quantize
 from runtime.numerics.block_casts import quantize_blocks
-from runtime.numerics.cast_plans import table_plan
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.specs import ROUNDINGS
 from tests.runtime.kernels.test_block_cast import hard_blocks

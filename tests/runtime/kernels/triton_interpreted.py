@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
+from runtime.kernels.cast_plans import block_plan, cast_plan
 from runtime.kernels.cpu.block_cast import divisor_of_amax, fast_blocks
 from runtime.kernels.triton.block_cast import launch_block_cast, launch_finite_amax
 from runtime.kernels.triton.cast import launch_cast
 from runtime.numerics.block_casts import grid_of_blocks, quantize_blocks
 from runtime.numerics.block_formats import get_block_format
-from runtime.numerics.cast_plans import block_plan, cast_plan
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid

@@ -1,0 +1,1 @@
+"""Engines: what holds the replicas of a model together."""

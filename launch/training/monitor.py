@@ -1,0 +1,66 @@
+"""Monitor: the run as it goes. A live line on a terminal, a plain line now and then elsewhere."""
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from launch.training.metrics import StepMetrics
+
+_PLAIN_LINES = 15  # per run, where there is no terminal
+
+
+class Monitor:
+    """Shows steps. Does nothing on ranks other than the first."""
+
+    def __init__(self, title: str, start: int, steps: int, is_first: bool) -> None:
+        self._title, self._steps, self._is_first = title, steps, is_first
+        self._every = max(1, steps // _PLAIN_LINES)
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._progress: Progress | None = None
+        if is_first and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(title, total=steps, completed=start, state="")
+
+    def __enter__(self) -> "Monitor":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the progress."""
+        if self._is_first:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, step: StepMetrics) -> None:
+        if not self._is_first:
+            return
+        state = describe_step(step)
+        if self._progress:
+            self._progress.update(self._task, completed=step.step, state=state)
+        if step.validation is not None:
+            self.say(f"{self._title}: step {step.step}/{self._steps}  {state}  validation {step.validation:.4f}")
+        elif step.skipped:
+            self.say(f"{self._title}: step {step.step} skipped: a gradient overflowed; loss scale {step.loss_scale:g}")
+        elif not self._progress and (step.step % self._every == 0 or step.step in (1, self._steps)):
+            self.say(f"{self._title}: step {step.step}/{self._steps}  {state}")
+
+
+def describe_step(step: StepMetrics) -> str:
+    scale = f"  scale {step.loss_scale:g}" if step.loss_scale != 1.0 else ""
+    return f"loss {step.loss:.4f}  {step.ms:.0f} ms  {step.tokens_per_s:,.0f} tokens/s{scale}"

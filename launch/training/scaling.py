@@ -1,0 +1,57 @@
+"""Scaling: a loss times S going into backward, gradients over S coming out, and the overflow of any rank stopping all.
+
+loss * S -> backward -> hook on every parameter: g / S, and is g finite? -> reduction, clipping, update
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launch.training.world import World
+from lpcompile.api import run_state
+from runtime.optim.loss_scale import LossScale
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What all ranks know of a step together, the same on each."""
+
+    loss: float  # mean over ranks and micro-batches, nats per token
+    is_nonfinite: bool  # a gradient held NaN or Inf
+    is_saturated: bool  # a gradient operand exceeded its format's maximum
+
+    def must_skip(self, scale: LossScale) -> bool:
+        """Gradients that are not finite are never applied; saturated ones are dropped where backing off can cure it."""
+        return self.is_nonfinite or (self.is_saturated and scale.is_dynamic)
+
+
+class GradientUnscaler:
+    """Hooks on the parameters of a model; independent of the engine, as they run before a gradient is accumulated."""
+
+    def __init__(self, model: nn.Module, scale: LossScale, world: World) -> None:
+        self._scale, self._model, self._world = scale, model, world
+        self._is_bad = torch.zeros((), dtype=torch.bool, device=world.device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._unscale)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self._scale.value
+
+    def gather(self, loss: Tensor) -> StepSums:
+        """One small all-reduce per step: the mean loss, and what overflowed on any rank since the last call."""
+        state = run_state(self._model)
+        saturated = bool(state and state.overflow)
+        sums = torch.stack([loss.double(), self._is_bad.double(), self._is_bad.new_tensor(saturated).double()])
+        dist.all_reduce(sums)
+        self._is_bad.zero_()
+        if state:
+            state.overflow = False
+        mean, bad, saturated_ranks = sums.tolist()
+        return StepSums(mean / self._world.size, bad > 0, saturated_ranks > 0)
+
+    def _unscale(self, gradient: Tensor) -> Tensor:
+        self._is_bad |= ~torch.isfinite(gradient).all()
+        return gradient if self._scale.value == 1.0 else gradient * (1.0 / self._scale.value)

@@ -1,0 +1,201 @@
+"""Summary: the result of one run, or of two side by side, as summary.json, a table and a plot."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.training.config import ConfigError
+from launch.training.metrics import StepMetrics, read_metrics
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One finished run. Bytes are those that rank 0 sends per optimizer step."""
+
+    policy: str
+    policy_hash: str
+    engine: str
+    world_size: int
+    parameters: int
+    steps: int
+    train_loss: float  # mean of the last tenth of the steps, nats per token
+    validation_loss: float  # nats per token
+    validation_per_byte: float  # nats per byte
+    bigram: float  # nats per byte
+    ms_per_step: float  # median
+    tokens_per_s: float  # of all ranks, at the median step
+    gradient_bytes: float
+    predicted_gradient_bytes: float
+    wire_agrees: bool  # counted == predicted in every step
+    gradient_bytes_fp32: int  # what this engine would send uncompressed
+    gradient_bytes_bf16: int
+    total_bytes: float  # gradients and parameter gathers
+    gemms: int
+    gemms_as_asked: int
+    backends: dict[str, int]
+    skipped_steps: int
+    loss_scale: float
+    peak_memory: int  # bytes, of the largest rank
+    corpus: str
+    corpus_sha256: str
+    folder: str
+
+    def save(self) -> None:
+        (Path(self.folder) / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the steps of a run come to."""
+
+    train_loss: float
+    ms_per_step: float
+    tokens_per_s: float
+    gradient_bytes: float
+    predicted_gradient_bytes: float
+    wire_agrees: bool
+    total_bytes: float
+    skipped_steps: int
+
+
+def total(steps: list[StepMetrics]) -> StepTotals:
+    """Medians for time (the first steps build kernels), means for loss and bytes."""
+    ms = median(step.ms for step in steps)
+    return StepTotals(
+        train_loss=mean(step.loss for step in steps[-max(1, len(steps) // 10) :]),
+        ms_per_step=ms,
+        tokens_per_s=1000.0 * steps[-1].tokens / ms,
+        gradient_bytes=mean(step.gradient_bytes for step in steps),
+        predicted_gradient_bytes=mean(step.predicted_gradient_bytes for step in steps),
+        wire_agrees=all(step.wire_agrees for step in steps),
+        total_bytes=mean(step.gradient_bytes + step.parameter_bytes for step in steps),
+        skipped_steps=sum(step.skipped for step in steps),
+    )
+
+
+def load_summary(folder: Path) -> Summary:
+    try:
+        return Summary(**json.loads((folder / "summary.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("this run has no readable summary", where=str(folder), got=str(error)) from None
+
+
+def present(folder: Path, other: Path | None = None) -> None:
+    """Plot and print a finished run, and the one it is compared with."""
+    folders = [folder, *([other] if other else [])]
+    runs = [load_summary(each) for each in folders]
+    plot_losses(folder / "loss.png", runs)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)  # a log file has no edge at 80
+    console.print(build_table(runs))
+    console.print(
+        f"{folder}/: checkpoints/, tensorboard/, loss.png, summary.json, certificate.txt (what each GEMM runs as)",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def build_table(runs: list[Summary]) -> Table:
+    table = Table(title=f"{runs[0].engine}, {runs[0].world_size} workers, {runs[0].parameters:,} parameters")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.policy, justify="right")
+    is_pair = len(runs) == 2
+    if is_pair:
+        table.add_column("difference", justify="right")
+    for label, cell, difference in _ROWS:
+        cells = [cell(run) for run in runs]
+        if any(cells):
+            table.add_row(label, *cells, *([difference(runs[0], runs[1])] if is_pair else []))
+    return table
+
+
+def plot_losses(path: Path, runs: list[Summary]) -> None:
+    """Training loss (mean over a fiftieth of the run), validation points, the byte-bigram baseline; nats per byte."""
+    import matplotlib as mpl  # here: its import takes a second that no other verb should wait
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for run in runs:
+        steps = read_metrics(Path(run.folder))
+        per_byte = run.validation_per_byte / run.validation_loss if run.validation_loss else 1.0
+        color = f"C{runs.index(run)}"
+        axes.plot(
+            [step.step for step in steps],
+            [loss * per_byte for loss in _smooth([step.loss for step in steps], max(1, len(steps) // 50))],
+            color=color,
+            label=f"{run.policy}: training",
+        )
+        seen = [(step.step, step.validation * per_byte) for step in steps if step.validation is not None]
+        axes.plot([x for x, _ in seen], [y for _, y in seen], "o", color=color, label=f"{run.policy}: validation")
+    axes.axhline(runs[0].bigram, color="grey", linestyle="--", label="byte bigram")
+    axes.set(
+        xlabel="optimizer step", ylabel="loss, nats per byte", title=f"{runs[0].engine}, {runs[0].world_size} workers"
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    return [mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def _ratio(name: Callable[[Summary], float]) -> Callable[[Summary, Summary], str]:
+    return lambda ours, theirs: f"{name(ours) / name(theirs):.2f}x" if name(theirs) else ""
+
+
+def _gap(name: Callable[[Summary], float]) -> Callable[[Summary, Summary], str]:
+    return lambda ours, theirs: f"{100 * (name(ours) / name(theirs) - 1):+.2f} %" if name(theirs) else ""
+
+
+def _none(ours: Summary, theirs: Summary) -> str:
+    return ""
+
+
+def _gradient_bytes(run: Summary) -> str:
+    if not run.gradient_bytes:
+        return ""
+    return f"{run.gradient_bytes:,.0f} {'=' if run.wire_agrees else '!='} {run.predicted_gradient_bytes:,.0f}"
+
+
+def _uncompressed(run: Summary) -> str:
+    if not run.gradient_bytes:
+        return ""
+    return f"{run.gradient_bytes_fp32 / run.gradient_bytes:.2f}x / {run.gradient_bytes_bf16 / run.gradient_bytes:.2f}x"
+
+
+def _gemms(run: Summary) -> str:
+    return f"{run.gemms_as_asked} of {run.gemms}" if run.gemms else "left alone"
+
+
+def _backends(run: Summary) -> str:
+    return "\n".join(f"{count} {name}" for name, count in sorted(run.backends.items()))
+
+
+# One row: label, one run's cell, the difference of two runs. A row whose cells are all empty is not shown.
+_ROWS: list[tuple[str, Callable[[Summary], str], Callable[[Summary, Summary], str]]] = [
+    ("final training loss (nats/token)", lambda run: f"{run.train_loss:.4f}", _gap(lambda run: run.train_loss)),
+    ("final validation loss (nats/token)", lambda run: f"{run.validation_loss:.4f}",
+     _gap(lambda run: run.validation_loss)),
+    ("  in nats/byte", lambda run: f"{run.validation_per_byte:.4f}", _gap(lambda run: run.validation_per_byte)),
+    ("  byte-bigram baseline", lambda run: f"{run.bigram:.4f}", _none),
+    ("ms per step (median)", lambda run: f"{run.ms_per_step:.0f}", _ratio(lambda run: run.ms_per_step)),
+    ("tokens/s", lambda run: f"{run.tokens_per_s:,.0f}", _ratio(lambda run: run.tokens_per_s)),
+    ("gradient bytes per step: counted, predicted", _gradient_bytes, _ratio(lambda run: run.gradient_bytes)),
+    ("  smaller than this engine's fp32 / bf16", _uncompressed, _none),
+    ("bytes per step with parameter gathers", lambda run: f"{run.total_bytes:,.0f}" if run.total_bytes else "",
+     _ratio(lambda run: run.total_bytes)),
+    ("GEMMs running as the policy says", _gemms, _none),
+    ("  by backend", _backends, _none),
+    ("skipped steps, final loss scale", lambda run: f"{run.skipped_steps}, {run.loss_scale:g}", _none),
+    ("peak memory of a worker (MB)", lambda run: f"{run.peak_memory / 1e6:,.0f}", _ratio(lambda run: run.peak_memory)),
+]  # fmt: skip

@@ -1,0 +1,324 @@
+"""The story of a run, as one worker lives it.
+
+    corpus -> model -> lpcompile -> engine -> (resume) -> steps -> checkpoint, certificate, summary
+
+A step: micro-batches forward and backward under the loss scale, one small all-reduce of loss and overflow, clip and
+update (or skip), advance the compiled model's clock.
+"""
+
+import math
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from launch.engines.engine import AbstractEngine
+from launch.training import checkpoint
+from launch.training.config import ConfigError, RunConfig
+from launch.training.data import Corpus, load_corpus
+from launch.training.metrics import MetricsLog, StepMetrics
+from launch.training.models import build_model
+from launch.training.monitor import Monitor
+from launch.training.run_folder import prepare_folder
+from launch.training.scaling import GradientUnscaler
+from launch.training.summary import Summary, total
+from launch.training.world import World, bound_waiting, join_world
+from lpcompile import Policy, advance, load_policy, lpcompile, report
+from lpcompile.api import run_state
+from runtime.collectives.codec import WireSpec
+from runtime.collectives.counter import StepBytes
+from runtime.errors import LpError
+from runtime.optim.loss_scale import LossScale
+
+_MAX_SKIPS = 64  # in a row; a dynamic scale of 65536 needs 16 to reach 1
+_EVALUATION_STREAM = 2**10 - 1  # the last micro-batch number that has a random stream; no training one gets there
+
+
+def work(config: RunConfig, is_prepared: bool) -> Path:
+    """Train as one of the workers that torchrun started; returns the run's folder.
+
+    is_prepared: the folder is there and empty, made by whoever started the workers.
+    """
+    with join_world(config) as world:
+        policy = load_policy(config.policy)
+        folder = Path(str(config.out)) if is_prepared else _agree_on_folder(config, policy, world)
+        Run(config, policy, folder, world).train()
+        return folder
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up from lr / warmup, then `config.schedule`, which falls to lr / 10 at most; steps count from 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    falls = {
+        "constant": 0.0,
+        "cosine": 0.5 * (1 - math.cos(math.pi * share)),
+        "trapezoid": max(0.0, 1 - (config.steps - step) / (0.2 * config.steps)),
+    }
+    return config.lr * (1 - 0.9 * falls[config.schedule])
+
+
+class Run:
+    """One worker's run: everything built, nothing stepped yet."""
+
+    def __init__(self, config: RunConfig, policy: Policy, folder: Path, world: World) -> None:
+        self.config, self.policy, self.folder, self.world = config, policy, folder, world
+        self.corpus: Corpus = load_corpus(config)
+        self.model: nn.Module = build_model(config, self.corpus.vocab).to(world.device)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.scale = _loss_scale(policy)
+        self._compile()
+        self.unscaler = GradientUnscaler(self.model, self.scale, world)
+        self.engine = _build_engine(self.model, config, policy, world)
+        bound_waiting(config)
+        self.skips = 0
+
+    def train(self) -> None:
+        start = self._resume()
+        log = MetricsLog(self.folder, start) if self.world.is_first else None
+        with Monitor(self.policy.name, start, self.config.steps, self.world.is_first) as monitor:
+            monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
+            if self.corpus.skipped:
+                monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
+            certificate = report(self.model)
+            for finding in certificate.warnings:
+                monitor.say(f"warning: {finding}")
+            for gemm in certificate.gemms:
+                if not gemm.runs_as_policy_says:
+                    monitor.say(f"warning: {gemm.name} {gemm.role} does not run as the policy says: {gemm.reason}")
+            for step in range(start, self.config.steps):
+                metrics = self.step(step)
+                monitor.show(metrics)
+                if log:
+                    log.write(metrics)
+                if _is_due(step + 1, self.config.save_every, self.config.steps):
+                    self._save(step + 1)
+            for module, reason in report(self.model).guard_misses.items():
+                monitor.say(f"warning: {module or 'the model'}: {reason}")
+        peak = self.world.largest(_peak_memory(self.world))
+        self._certify()
+        if log:
+            log.close()
+            self._summarize(log.steps, int(peak)).save()
+        dist.barrier()
+
+    def _compile(self) -> None:
+        """Rewrite the model as its policy says, and write the certificate of what became of each GEMM."""
+        x_BT, _ = self.corpus.batch(self.config, 0, 0, self.world.rank)
+        lpcompile(
+            self.model,
+            self.policy,
+            example_kwargs={"input_ids": x_BT.to(self.world.device)},
+            mode="train",
+            strict=self.config.strict,
+            seed=self.config.seed,
+        )
+        if state := run_state(self.model):
+            state.rank = self.world.rank
+        self._certify()
+
+    def _certify(self) -> None:
+        """Written at the start, for a run that is lost, and at the end, when it is known which guards were missed."""
+        if self.world.is_first:
+            certificate = report(self.model)
+            (self.folder / "certificate.json").write_text(certificate.to_json())
+            (self.folder / "certificate.txt").write_text(certificate.to_text())
+
+    def _resume(self) -> int:
+        """The number of the first step: 0, or where a checkpoint stopped."""
+        place = self.config.resume
+        if self.world.restart and checkpoint.has_checkpoint(self.folder):
+            place = str(self.folder)
+        if place is None:
+            return 0
+        found = checkpoint.find_checkpoint(place)
+        checkpoint.check_resumable(found, self.policy.name, self.policy.hash, self.world.size)
+        record = checkpoint.load_checkpoint(found, self.engine, self.world)
+        if record.step >= self.config.steps:
+            raise ConfigError(
+                "this checkpoint is past the end of the run",
+                where=str(found),
+                expected=f"fewer than {self.config.steps} steps (--steps)",
+                got=str(record.step),
+            )
+        self.scale.load_state_dict(record.loss_scale)
+        advance(self.model, to_step=record.step)
+        return record.step
+
+    def step(self, step: int) -> StepMetrics:
+        """One optimizer step, and the validation if one is due; called by all ranks."""
+        began = time.perf_counter()
+        sums = self.unscaler.gather(self._accumulate(step))
+        skip = sums.must_skip(self.scale)
+        lr = learning_rate(self.config, step)
+        grad_norm = self.engine.step(lr, skip)
+        self.scale.update(skip)
+        advance(self.model)
+        sent = self.engine.counter.close_step()
+        ms = 1000 * (time.perf_counter() - began)
+        self._check_alive(step, skip)
+        is_evaluated = _is_due(step + 1, self.config.eval_every, self.config.steps)
+        return StepMetrics(
+            step=step + 1,
+            loss=sums.loss,
+            lr=lr,
+            ms=ms,
+            tokens=self.config.batch * self.config.context * self.config.grad_accumulation * self.world.size,
+            loss_scale=self.scale.value,
+            skipped=skip,
+            grad_norm=grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
+            gradient_bytes=sent.gradient,
+            parameter_bytes=sent.counted.get("parameter_gather", 0),
+            predicted_gradient_bytes=_predicted_gradient(sent),
+            wire_agrees=sent.agrees,
+            validation=self._evaluate() if is_evaluated else None,
+        )
+
+    def _accumulate(self, step: int) -> torch.Tensor:
+        """Forward and backward of every micro-batch; their mean loss on this rank."""
+        config, losses = self.config, []
+        self.model.train()
+        for micro in range(config.grad_accumulation):
+            x_BT, y_BT = self.corpus.batch(config, step, micro, self.world.rank)
+            self._set_micro_batch(micro)
+            with self.engine.micro_batch(last=micro == config.grad_accumulation - 1):
+                logits_BTV = self.engine.forward(x_BT.to(self.world.device))
+                loss = cross_entropy(logits_BTV.flatten(0, 1).float(), y_BT.flatten().to(self.world.device))
+                self.engine.backward(self.unscaler.scaled(loss))
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Mean loss over the validation split, the same on every rank."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.model.eval()
+        self._set_micro_batch(_EVALUATION_STREAM)
+        for x_BT, y_BT, counted in self.corpus.validation_batches(self.config, self.world.rank, self.world.size):
+            logits_BTV = self.engine.forward(x_BT.to(self.world.device))
+            targets = y_BT[:counted].flatten().to(self.world.device)
+            losses = cross_entropy(logits_BTV[:counted].flatten(0, 1).float(), targets, reduction="sum")
+            sums += torch.stack([losses.double(), sums.new_tensor(targets.numel())])
+        self.engine.counter.close_step()  # what evaluation gathers is no training step's
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
+    def _set_micro_batch(self, micro: int) -> None:
+        if state := run_state(self.model):
+            state.micro_batch = micro
+
+    def _check_alive(self, step: int, skip: bool) -> None:
+        """A run that only skips is over; say so instead of burning its steps."""
+        self.skips = self.skips + 1 if skip else 0
+        if self.skips >= _MAX_SKIPS:
+            raise LpError(
+                f"the last {_MAX_SKIPS} steps were all skipped because their gradients overflowed",
+                where=f"step {step + 1}",
+                got=f"loss scale {self.scale.value:g} ({self.scale.kind})",
+                hint="a smaller --lr, a dynamic loss_scale in the policy, or formats with a wider range",
+            )
+
+    def _save(self, step: int) -> None:
+        record = checkpoint.RunRecord(
+            step=step,
+            world_size=self.world.size,
+            policy_name=self.policy.name,
+            policy_hash=self.policy.hash,
+            loss_scale=self.scale.state_dict(),
+            config=self.config.model_dump(),
+            torch_version=torch.__version__,
+        )
+        checkpoint.save_checkpoint(self.folder, record, self.policy.to_yaml(), self.engine, self.world)
+        self.engine.counter.close_step()
+
+    def _summarize(self, steps: list[StepMetrics], peak_memory: int) -> Summary:
+        sums = total(steps)
+        validation = next(step.validation for step in reversed(steps) if step.validation is not None)
+        certificate = report(self.model)
+        return Summary(
+            policy=self.policy.name,
+            policy_hash=self.policy.hash,
+            engine=self.engine.name,
+            world_size=self.world.size,
+            parameters=self.num_parameters,
+            steps=steps[-1].step,
+            train_loss=sums.train_loss,
+            validation_loss=validation,
+            validation_per_byte=validation / self.corpus.bytes_per_token,
+            bigram=self.corpus.bigram,
+            ms_per_step=sums.ms_per_step,
+            tokens_per_s=sums.tokens_per_s,
+            gradient_bytes=sums.gradient_bytes,
+            predicted_gradient_bytes=sums.predicted_gradient_bytes,
+            wire_agrees=sums.wire_agrees,
+            gradient_bytes_fp32=self.engine.uncompressed_bytes(4),
+            gradient_bytes_bf16=self.engine.uncompressed_bytes(2),
+            total_bytes=sums.total_bytes,
+            gemms=len(certificate.gemms),
+            gemms_as_asked=sum(gemm.runs_as_policy_says for gemm in certificate.gemms),
+            backends=certificate.by_backend(),
+            skipped_steps=sums.skipped_steps,
+            loss_scale=self.scale.value,
+            peak_memory=peak_memory,
+            corpus=self.corpus.name,
+            corpus_sha256=self.corpus.sha256,
+            folder=str(self.folder),
+        )
+
+
+def _agree_on_folder(config: RunConfig, policy: Policy, world: World) -> Path:
+    """Rank 0 makes the folder (its default name holds the time), or its error is everybody's."""
+    made: Path | LpError | None = None
+    if world.restart and config.out and checkpoint.has_checkpoint(Path(config.out)):
+        return Path(config.out)
+    if world.is_first:
+        try:
+            made = prepare_folder(config, policy.name)
+        except LpError as error:
+            made = error
+    folder = world.from_first(made)
+    assert isinstance(folder, Path)
+    return folder
+
+
+def _build_engine(model: nn.Module, config: RunConfig, policy: Policy, world: World) -> AbstractEngine:
+    wire = _wire_spec(policy)
+    if config.engine == "ddp":
+        from launch.engines.ddp import DdpEngine
+
+        return DdpEngine(model, config, wire, world)
+    from launch.engines.deepspeed import DeepSpeedEngine  # here: deepspeed is optional
+
+    return DeepSpeedEngine(model, config, wire, world)
+
+
+def _wire_spec(policy: Policy) -> WireSpec | None:
+    """None: gradients travel as they are, and are only counted."""
+    if policy.wire is None or policy.wire.format == "fp32":
+        return None
+    return WireSpec(policy.wire.format, policy.wire.block, policy.wire.min_numel)
+
+
+def _loss_scale(policy: Policy) -> LossScale:
+    section = policy.loss_scale
+    return LossScale(section.kind, section.init, section.growth, section.backoff, section.interval, section.min)
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _predicted_gradient(sent: StepBytes) -> int:
+    return sent.predicted.get("gradient_compressed", 0) + sent.predicted.get("gradient_full", 0)
+
+
+def _peak_memory(world: World) -> float:
+    """Bytes: on a GPU the largest allocation, else the largest resident set (Linux counts it in KiB)."""
+    if world.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(world.device))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,93 @@
+"""The world of a worker: who it is among the ranks, on which device, and the process group that joins them."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launch.training.config import ConfigError, RunConfig
+from runtime.collectives.attach.deepspeed import detach_all
+from runtime.collectives.process_group import init_process_group_safely, set_group_timeouts
+from runtime.errors import LpError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's place. Invariant: `0 <= rank < size`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    restart: int  # how often torchrun has restarted the workers
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every rank. An LpError is a value too: it is raised on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], LpError):
+            raise box[0]
+        return box[0]
+
+    def largest(self, number: float) -> float:
+        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+
+@contextmanager
+def join_world(config: RunConfig) -> Iterator[World]:
+    """Join the process group that torchrun describes in the environment; always leave it again.
+
+    A process that ends without leaving can be aborted by its communication threads after its work is done, and torchrun
+    then restarts a finished run.
+    """
+    size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.nproc is not None and config.nproc != size:
+        raise ConfigError(
+            "this worker runs under torchrun, which has set the number of workers",
+            where=f"--nproc {config.nproc}",
+            expected=str(size),
+            hint="leaving --nproc out",
+        )
+    device = _device(config, local_size)
+    init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(
+            rank=int(os.environ["RANK"]),
+            size=size,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            device=device,
+            restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
+    finally:
+        detach_all()
+        gc.collect()  # engines hold groups in cycles, and a group that outlives this point can abort the process
+        dist.destroy_process_group()
+
+
+def bound_waiting(config: RunConfig) -> None:
+    """Give every process group, also those an engine has made with defaults of its own, the run's timeout."""
+    set_group_timeouts(config.timeout)
+
+
+def _device(config: RunConfig, local_size: int) -> torch.device:
+    available = torch.cuda.device_count()
+    if config.device == "cuda" and available < local_size:
+        raise ConfigError("there are too few GPUs", where="--device cuda", expected=f"{local_size}", got=f"{available}")
+    if config.device == "cpu" or available < local_size:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

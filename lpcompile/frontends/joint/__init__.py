@@ -1,0 +1,1 @@
+"""Joint: forward and backward as one graph, under torch.compile."""

@@ -1,0 +1,1 @@
+"""A policy: fields, rules, files, and what they resolve to for a model."""

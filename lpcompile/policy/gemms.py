@@ -1,0 +1,262 @@
+"""What one GEMM computes in, as a policy says it: operands and scales, accumulator, output; a section per role."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AliasChoices,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from lpcompile.errors import FormatError
+from lpcompile.policy.fields import (
+    AccumulatorName,
+    Count,
+    FormatName,
+    OperandFormatName,
+    Section,
+    not_built,
+    one_of,
+    or_text,
+    refusal,
+)
+from runtime.numerics.block_formats import (
+    BLOCK_FORMATS,
+    default_rounding,
+    grid_format,
+    is_block_format,
+)
+from runtime.numerics.formats import FORMATS, IntFormat
+from runtime.numerics.specs import (
+    ACCUMULATE_MODELS,
+    ACCUMULATE_OVERFLOWS,
+    AUTO,
+    GRANULARITIES,
+    PRODUCTS,
+    ROUNDINGS,
+    SCALE_RULES,
+    AccumulateModel,
+    AccumulateOverflow,
+    AccumulateSpec,
+    GemmSpec,
+    Granularity,
+    Product,
+    QuantSpec,
+    Rounding,
+    ScaleRule,
+    ScaleSpec,
+)
+
+
+class Scale(Section):
+    """How the scale of an operand is chosen. The matrix view of x is (product of leading dims, last dim)."""
+
+    granularity: Annotated[Granularity, one_of("scale granularity", GRANULARITIES)] = "tensor"
+    """tensor: one scale. row, column: one per row or column of the matrix view. block: one per `block` tile."""
+    rule: Annotated[ScaleRule, one_of("scale rule", SCALE_RULES, ("delayed", "static", "mse", "learned"))] = "amax"
+    """amax: scale = amax / max(format). pow2: the smallest power of two not below that."""
+    block: tuple[Count, Count] = (1, 128)
+    """Rows and columns of a tile, in elements; only with granularity block."""
+
+    @model_validator(mode="after")
+    def _check_block(self) -> "Scale":
+        if "block" in self.model_fields_set and self.granularity != "block":
+            raise refusal(
+                f'block is set and granularity is "{self.granularity}"', hint="granularity: block", key="block"
+            )
+        return self
+
+    def spec(self) -> ScaleSpec:
+        return ScaleSpec(self.granularity, self.rule, self.block)
+
+
+class Operand(Section):
+    """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
+
+    format: OperandFormatName
+    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`. The blocks of a block
+    format lie along the sum of each GEMM."""
+    rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] | None = Field(default=None, validate_default=True)
+    """How a value between two of the format is rounded. Default: what the format's row says."""
+    scale: Scale | None = None
+    """How the scale is chosen. Default: no scaling. A block format makes its own scales and takes none."""
+    quantizer: Any = None
+    """Learned or fitted clipping. Not built in this version: refused."""
+    transform: Any = None
+    """Rotation before the cast. Not built in this version: refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        return {"format": value} if isinstance(value, str) else value
+
+    @field_validator("rounding")
+    @classmethod
+    def _fill_rounding(cls, value: Rounding | None, info: ValidationInfo) -> Rounding | None:
+        return default_rounding(info.data["format"]) if value is None and "format" in info.data else value
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, value: Scale | None, info: ValidationInfo) -> Scale | None:
+        name = info.data.get("format", "")
+        if value is not None and is_block_format(name):
+            raise refusal(f"{name} makes its own scales, one per block", hint="no scale, or a scalar format")
+        return value
+
+    @field_validator("quantizer", "transform")
+    @classmethod
+    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
+        if value is not None:
+            raise not_built(
+                f"{info.field_name} is not in this version", "format, rounding and scale (rule amax or pow2)"
+            )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return or_text(handler(core_schema), handler, {"type": "string", "examples": [*FORMATS, *BLOCK_FORMATS]})
+
+    def spec(self) -> QuantSpec:
+        assert self.rounding is not None  # filled by _fill_rounding
+        return QuantSpec(self.format, self.rounding, self.scale.spec() if self.scale else None)
+
+    def plain(self) -> str | dict[str, Any]:
+        """As a policy file writes it, the shorthand where it says everything."""
+        values: dict[str, Any] = {"format": self.format}
+        if self.rounding != default_rounding(self.format):
+            values["rounding"] = self.rounding
+        if self.scale:
+            unused = None if self.scale.granularity == "block" else {"block"}
+            values["scale"] = self.scale.model_dump(mode="json", exclude=unused)
+        return values if len(values) > 1 else self.format
+
+
+_FP32 = Operand(format="fp32")
+
+
+class Accumulate(Section):
+    """How a GEMM adds. A bare format name means that format after every add."""
+
+    format: AccumulatorName = "fp32"
+    """fp32, another float format, or intB for two integer operands. auto: the fewest mantissa bits under which the
+    variance retention ratio of the sum's length foresees no swamping, with 8 bits of exponent."""
+    chunk: Count | None = None
+    """Number of products summed apart before their sum is added to the total; both sums are in `format`."""
+    rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] | None = None
+    """Rounding of every add; omitted: the format's own. Integers add exactly and have none."""
+    product: Annotated[Product, one_of("product", PRODUCTS)] = "fma"
+    """fma: a product is added unrounded. rounded: it is rounded to `format` first."""
+    model: Annotated[AccumulateModel, one_of("model", ACCUMULATE_MODELS)] = "per_mac"
+    """per_mac: a rounding after every add. per_chunk: a chunk is summed in fp32 and rounded once."""
+    overflow: Annotated[AccumulateOverflow, one_of("rule of overflow", ACCUMULATE_OVERFLOWS)] = "saturate"
+    """Of integers: saturate, or wrap as two's complement. Floats saturate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        return {"format": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_spec(self) -> "Accumulate":
+        spec = self.spec()
+        if self.chunk is not None and spec == AccumulateSpec("int32", self.chunk):
+            raise refusal("integers add exactly, so that chunks change nothing", hint="no chunk", key="chunk")
+        return self
+
+    def spec(self) -> AccumulateSpec:
+        """Raises a refusal where the keys contradict each other."""
+        try:
+            return AccumulateSpec(self.format, self.chunk, self.rounding, self.product, self.model, self.overflow)
+        except FormatError as error:
+            raise refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+
+    def plain(self) -> str | dict[str, Any]:
+        """As a policy file writes it."""
+        keys = {
+            key: getattr(self, key)
+            for key, info in type(self).model_fields.items()
+            if getattr(self, key) != info.default and key != "format"
+        }
+        return {"format": self.format, **keys} if keys else self.format
+
+    def __str__(self) -> str:
+        words = str(self.spec()).split(" ")[1:]
+        return " ".join([self.format + (f" in chunks of {self.chunk}" if self.chunk else ""), *words])
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return or_text(
+            handler(core_schema), handler, {"type": "string", "examples": ["fp32", "int32", "dlfloat16", AUTO]}
+        )
+
+
+class Gemm(Section):
+    """One GEMM of a rule: two operands, the accumulator, the output. An operand that is not named is fp32."""
+
+    TWINS = {"a": "x", "b": "w"}
+    LHS: ClassVar[str]
+    RHS: ClassVar[str]
+
+    accumulate: Accumulate = Accumulate()
+    """What the sums are kept in."""
+    out: FormatName = "fp32"
+    """Format of the result, rounded once from the accumulator."""
+
+    @model_validator(mode="after")
+    def _check_accumulator(self) -> "Gemm":
+        operands = [getattr(self, key).format for key in (self.LHS, self.RHS)]
+        is_integer = self.accumulate.spec().is_integer
+        if is_integer and not all(isinstance(grid_format(name), IntFormat) for name in operands):
+            got, what = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}", self.accumulate.format
+            raise refusal(f"{what} sums need two integer operands", got=got, hint="accumulate: fp32", key="accumulate")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        properties.update({twin: properties[key] for twin, key in cls.TWINS.items() if key in properties})
+        return schema
+
+    def spec(self) -> GemmSpec:
+        lhs, rhs = getattr(self, self.LHS), getattr(self, self.RHS)
+        return GemmSpec(lhs.spec(), rhs.spec(), self.accumulate.spec(), self.out)
+
+    def plain(self, twins: bool = False) -> dict[str, Any]:
+        """As a policy file writes it, the accumulator and the output always; `twins`: with a and b for x and w."""
+        names = {key: twin for twin, key in self.TWINS.items()} if twins else {}
+        operands = {names.get(key, key): getattr(self, key).plain() for key in (self.LHS, self.RHS)}
+        return operands | {"accumulate": self.accumulate.plain(), "out": self.out}
+
+
+class Fwd(Gemm):
+    """y = x.w, or y = a.b"""
+
+    LHS, RHS = "x", "w"
+    x: Operand = Field(default=_FP32, validation_alias=AliasChoices("x", "a"))
+    """The layer's input; `a` in a product of two activations."""
+    w: Operand = Field(default=_FP32, validation_alias=AliasChoices("w", "b"))
+    """The weight; `b` in a product of two activations."""
+
+
+class Bwd(Gemm):
+    """dx = dy.w, or da = dy.b"""
+
+    LHS, RHS = "dy", "w"
+    dy: Operand = _FP32
+    """The gradient of the output."""
+    w: Operand = Field(default=_FP32, validation_alias=AliasChoices("w", "b"))
+    """The weight; `b` in a product of two activations."""
+
+
+class Grad(Gemm):
+    """dw = dy.x, or db = dy.a"""
+
+    LHS, RHS = "dy", "x"
+    dy: Operand = _FP32
+    """The gradient of the output."""
+    x: Operand = Field(default=_FP32, validation_alias=AliasChoices("x", "a"))
+    """The layer's input; `a` in a product of two activations."""

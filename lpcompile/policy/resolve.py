@@ -1,0 +1,354 @@
+"""Policy: which number format, scale, rounding and accumulator each GEMM of a model computes in.
+
+    Policy = rules in order + what is not per GEMM (update, loss scale, wire, schedule)
+    policy.resolve(sites)  ->  one LayerSpec per site, or None where no rule says anything
+
+Rules resolve per role: the first rule that matches a site and sets `fwd` decides the site's fwd; likewise bwd and grad.
+A role that no matching rule sets is fp32; a site for which no role is set is left alone (None).
+
+A product of two activations y = a.b has the slots of a layer under other names: a is x, b is w. Either spelling is
+read, x and w are kept, and a rule for `matmul` alone prints a and b.
+
+Invariants: `load_policy(file with policy.to_yaml()) == policy`; equal policies have equal `hash`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from lpcompile.errors import PolicyError
+from lpcompile.policy.fields import (
+    Count,
+    Flag,
+    FormatName,
+    Section,
+    as_error,
+    as_written,
+    key_path,
+    not_built,
+    one_of,
+    or_text,
+    path_in,
+    refusal,
+    words,
+    words_schema,
+)
+from lpcompile.policy.rules import Rule, Site
+from lpcompile.policy.yaml_text import Inline, dump
+from runtime.numerics.specs import (
+    ROLES,
+    ROUNDINGS,
+    GemmSpec,
+    LayerSpec,
+    Role,
+    Rounding,
+)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a policy means for the sites of one model."""
+
+    specs: dict[str, LayerSpec | None]
+    """Site name -> its three GEMMs; None: no rule sets any role, the op is left alone."""
+    rule_of: dict[str, dict[Role, str]]
+    """Site name -> role -> the rule that decided it; a role that no rule sets is not in it."""
+    unmatched: list[str]
+    """One sentence per rule that matched no site."""
+
+
+class Update(Section):
+    """The weight update."""
+
+    master: FormatName = "fp32"
+    """Format of the master weights. This version: fp32."""
+    momentum: FormatName = "fp32"
+    """Format of the optimizer's moments. This version: fp32."""
+    rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] = "nearest_even"
+    """Rounding of the update. This version: nearest_even."""
+
+    @field_validator("master", "momentum", "rounding")
+    @classmethod
+    def _check_built(cls, value: str, info: ValidationInfo) -> str:
+        works = "nearest_even" if info.field_name == "rounding" else "fp32"
+        if value != works:
+            raise not_built(f"{info.field_name} {value} is not in this version", f"{info.field_name}: {works}")
+        return value
+
+
+class LossScale(Section):
+    """The factor on the loss that lifts gradients into their format's range; they are unscaled before clipping."""
+
+    kind: Annotated[Literal["none", "static", "dynamic"], one_of("loss scale", ("none", "static", "dynamic"))]
+    """none: 1. static: `init` throughout. dynamic: from `init`, down on overflow, up after `interval` good steps."""
+    init: float = Field(default=65536.0, gt=0, allow_inf_nan=False)
+    """First scale. Measured: 1-5-2 gradients end 50% above fp32's loss without, 0.2% with 65536."""
+    growth: float = Field(default=2.0, gt=1, allow_inf_nan=False)
+    """Factor on the scale after `interval` steps without overflow; a power of two changes no bits."""
+    backoff: float = Field(default=0.5, gt=0, lt=1)
+    """Factor on the scale after an overflow."""
+    interval: Count = 2000
+    """Steps without overflow before the scale grows."""
+    min: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """The scale never falls below this."""
+
+
+class Wire(Section):
+    """What gradients travel in between ranks; sums are fp32. Absent: uncompressed."""
+
+    format: FormatName
+    """Format of the payload; fp32: uncompressed."""
+    block: Count = 256
+    """Elements that share a scale."""
+    hierarchical: Literal["auto"] | Flag = "auto"
+    """Two steps, inside a node and between nodes. true is not built in this version: refused. auto, false: flat."""
+    error_feedback: Flag = False
+    """Add what a step rounded away to the next one. Not built in this version: refused."""
+    min_numel: Annotated[int, Field(strict=True, ge=0)] = 1024
+    """Tensors with fewer elements, and 1-D ones, travel uncompressed."""
+
+    @field_validator("hierarchical", mode="before")
+    @classmethod
+    def _check_hierarchical(cls, value: Any) -> Any:
+        if value is True:
+            raise not_built("hierarchical: true is not in this version", "hierarchical: auto or false")
+        if value is not False and value != "auto":
+            raise refusal(f"{as_written(value)} is not a value of hierarchical", expected="auto, true or false")
+        return value
+
+    @field_validator("error_feedback")
+    @classmethod
+    def _check_error_feedback(cls, value: bool) -> bool:
+        if value:
+            raise not_built("error_feedback: true is not in this version", "error_feedback: false")
+        return value
+
+
+class PhasePolicy(Section):
+    """The rules of a phase: a name, and once loaded the rules behind it."""
+
+    name: str
+    """A shipped name, or a path relative to the file."""
+    rules: tuple[Rule, ...] | None = None
+    """Its rules, filled when the policy is loaded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return or_text(handler(core_schema), handler, {"type": "string"})
+
+
+class Phase(Section):
+    """From which optimizer step on which rules hold."""
+
+    from_step: Annotated[int, Field(strict=True, ge=0)]
+    """First optimizer step of the phase."""
+    policy: PhasePolicy | None = None
+    """Whose rules hold. Only its rules: update, loss scale and wire stay this policy's. Default: its own rules."""
+
+
+class Policy(Section):
+    """Which number format, scale, rounding and accumulator each GEMM of a model computes in."""
+
+    version: Literal[1] = 1
+    """Version of the policy language."""
+    name: str = "policy"
+    """What reports call the policy. Default in a file: the file's name."""
+    source: str = ""
+    """Where the recipe comes from."""
+    extends: Annotated[tuple[str, ...], words("policy name"), words_schema()] = ()
+    """Shipped names, or paths relative to the file. Own rules come before inherited ones, own values over inherited."""
+    rules: tuple[Rule, ...] = ()
+    """In order; per role the first rule that matches a GEMM and sets the role decides it."""
+    update: Update = Update()
+    """The weight update."""
+    loss_scale: LossScale = LossScale(kind="none")
+    """The loss scale. Default: none."""
+    wire: Wire | None = None
+    """Gradient compression. Default: none."""
+    schedule: tuple[Phase, ...] = ()
+    """Which rules hold from which optimizer step on; one entry starts at 0. Default: these rules from the start."""
+    elementwise: Any = None
+    """Format of everything that is not a GEMM. Not built in this version: refused."""
+    calibrate: Any = None
+    """How static scales are found. Not built in this version: refused."""
+    kv_cache: Any = None
+    """Format of the attention cache. Not built in this version: refused."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_where(cls, value: Any, handler: ModelWrapValidatorHandler["Policy"], info: ValidationInfo) -> "Policy":
+        """Turn pydantic's list of errors into the first one, as a sentence with its place."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            locate: Callable[[tuple[str | int, ...]], tuple[str, int]]
+            locate = (info.context or {}).get("locate", lambda path: ("policy", 0))
+            faults = [(path_in(value, fault), fault) for fault in error.errors()]
+            path, fault = min(faults, key=lambda item: locate(item[0])[1])
+            raise as_error(fault, ": ".join(filter(None, (locate(path)[0], key_path(path))))) from None
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _check_version(cls, value: Any) -> Any:
+        if value != 1 or isinstance(value, bool):
+            raise refusal(f"version {value} is not one this program reads", expected="1")
+        return value
+
+    @field_validator("elementwise", "calibrate", "kv_cache")
+    @classmethod
+    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
+        if value is not None:
+            raise not_built(
+                f"{info.field_name} is not in this version", "rules for GEMMs, loss_scale, wire and schedule"
+            )
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        steps = sorted(phase.from_step for phase in value)
+        if steps and steps[0] != 0:
+            raise refusal(
+                "no rules hold at step 0", expected="an entry with from_step: 0", got=f"from_step: {steps[0]}"
+            )
+        for step, following in pairwise(steps):
+            if step == following:
+                raise refusal(f"two entries start at step {step}", expected="one entry per step")
+        return value
+
+    def resolve(self, sites: Sequence[Site]) -> Resolution:
+        """The LayerSpec of each site under `rules`; of a phase, ask the policy of that phase."""
+        self._check_linked()
+        labels = [rule._origin.text or f"rules[{index}]" for index, rule in enumerate(self.rules)]
+        matching = {site.name: [i for i, rule in enumerate(self.rules) if rule.match.matches(site)] for site in sites}
+        specs: dict[str, LayerSpec | None] = {}
+        rule_of: dict[str, dict[Role, str]] = {}
+        for name, indices in matching.items():
+            gemms: dict[Role, GemmSpec] = {}
+            rule_of[name] = {}
+            for role in ROLES:
+                for index in indices:
+                    if gemm := self.rules[index].role(role):
+                        gemms[role] = gemm.spec()
+                        rule_of[name][role] = labels[index]
+                        break
+            specs[name] = LayerSpec(**gemms) if gemms else None
+        used = {index for indices in matching.values() for index in indices}
+        unmatched = [
+            f"{label} ({rule.match}) matched none of the {len(sites)} GEMMs"
+            for index, (label, rule) in enumerate(zip(labels, self.rules))
+            if index not in used
+        ]
+        return Resolution(specs, rule_of, unmatched)
+
+    @property
+    def phases(self) -> list[tuple[int, "Policy"]]:
+        """(first step, policy), sorted by step. The policies differ in name and rules only and have no schedule."""
+        self._check_linked()
+        own = self.model_copy(update={"schedule": ()})
+        schedule = sorted(self.schedule or (Phase(from_step=0),), key=lambda phase: phase.from_step)
+        return [(phase.from_step, _with_rules(own, phase.policy) if phase.policy else own) for phase in schedule]
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the policy as canonical JSON (every default written, keys sorted)."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The policy as a file that loads to an equal one; shorthands where they say everything."""
+        values: dict[str, Any] = {"version": self.version, "name": self.name}
+        for key in ("source", "extends"):
+            if getattr(self, key):
+                values[key] = _yaml_list(getattr(self, key))
+        if self.rules:
+            values["rules"] = [rule.plain() for rule in self.rules]
+        for section in ("update", "loss_scale", "wire"):
+            if getattr(self, section) != type(self).model_fields[section].default:
+                values[section] = Inline(getattr(self, section).model_dump(mode="json"))
+        if self.schedule:
+            values["schedule"] = [_plain_phase(phase) for phase in self.schedule]
+        return dump(values)
+
+    def describe(self) -> str:
+        """The policy in words and lines, for a person."""
+        lines = [f"{self.name}" + (f" ({self.source})" if self.source else ""), f"  hash {self.hash[:16]}"]
+        for index, rule in enumerate(self.rules):
+            lines += _describe_rule(index, rule)
+        if not self.rules:
+            lines.append("  no rules: every op is left alone")
+        if self.extends:
+            lines.append(f"  extends {', '.join(self.extends)} (not loaded)")
+        lines.append(f"  update: master {self.update.master}, momentum {self.update.momentum}, {self.update.rounding}")
+        lines.append(f"  loss scale: {_describe_loss_scale(self.loss_scale)}")
+        wire = self.wire
+        lines.append(f"  wire: {wire.format}, one scale per {wire.block} elements" if wire else "  wire: uncompressed")
+        for phase in self.schedule:
+            lines.append(f"  from step {phase.from_step}: {phase.policy.name if phase.policy else self.name}")
+        return "\n".join(lines)
+
+    def _check_linked(self) -> None:
+        """Names of other policies are followed by load_policy, which knows where files are."""
+        names = [
+            *self.extends,
+            *(phase.policy.name for phase in self.schedule if phase.policy and phase.policy.rules is None),
+        ]
+        if names:
+            raise PolicyError(
+                f'policy "{self.name}" names {", ".join(names)}, not loaded yet', hint="load_policy(policy)"
+            )
+
+
+def _with_rules(policy: Policy, other: PhasePolicy) -> Policy:
+    return policy.model_copy(update={"name": other.name, "rules": other.rules})
+
+
+def _describe_rule(index: int, rule: Rule) -> list[str]:
+    lines = [f"  rules[{index}]: {rule.match}"]
+    for role in ROLES:
+        if gemm := rule.role(role):
+            operands = ", ".join(f"{key} {getattr(gemm, key).spec()}" for key in (gemm.LHS, gemm.RHS))
+            lines.append(f"    {role:<4} {operands}, accumulate {gemm.accumulate}, out {gemm.out}")
+    return lines
+
+
+def _describe_loss_scale(scale: LossScale) -> str:
+    if scale.kind == "none":
+        return "none"
+    if scale.kind == "static":
+        return f"static, {scale.init:g}"
+    return (
+        f"dynamic, from {scale.init:g}, times {scale.growth:g} after {scale.interval} good steps, "
+        f"times {scale.backoff:g} on overflow, at least {scale.min:g}"
+    )
+
+
+def _yaml_list(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
+def _plain_phase(phase: Phase) -> dict[str, Any]:
+    values: dict[str, Any] = {"from_step": phase.from_step}
+    if phase.policy is None:
+        return values
+    if phase.policy.rules is None:
+        return values | {"policy": phase.policy.name}
+    return values | {"policy": {"name": phase.policy.name, "rules": [rule.plain() for rule in phase.policy.rules]}}

@@ -1,0 +1,174 @@
+"""Checks: what of a policy does not fit the model at hand, found before anything runs.
+
+    rule-matches-nothing   wrong   no GEMM of the model is what the rule is for
+    tied-weights           wrong   two layers share one weight and cast it differently
+    weight-vanishes        wrong   every element of a weight rounds to zero: no scale, or none so small
+    weight-mostly-zero     risk    more than half of the elements that are not zero do
+    weight-saturates       risk    a weight goes beyond the largest value of its format, which has no scale
+    block-vanishes         risk    the scale of a block is too small for the format of scales, so that the block is 0
+
+What is said of sums (accumulator-swamps, accumulator-open) is found by the pass choose-accumulator.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lpcompile.frontends.leaves.find import Leaf
+from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.rules import Rule, Site
+from passes.finding import Finding, names_of
+from runtime.numerics.block_casts import encode_blocks
+from runtime.numerics.block_formats import get_block_format
+from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.scaling import MIN_SCALE
+from runtime.numerics.specs import LayerSpec, QuantSpec
+
+
+def check_policy(
+    model: nn.Module, leaves: Sequence[Leaf], sites: Sequence[Site], policy: Policy, resolution: Resolution
+) -> list[Finding]:
+    """Every finding of the table above, for one phase of a policy. Reads each weight that is cast, once or twice."""
+    weights = _weights(model, leaves)
+    return [
+        *_unmatched(policy, sites, resolution),
+        *_tied(weights, resolution),
+        *_outside(weights, resolution),
+    ]
+
+
+def _weights(model: nn.Module, leaves: Sequence[Leaf]) -> dict[str, nn.Parameter]:
+    """Site -> weight, of the leaves that are one GEMM with its own weight."""
+    weights = {leaf.name: model.get_submodule(leaf.path)._parameters.get("weight") for leaf in leaves if not leaf.part}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def _unmatched(policy: Policy, sites: Sequence[Site], resolution: Resolution) -> Iterator[Finding]:
+    rules = [rule for rule in policy.rules if not any(rule.match.matches(site) for site in sites)]
+    for rule, sentence in zip(rules, resolution.unmatched):
+        where, _, what = sentence.partition(" (")
+        yield Finding("rule-matches-nothing", where, f"({what}", _what_would_match(rule, sites), is_wrong=True)
+
+
+def _what_would_match(rule: Rule, sites: Sequence[Site]) -> str:
+    """The nearest names, or the ops that there are."""
+    ops = sorted({site.op for site in sites})
+    if rule.match.op and not set(rule.match.op) & set(ops):
+        more = "; products of activations are found with example_inputs" if "matmul" in rule.match.op else ""
+        return f"an op of this model: {', '.join(ops)}{more}"
+    names = [site.name for site in sites]
+    tails = {name.rpartition(".")[2]: name for name in reversed(names)}
+    wanted = rule.match.name.replace("*", "").strip(".")
+    close = get_close_matches(wanted, [*names, *tails], n=3, cutoff=0.6)
+    if rule.match.name == "*" or not close:
+        return "lpcompile inspect, which lists the GEMMs of a model" if rule.match.name != "*" else "a wider condition"
+    return "a name such as " + ", ".join(dict.fromkeys(tails.get(name, name) for name in close))
+
+
+def _tied(weights: dict[str, nn.Parameter], resolution: Resolution) -> Iterator[Finding]:
+    sharing: dict[int, list[str]] = defaultdict(list)
+    for name, weight in weights.items():
+        sharing[id(weight)].append(name)
+    for names in sharing.values():
+        casts: dict[str, str] = {}
+        for name in names:
+            casts.setdefault(_print_casts(resolution.specs.get(name)), name)
+        if len(casts) > 1:
+            said = (f"as {cast} in {name} ({_rules_of(resolution, name)})" for cast, name in casts.items())
+            what = f"they share one weight and cast it differently: {', '.join(said)}"
+            yield Finding("tied-weights", names_of(names), what, "one rule that matches them all", is_wrong=True)
+
+
+def _print_casts(spec: LayerSpec | None) -> str:
+    if spec is None:
+        return "it is"
+    fwd, bwd = spec.fwd.rhs, spec.bwd.rhs
+    return f"`{fwd}`" if fwd == bwd else f"`{fwd}` forward, `{bwd}` backward"
+
+
+def _rules_of(resolution: Resolution, name: str) -> str:
+    return ", ".join(dict.fromkeys(resolution.rule_of.get(name, {}).values())) or "no rule"
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    code: str
+    what: str
+    hint: str
+    is_wrong: bool = False
+
+
+def _outside(weights: dict[str, nn.Parameter], resolution: Resolution) -> Iterator[Finding]:
+    """One finding per cast and code, with the numbers of the first weight."""
+    found: dict[tuple[str, QuantSpec], tuple[_Misfit, list[str]]] = {}
+    for name, weight in weights.items():
+        spec = resolution.specs.get(name)
+        if spec is None or type(weight) is not nn.Parameter or weight.is_meta or not weight.numel():
+            continue  # partitioned away, or a tensor of another kind: nothing to look at
+        if not weight.is_floating_point():
+            continue  # which annotate refuses
+        for cast in dict.fromkeys((spec.fwd.rhs, spec.bwd.rhs)):
+            if misfit := _misfit(weight.detach(), cast):
+                found.setdefault((misfit.code, cast), (misfit, []))[1].append(name)
+    for (code, _), (misfit, names) in found.items():
+        yield Finding(code, names_of(names), misfit.what, misfit.hint, misfit.is_wrong)
+
+
+def _misfit(w: Tensor, cast: QuantSpec) -> _Misfit | None:
+    if cast.is_identity or cast.format in ("fp32", "bf16"):  # the range of any weight
+        return None
+    smallest, largest = torch.aminmax(w)
+    amax = max(-float(smallest), float(largest))
+    if not 0 < amax < float("inf"):
+        return None
+    if cast.is_block:
+        return _misfit_of_blocks(w, amax, cast)
+    row = get_format(cast.format)
+    if cast.scale is not None:
+        if amax / row.max >= MIN_SCALE:
+            return None
+        what = f"the largest weight, {amax:.3g}, needs a scale of {amax / row.max:.3g}, and 2^-126 is the smallest"
+        return _Misfit("weight-vanishes", what, "another unit for the weight", is_wrong=True)
+    if amax > row.max:
+        what = f"the largest weight, {amax:.3g}, is beyond {cast.format}'s {row.max:.3g}, and there is no scale"
+        return _Misfit("weight-saturates", what, "scale: {granularity: row}")
+    if cast.rounding == "stochastic":
+        return None
+    edge = row.tiny if cast.rounding == "toward_zero" else row.tiny / 2
+    is_zero = w.abs() < edge
+    share = float(is_zero.sum() - (w == 0).sum()) / max(1, int((w != 0).sum()))
+    if share <= 0.5:
+        return None
+    what = f"{share:.0%} of the elements round to 0: they are below {edge:.3g}, as {cast.format} has no scale here"
+    code = "weight-vanishes" if share == 1 else "weight-mostly-zero"
+    return _Misfit(code, f"{what} (largest weight {amax:.3g})", "scale: {granularity: row}", is_wrong=share == 1)
+
+
+def _misfit_of_blocks(w: Tensor, amax: float, cast: QuantSpec) -> _Misfit | None:
+    row = get_block_format(cast.format)
+    scale = get_format(row.scale)
+    if row.rule != "two_level":
+        if amax / row.element_max >= scale.tiny:
+            return None
+        what = f"the largest weight, {amax:.3g}, needs a scale below {row.scale}'s smallest, {scale.tiny:.3g}"
+        return _Misfit("weight-vanishes", what, "another unit for the weight", is_wrong=True)
+    if w.dim() != 2 or not isinstance(scale, FloatFormat):
+        return None
+    # FWD and BWD lay the blocks along different axes of the weight
+    num_zero, num_blocks = max(_vanishing_blocks(lanes, cast.format) for lanes in (w.float(), w.float().t()))
+    if not num_zero:
+        return None
+    what = f"{num_zero} of {num_blocks} blocks become 0: {row.scale} has no scale that small beside one for {amax:.3g}"
+    return _Misfit("block-vanishes", what, "mxfp4, whose scales have the range of fp32")
+
+
+def _vanishing_blocks(lanes: Tensor, format: str) -> tuple[int, int]:
+    """How many blocks that hold something but zeros get the scale 0, of how many."""
+    codes, block = encode_blocks(lanes, format).scales, get_block_format(format).block
+    blocks = pad(lanes.abs(), (0, -lanes.shape[-1] % block)).unflatten(-1, (-1, block))
+    return int(((codes == 0) & (blocks.amax(-1) > 0)).sum()), codes.numel()

@@ -1,0 +1,1 @@
+"""How the wire is put under DDP and DeepSpeed."""

@@ -1,0 +1,404 @@
+"""The lp dialect: each op declared once, with its operands, attributes, rules and reference.
+
+    lp.scale           x -> s           the scale of a cast
+    lp.constant_scale  x -> s           lp.scale of a weight, kept between uses (runtime/quantize/kept_casts.py)
+    lp.quantize        x, s -> q        grid values: x / s rounded to the format, in the format's storage dtype
+    lp.dequantize      q, s -> x        grid values times their scale
+    lp.gemm            lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry gradients, the casts values
+    lp.stand_in        q -> x           what stands where a carrier of the gradient stood, and holds no values
+    lp.norm_scale, lp.norm_shift, lp.fold_*     a batch norm moves into the weight next to it (batch_norm.py)
+
+In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
+attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
+dialect and the table in docs/ir.md all read it through OPS; passes look ops up by name.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
+from runtime.ops import traced
+from runtime.ops.activations import ACTIVATIONS
+from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
+from runtime.ops.contractions import Side
+from runtime.ops.layer import (
+    KINDS,
+    METHODS,
+    GemmPlan,
+    Operand,
+    check_transforms,
+    contraction_of,
+    parse_geometry,
+    run_gemm,
+    to_grid,
+    varies_along_sum,
+)
+from runtime.ops.types import (
+    VALUE,
+    OperandKind,
+    Operands,
+    QuantType,
+    ResultRule,
+    TensorType,
+    dequantize_result,
+    fold_bias_result,
+    fold_weight_result,
+    gemm_result,
+    norm_result,
+    quantize_result,
+    scale_result,
+    stand_in_result,
+    unknown_result,
+)
+from runtime.quantize.kept_casts import LIFETIMES
+from runtime.state import RunState
+
+Grid = Annotated[Tensor, "grid"]
+"""An operand that holds grid values."""
+Scale = Annotated[Tensor, "scale"]
+"""An operand that holds the scale of a cast, fp32."""
+
+
+def scale(x: Tensor, *, spec: str) -> Tensor | None:
+    """The scale of one cast of x, fp32: 0-dim for `tensor`, else broadcastable to x (or one per tile). Carries no
+    gradient.
+    """
+    if torch.compiler.is_compiling():
+        return traced.scale(x, spec)
+    parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
+    return compute_scale(x.detach(), parsed)
+
+
+def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: int, lifetime: str) -> Tensor | None:
+    """lp.scale of a weight, kept as `lifetime` says: read again, and computed again only if x has changed. The
+    lp.quantize of this `site` and `slot` comes after it, with no write to x between the two.
+    """
+    if torch.compiler.is_compiling():
+        return traced.scale(x, spec)
+    parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
+    kept = state.constants.find(x, parsed, site, slot, lifetime)
+    return compute_scale(x.detach(), parsed) if kept is None else kept.scale_or(lambda: compute_scale(x, parsed))
+
+
+def quantize(
+    x: Tensor, s: Scale | None, state: RunState | None, *, spec: str, site: int, slot: int, lifetime: str = ""
+) -> Tensor:
+    """Grid values of x / s. `q * s` is the cast value. Saturates; NaN stays NaN. `site` and `slot` key the stochastic
+    bits. With a `lifetime` (x is a weight, s its lp.constant_scale) they are kept, and made again only if x has
+    changed.
+    """
+    if torch.compiler.is_compiling():
+        return traced.quantize(x, s, state, spec, site, slot)
+    parsed = QuantSpec.parse(spec)
+    check_transforms(parsed.is_identity)
+    if lifetime and state is not None:
+        constants = state.constants
+        kept = constants.find(x, parsed, site, slot, lifetime) if s is None else constants.find_by_scale(s, site, slot)
+        if kept is not None:
+            return kept.grid_or(lambda: to_grid(x, s, parsed, state, site, slot))
+    return to_grid(x, s, parsed, state, site, slot)
+
+
+def dequantize(q: Grid, s: Scale | None, *, spec: str) -> Tensor:
+    """q * s in fp32."""
+    parsed = QuantSpec.parse(spec)
+    return q.float() if s is None else q.float() * expand_scale(s, q.shape, parsed)
+
+
+def stand_in(q: Grid, *, dtype: str) -> Tensor:
+    """A tensor of q's shape and of `dtype` in place of the one that q was cast from, where no gradient flows and no
+    value is read: one NaN, seen everywhere, so that whatever reads it after all is noticed. Four bytes, not a copy.
+    """
+    return torch.full((), torch.nan, dtype=getattr(torch, dtype), device=q.device).expand(q.shape)
+
+
+def gemm(
+    lhs: Tensor,
+    rhs: Tensor,
+    bias: Tensor | None,
+    fwd_lhs: Grid,
+    fwd_lhs_scale: Scale | None,
+    fwd_rhs: Grid,
+    fwd_rhs_scale: Scale | None,
+    bwd_rhs: Grid | None,
+    bwd_rhs_scale: Scale | None,
+    grad_lhs: Grid | None,
+    grad_lhs_scale: Scale | None,
+    state: RunState,
+    residual: Tensor | None = None,
+    *,
+    kind: str,
+    spec: str,
+    methods: str,
+    site: int,
+    geometry: str = "",
+    lifetime: str = "",
+    activation: str = "",
+) -> Tensor:
+    """One GEMM site, forward and backward, and what follows it. Returns activation(y + residual) in the dtype of lhs;
+    see runtime.ops.layer for the arithmetic. With a `lifetime`, rhs is a weight whose cast for BWD is kept.
+
+    Without `grad_lhs` there is no GRAD: backward raises.
+    """
+    if torch.compiler.is_compiling():
+        operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
+        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry, residual, activation)
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry, lifetime)
+    layer = plan.spec
+    casts = {
+        "fwd_lhs": Operand(fwd_lhs, fwd_lhs_scale, layer.fwd.lhs),
+        "fwd_rhs": Operand(fwd_rhs, fwd_rhs_scale, layer.fwd.rhs),
+        "bwd_rhs": None if bwd_rhs is None else Operand(bwd_rhs, bwd_rhs_scale, layer.bwd.rhs),
+        "grad_lhs": None if grad_lhs is None else Operand(grad_lhs, grad_lhs_scale, layer.grad.rhs),
+    }
+    return run_gemm(lhs, rhs, bias, casts, state, plan, residual, activation)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A trait of an op: the sentence is the error, `holds(attributes)` decides."""
+
+    sentence: str
+    holds: Callable[[dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class TypeRule:
+    """A trait of an op that its operands' types decide too: the sentence is the error."""
+
+    sentence: str
+    holds: Callable[[Operands, dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class OperandDef:
+    """A positional parameter of an op's function. An optional one may be None."""
+
+    name: str
+    kind: OperandKind
+    is_optional: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}?" if self.is_optional else self.name
+
+
+@dataclass(frozen=True)
+class AttributeDef:
+    """A keyword parameter of an op's function; `kind` is str, int, float or bool. One with a default may be
+    left out.
+    """
+
+    name: str
+    kind: type
+    is_optional: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}?" if self.is_optional else self.name
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """One op, declared by its function: positional parameters are operands, keywords are attributes, and the docstring
+    says what it computes. `result` gives the type of its result, `rules` and `type_rules` what else must hold.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    result: ResultRule = unknown_result
+    rules: tuple[Rule, ...] = ()
+    type_rules: tuple[TypeRule, ...] = ()
+
+    @cached_property
+    def operands(self) -> tuple[OperandDef, ...]:
+        return tuple(
+            OperandDef(name, _operand_kind(hint), NoneType in get_args(hint))
+            for name, hint, parameter in self._parameters
+            if parameter.kind is not parameter.KEYWORD_ONLY
+        )
+
+    @cached_property
+    def attributes(self) -> tuple[AttributeDef, ...]:
+        return tuple(
+            AttributeDef(name, hint, parameter.default is not parameter.empty)
+            for name, hint, parameter in self._parameters
+            if parameter.kind is parameter.KEYWORD_ONLY
+        )
+
+    @property
+    def _parameters(self) -> list[tuple[str, Any, inspect.Parameter]]:
+        hints = get_type_hints(self.run, include_extras=True)
+        return [(name, hints[name], each) for name, each in inspect.signature(self.run).parameters.items()]
+
+
+def _operand_kind(hint: Any) -> OperandKind:
+    """Of `Tensor`, `Grid`, `Scale` or `RunState`, or one of them or None."""
+    for each in (hint, *get_args(hint)):
+        if metadata := getattr(each, "__metadata__", None):
+            return metadata[0]
+        if each in (Tensor, RunState):
+            return "tensor" if each is Tensor else "state"
+    raise TypeError(f"{hint} is no type of an operand")
+
+
+def _parses(attribute: str, parse: Callable[[str], Any]) -> Callable[[dict[str, Any]], bool]:
+    def holds(attributes: dict[str, Any]) -> bool:
+        try:
+            parse(attributes[attribute])
+        except Exception:
+            return False
+        return True
+
+    return holds
+
+
+def _scales_leave_the_sum(attributes: dict[str, Any]) -> bool:
+    spec = LayerSpec.parse(attributes["spec"])
+    geometry = parse_geometry(attributes.get("geometry", ""))
+    kind = contraction_of(attributes["kind"], geometry)
+    for role in ROLES:
+        operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", spec.role(role).lhs), ("rhs", spec.role(role).rhs))
+        for side, operand in operands:
+            if operand.scale and operand.scale.rule != "pow2" and varies_along_sum(kind, role, side, operand):
+                return False
+    return True
+
+
+def _has_scale_where_spec_has(operands: Operands, attributes: dict[str, Any]) -> bool:
+    return (operands["s"] is not None) == QuantSpec.parse(attributes["spec"]).has_scale
+
+
+def _casts_of(operands: Operands, attributes: dict[str, Any]) -> list[tuple[str, QuantSpec]]:
+    """The cast operands of an lp.gemm that are there, with what the spec says of each."""
+    spec = LayerSpec.parse(attributes["spec"])
+    wanted = (
+        ("fwd_lhs", spec.fwd.lhs),
+        ("fwd_rhs", spec.fwd.rhs),
+        ("bwd_rhs", spec.bwd.rhs),
+        ("grad_lhs", spec.grad.rhs),
+    )
+    return [(name, cast) for name, cast in wanted if operands[name] is not None]
+
+
+def _are_cast_as_spec_says(operands: Operands, attributes: dict[str, Any]) -> bool:
+    for name, cast in _casts_of(operands, attributes):
+        given, wanted = operands[name], QuantType.of(cast, VALUE)
+        if isinstance(given, QuantType) and (given.format, given.granularity) != (wanted.format, wanted.granularity):
+            return False
+    return True
+
+
+def _have_scales_where_spec_has(operands: Operands, attributes: dict[str, Any]) -> bool:
+    casts = _casts_of(operands, attributes)
+    return all((operands[f"{name}_scale"] is not None) == cast.has_scale for name, cast in casts)
+
+
+def _is_kept_by_a_state(operands: Operands, attributes: dict[str, Any]) -> bool:
+    return not attributes.get("lifetime") or operands["state"] is not None
+
+
+def _is_same_each_time(attributes: dict[str, Any]) -> bool:
+    return not attributes.get("lifetime") or QuantSpec.parse(attributes["spec"]).rounding != "stochastic"
+
+
+def _does_scale_lie_along(operands: Operands, attributes: dict[str, Any]) -> bool:
+    w, v = operands["w"], operands.get("s") or operands.get("t")
+    if not isinstance(w, TensorType) or not isinstance(v, TensorType):
+        return True
+    groups = 1 if attributes["axis"] == 0 else attributes["groups"]
+    return len(w.shape) >= 2 and v.shape == (w.shape[attributes["axis"]] * groups,) and w.shape[0] % groups == 0
+
+
+def _is_residual_like_result(operands: Operands, attributes: dict[str, Any]) -> bool:
+    residual, result = operands["residual"], gemm_result(operands, attributes)
+    return residual == result or not (isinstance(residual, TensorType) and isinstance(result, TensorType))
+
+
+_CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
+
+_LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
+
+_SLOT = Rule(
+    "`slot` must be 0 or 1 of FWD's operands, 2 of BWD's rhs or 3 of GRAD's x", lambda a: a["slot"] in range(4)
+)
+
+_GEMM_RULES = (
+    Rule("`spec` must hold the three GEMMs, `fwd: ...; bwd: ...; grad: ...`", _parses("spec", LayerSpec.parse)),
+    Rule(f"`kind` must be one of {', '.join(KINDS)}, conv", lambda a: a["kind"] in {*KINDS, "conv"}),
+    Rule(
+        "a convolution, and nothing else, has a `geometry`", lambda a: (a["kind"] == "conv") == bool(a.get("geometry"))
+    ),
+    Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
+    Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
+    Rule(
+        f"`methods` must be empty before they are chosen, else each one of {', '.join(METHODS)}",
+        lambda a: a["methods"] == ",," or set(a["methods"].split(",")) <= {*METHODS},
+    ),
+    _LIFETIME,
+    Rule(
+        f"`activation` must be one of {', '.join(ACTIVATIONS)}, or absent",
+        lambda a: a.get("activation", "") in ("", *ACTIVATIONS),
+    ),
+)
+
+_IS_DTYPE = Rule(
+    "`dtype` must be a floating-point dtype of torch",
+    lambda a: getattr(getattr(torch, a["dtype"], None), "is_floating_point", False),
+)
+_SAME_EACH_TIME = Rule("a cast that rounds stochastically is not kept", _is_same_each_time)
+_KEPT = TypeRule("a cast that is kept must have the `state` that keeps it", _is_kept_by_a_state)
+_HAS_SCALE = Rule("`spec` must have a scale", lambda a: QuantSpec.parse(a["spec"]).has_scale)
+_SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there", _has_scale_where_spec_has)
+
+_GEMM_TYPE_RULES = (
+    TypeRule("a cast must have the format and granularity that `spec` names", _are_cast_as_spec_says),
+    TypeRule("a cast must have a scale where `spec` has one, and only there", _have_scales_where_spec_has),
+    TypeRule("a residual must have the shape and dtype of the product", _is_residual_like_result),
+)
+
+_FOLD_RULES = (
+    Rule("`axis` must be 0 or 1", lambda a: a["axis"] in (0, 1)),
+    Rule("`groups` must be at least 1", lambda a: a["groups"] >= 1),
+)
+_LIES_ALONG = TypeRule("a batch norm must have one number per feature along `axis` of w", _does_scale_lie_along)
+
+OPS: dict[str, OpDef] = {
+    op.name: op
+    for op in (
+        OpDef("lp.scale", scale, scale_result, (_CAST_PARSES, _HAS_SCALE)),
+        OpDef(
+            "lp.constant_scale",
+            constant_scale,
+            scale_result,
+            (_CAST_PARSES, _HAS_SCALE, _SLOT, _LIFETIME, _SAME_EACH_TIME),
+        ),
+        OpDef(
+            "lp.quantize",
+            quantize,
+            quantize_result,
+            (_CAST_PARSES, _SLOT, _LIFETIME, _SAME_EACH_TIME),
+            (_SCALED, _KEPT),
+        ),
+        OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),
+        OpDef("lp.stand_in", stand_in, stand_in_result, (_IS_DTYPE,)),
+        OpDef("lp.gemm", gemm, gemm_result, _GEMM_RULES, _GEMM_TYPE_RULES),
+        OpDef("lp.norm_scale", norm_scale, norm_result, (Rule("`eps` must not be negative", lambda a: a["eps"] >= 0),)),
+        OpDef("lp.norm_shift", norm_shift, norm_result),
+        OpDef("lp.fold_weight", fold_weight, fold_weight_result, _FOLD_RULES, (_LIES_ALONG,)),
+        OpDef("lp.fold_bias", fold_bias, fold_bias_result),
+        OpDef("lp.fold_input_bias", fold_input_bias, fold_bias_result, _FOLD_RULES, (_LIES_ALONG,)),
+    )
+}
+"""Every op of the dialect by name."""
+
+OP_OF: dict[Callable[..., Any], OpDef] = {op.run: op for op in OPS.values()}
+"""The op that a graph node's target runs."""

@@ -1,0 +1,110 @@
+"""Convolutions as matrix products (im2col), for a `multiply` that rounds as it adds. The order of each sum, k:
+
+    FWD   y    (c, r)     input channel of the group, then kernel position, last spatial dim fastest
+    BWD   dx   (o, r)     output channel of the group, then position of the flipped kernel, over dy with the zeros that
+                          stride and padding put between and around it, which are products too and count in chunks
+    GRAD  dw   (b, p)     sample, then output position
+
+Padding adds zero products as well. Of a transposed convolution FWD and BWD change places, and so do x and dy in GRAD.
+The output element that keys stochastic bits is (group, row, column) of the product: (g, b p, o), (g, b p, c) and
+(g, o, c r).
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Multiply
+
+
+def unfolded(geometry: ConvGeometry) -> AbstractContraction:
+    """The convolution of this geometry as matrix products."""
+    return UnfoldedConvTranspose(geometry) if geometry.is_transposed else UnfoldedConv(geometry)
+
+
+@dataclass(frozen=True)
+class UnfoldedConv(Conv):
+    """y = x * w by im2col; x (B, C, ...), w (O, C / groups, ...)."""
+
+    def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        return _forward(lhs, rhs, self.geometry, multiply)
+
+    def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return _input_gradient(dy, rhs, lhs_shape[2:], self.geometry, multiply)
+
+    def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return _weight_gradient(dy, lhs, rhs_shape, self.geometry, multiply)
+
+
+@dataclass(frozen=True)
+class UnfoldedConvTranspose(Conv):
+    """The transpose of UnfoldedConv; x (B, O, ...), w (O, C / groups, ...) in the names of that convolution."""
+
+    def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
+        g = self.geometry
+        size = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1 + more
+            for n, s, p, d, k, more in zip(
+                lhs.shape[2:], g.stride, g.padding, g.dilation, rhs.shape[2:], g.output_padding
+            )
+        ]
+        return _input_gradient(lhs, rhs, torch.Size(size), g, multiply)
+
+    def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return _forward(dy, rhs, self.geometry, multiply)
+
+    def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
+        return _weight_gradient(lhs, dy, rhs_shape, self.geometry, multiply)
+
+
+def _forward(x: Tensor, w: Tensor, g: ConvGeometry, multiply: Multiply) -> Tensor:
+    padding = [(p, p) for p in g.padding]
+    columns, out = _columns(x, w.shape[2:], g.stride, g.dilation, padding, g.groups)
+    weights = w.reshape(g.groups, w.shape[0] // g.groups, -1).transpose(-1, -2)
+    return _image(multiply(columns, weights), x.shape[0], out)
+
+
+def _input_gradient(dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
+    kernel = w.shape[2:]
+    spread = [(n - 1) * s + 1 for n, s in zip(dy.shape[2:], g.stride)]
+    apart = dy.new_zeros((*dy.shape[:2], *spread))
+    every = (slice(None), slice(None), *(slice(None, None, s) for s in g.stride))
+    apart[every] = dy
+    reach = [d * (k - 1) for d, k in zip(g.dilation, kernel)]
+    padding = [(r - p, n + p - m) for r, p, n, m in zip(reach, g.padding, size, spread)]
+    columns, out = _columns(apart, kernel, (1,) * len(kernel), g.dilation, padding, g.groups)
+    flipped = w.flip(tuple(range(2, w.dim()))).reshape(g.groups, w.shape[0] // g.groups, w.shape[1], -1)
+    return _image(multiply(columns, flipped.transpose(2, 3).flatten(1, 2)), dy.shape[0], out)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, w_shape: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
+    """dw (O, C / groups, ...). Of a padded x whose last rows no output reads, `columns` holds those that one does."""
+    padding = [(p, p) for p in g.padding]
+    columns, _ = _columns(x, w_shape[2:], g.stride, g.dilation, padding, g.groups)
+    rows = dy.reshape(dy.shape[0], g.groups, dy.shape[1] // g.groups, -1).permute(1, 2, 0, 3).flatten(2)
+    return multiply(rows, columns).reshape(w_shape)
+
+
+def _columns(
+    x: Tensor,
+    kernel: torch.Size,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: list[tuple[int, int]],
+    groups: int,
+) -> tuple[Tensor, torch.Size]:
+    """(groups, B positions, C / groups * kernel positions), and the spatial shape of the positions."""
+    x = torch.nn.functional.pad(x, [n for pair in reversed(padding) for n in pair])
+    for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation), start=2):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    spatial, ndim = x.shape[2 : 2 + len(kernel)], len(kernel)
+    x = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    order = (1, 0, *range(3, 3 + ndim), 2, *range(3 + ndim, 3 + 2 * ndim))
+    return x.permute(order).reshape(groups, x.shape[0] * prod(spatial), -1), spatial
+
+
+def _image(rows: Tensor, batch: int, spatial: torch.Size) -> Tensor:
+    """(groups, B positions, channels of a group) -> (B, channels, ...)."""
+    return rows.view(rows.shape[0], batch, -1, rows.shape[2]).permute(1, 0, 3, 2).reshape(batch, -1, *spatial)

@@ -1,0 +1,243 @@
+"""Traced: the lp ops as torch.compile and torch.export see them.
+
+    lp::scale, lp::quantize, lp::gemm    one node each in the graph of a frontend. They are composite: below it, casts
+                                         become operations that a compiler fuses, and a GEMM its three roles
+    lp::fwd, lp::bwd, lp::grad           one multiplication each, opaque: the kernels of the eager path, so that the
+                                         bits are the same. Their arguments name the site and the role
+    lp::to_grid, lp::cast_gradient       casts that stay opaque: block formats, and gradients whose overflow is watched
+
+A role that runs as torch's own op in the tensor's dtype (`as_is`) is traced into that op.
+
+torch keeps compiled code on disk under what it read of a graph, and of the first three it reads names and arguments
+only: `code`, a digest of this package's sources, is one of them, so that other sources are compiled anew.
+
+What changes from step to step enters as numbers: the clock (seed, rank, step, micro-batch), and only where a cast or a
+sum is stochastic, since numbers become guards; and the key of the RunState whose overflow flag a backward sets.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from runtime.kernels.cast import fast_to_grid
+from runtime.numerics.scaling import compute_scale
+from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, Role
+from runtime.ops import layer as gemms
+from runtime.ops.layer import CAST_NAMES, GemmPlan, Operand
+from runtime.ops.opaque import clock_of
+from runtime.state import RunState, find_state
+
+
+def scale(x: Tensor, spec: str) -> Tensor:
+    """lp.scale in a graph that is compiled."""
+    result: Tensor = torch.ops.lp.scale(x, spec, _code())
+    return result
+
+
+def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, site: int, slot: int) -> Tensor:
+    """lp.quantize in a graph that is compiled."""
+    result: Tensor = torch.ops.lp.quantize(x, s, clock_of(state, spec), spec, site, slot, _code())
+    return result
+
+
+def gemm(
+    lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: Sequence[Tensor | None], state: RunState,
+    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str,
+) -> Tensor:  # fmt: skip
+    """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
+    key = state.key if state.watch_overflow else -1
+    result: Tensor = torch.ops.lp.gemm(
+        lhs,
+        rhs,
+        bias,
+        list(casts),
+        clock_of(state, spec),
+        key,
+        kind,
+        spec,
+        methods,
+        site,
+        geometry,
+        residual,
+        activation,
+        _code(),
+    )
+    return result
+
+
+@torch.compiler.assume_constant_result
+def _code() -> str:
+    return _digest_of_sources()
+
+
+@lru_cache(maxsize=1)
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for source in sorted(root.rglob("*.py")):
+        digest.update(source.relative_to(root).as_posix().encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _state(clock: Sequence[int], key: int = -1) -> RunState:
+    seed, rank, step, micro_batch = clock
+    state = RunState(seed=seed, rank=rank, step=step, micro_batch=micro_batch, watch_overflow=key >= 0)
+    state.key = key
+    return state
+
+
+def _scale(x: Tensor, spec: str, code: str) -> Tensor:
+    found = compute_scale(x.detach(), QuantSpec.parse(spec))
+    assert found is not None
+    return found
+
+
+def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
+    return gemms.to_grid(x, s, QuantSpec.parse(spec), _state(clock), site, slot)
+
+
+def _gemm(
+    lhs: Tensor, rhs: Tensor, bias: Tensor | None, flat: Sequence[Tensor | None], clock: Sequence[int], key: int,
+    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str, code: str,
+) -> Tensor:  # fmt: skip
+    layer = LayerSpec.parse(spec)
+    specs = (layer.fwd.lhs, layer.fwd.rhs, layer.bwd.rhs, layer.grad.rhs)
+    casts: dict[str, Operand | None] = {}
+    for number, (name, cast) in enumerate(zip(CAST_NAMES, specs)):
+        grid = flat[2 * number]
+        casts[name] = None if grid is None else Operand(grid, flat[2 * number + 1], cast)
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), plan, residual, activation)
+
+
+def _operands(
+    role: Role, tensors: Sequence[Tensor | None], kind: str, spec: str, methods: str, site: int, geometry: str
+) -> tuple[GemmPlan, Operand, Operand]:
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    numbers: GemmSpec = plan.spec.role(role)
+    a, a_scale, b, b_scale = tensors
+    assert a is not None
+    assert b is not None
+    return plan, Operand(a, a_scale, numbers.lhs), Operand(b, b_scale, numbers.rhs)
+
+
+def _fwd(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan, a, b = _operands("fwd", (x, x_scale, w, w_scale), kind, spec, methods, site, geometry)
+    return gemms.multiply_fwd(plan, a, b, bias, _state(clock)).to(dtype).contiguous()
+
+
+def _fwd_shape(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    y = plan.contraction.native(x.to(dtype), w.to(dtype), None)
+    return x.new_empty(y.shape, dtype=dtype)
+
+
+def _bwd(
+    dy: Tensor, dy_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan, a, b = _operands("bwd", (dy, dy_scale, w, w_scale), kind, spec, methods, site, geometry)
+    return gemms.multiply_bwd(plan, a, b, torch.Size(shape), _state(clock)).to(dtype).contiguous()
+
+
+def _grad(
+    dy: Tensor, dy_scale: Tensor | None, x: Tensor, x_scale: Tensor | None, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan, a, b = _operands("grad", (dy, dy_scale, x, x_scale), kind, spec, methods, site, geometry)
+    return gemms.multiply_grad(plan, a, b, torch.Size(shape), _state(clock)).to(dtype).contiguous()
+
+
+def _shape_of_gradient(
+    dy: Tensor, dy_scale: Tensor | None, other: Tensor, other_scale: Tensor | None, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return dy.new_empty(shape, dtype=dtype)
+
+
+def _to_grid(
+    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    """Block formats in float32 always: whether bf16 has the values is known only once they are there."""
+    parsed = QuantSpec.parse(spec)
+    held = torch.float32 if parsed.is_block else dtype
+    grid = fast_to_grid(x, parsed, s, dtype=held, seed=seed, step=step, stream=stream, offset=offset)
+    return grid.contiguous() if grid is not x else x.clone()
+
+
+def _to_grid_shape(
+    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    held = torch.float32 if QuantSpec.parse(spec).is_block else dtype
+    held = torch.float64 if x.dtype == torch.float64 and held == torch.float32 else held
+    return x.new_empty(x.shape, dtype=held)
+
+
+def _cast_gradient(
+    dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
+) -> tuple[Tensor, Tensor]:
+    state, parsed = _state(clock, key), QuantSpec.parse(spec)
+    operand = gemms.cast_gradient(dy, parsed, state, site, slot)
+    owner = find_state(key)
+    if owner is not None:
+        owner.note_overflow(torch.as_tensor(state.overflow))
+    grid = operand.grid.float() if parsed.is_block else operand.grid
+    scale = operand.scale if operand.scale is not None else dy.new_ones((), dtype=torch.float32)
+    return grid.contiguous() if grid is not dy else dy.clone(), scale
+
+
+def _cast_gradient_shape(
+    dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
+) -> tuple[Tensor, Tensor]:
+    parsed = QuantSpec.parse(spec)
+    dtype = dy.dtype if parsed.is_identity else gemms.storage_dtype(parsed.format)
+    grid = dy.new_empty(dy.shape, dtype=torch.float32 if parsed.is_block else dtype)
+    scale = compute_scale(dy, parsed) if parsed.has_scale else None
+    return grid, dy.new_empty((), dtype=torch.float32) if scale is None else scale
+
+
+_SITE = "str kind, str spec, str methods, int site, str geometry"
+_ROLE = f"{_SITE}, SymInt[] clock, ScalarType dtype"
+_OPS = Library("lp", "FRAGMENT")
+_COMPOSITE: dict[str, Callable[..., Any]] = {
+    "scale(Tensor x, str spec, str code) -> Tensor": _scale,
+    "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor": _quantize,
+    f"gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, {_SITE}, Tensor? residual, "
+    "str activation, str code) -> Tensor": _gemm,
+}
+_OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    f"fwd(Tensor x, Tensor? x_scale, Tensor w, Tensor? w_scale, Tensor? bias, {_ROLE}) -> Tensor": (_fwd, _fwd_shape),
+    f"bwd(Tensor dy, Tensor? dy_scale, Tensor w, Tensor? w_scale, SymInt[] shape, {_ROLE}) -> Tensor": (
+        _bwd,
+        _shape_of_gradient,
+    ),
+    f"grad(Tensor dy, Tensor? dy_scale, Tensor x, Tensor? x_scale, SymInt[] shape, {_ROLE}) -> Tensor": (
+        _grad,
+        _shape_of_gradient,
+    ),
+    "to_grid(Tensor x, Tensor? s, str spec, ScalarType dtype, int seed, SymInt step, SymInt stream, SymInt offset) "
+    "-> Tensor": (_to_grid, _to_grid_shape),
+    "cast_gradient(Tensor dy, str spec, SymInt[] clock, int key, int site, int slot) -> (Tensor, Tensor)": (
+        _cast_gradient,
+        _cast_gradient_shape,
+    ),
+}
+for _schema, _run in _COMPOSITE.items():
+    _OPS.define(_schema)
+    _OPS.impl(_schema.partition("(")[0], _run, "CompositeImplicitAutograd")
+for _schema, (_run, _fake) in _OPAQUE.items():
+    _OPS.define(_schema)
+    _OPS.impl(_schema.partition("(")[0], _run, "CompositeExplicitAutograd")
+    register_fake(f"lp::{_schema.partition('(')[0]}", _fake, lib=_OPS)

@@ -1,0 +1,1 @@
+"""Casts with identity and state."""

@@ -1,0 +1,64 @@
+"""RunConfig: layers of values, and errors that say file, line and field."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.training.config import ConfigError, RunConfig, load_config
+
+
+def test_flags_override_the_file_and_the_file_the_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 50\nlr: 1e-3\n")
+    config = load_config({"steps": "70"}, file, base={"lr": 5e-3, "clip": 0.5}, base_name="checkpoint")
+    assert (config.steps, config.lr, config.clip) == (70, 1e-3, 0.5)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = RunConfig(model="llama", width=64, lr=3e-4, policy="hfp8")
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config({}, file) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("steps: 10\nlayrs: 2\n", 'run.yaml:2: layrs: "layrs" is not a field of a run. Did you mean "layers"?'),
+        ("lr: 0.1\n\nlayers: 0\n", "run.yaml:3: layers: this value does not fit. Expected greater than or equal to 1."),
+        ("engine: fsdp\n", "run.yaml:1: engine: this value does not fit. Expected 'deepspeed' or 'ddp'. Got 'fsdp'."),
+        ("width: wide\n", "run.yaml:1: width: this value does not fit. Expected a valid integer"),
+        ("width: 100\nheads: 3\n", "run.yaml: width (100) must be a multiple of heads (3)."),
+        ("width: 36\nheads: 4\nmodel: llama\n", "must be even"),
+        ("a: [1\n", "this is not YAML"),
+        ("- 1\n", "a config is a mapping"),
+    ],
+)
+def test_names_file_line_and_field(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, file)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_the_flag() -> None:
+    with pytest.raises(ConfigError, match=r"^--grad-accumulation: this value does not fit. Expected .* Got '0'"):
+        load_config({"grad_accumulation": "0"})
+
+
+def test_a_missing_file_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"no-such.yaml: this config file cannot be read"):
+        load_config({}, Path("no-such.yaml"))
+
+
+def test_a_resumed_run_may_train_longer_but_not_another_model() -> None:
+    base = RunConfig(width=64, heads=2).model_dump()
+    assert load_config({"steps": "999"}, None, base, "old").steps == 999
+    with pytest.raises(ConfigError, match=r"--width: this is another model than the checkpoint's. Expected width = 64"):
+        load_config({"width": "128"}, None, base, "old")
+
+
+def test_every_field_has_a_description() -> None:
+    assert [name for name, field in RunConfig.model_fields.items() if not field.description] == []

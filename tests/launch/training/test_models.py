@@ -1,0 +1,34 @@
+"""Models: from a config alone, the same bits on every rank, no dropout."""
+
+import pytest
+import torch
+
+from launch.training.config import ConfigError, RunConfig
+from launch.training.models import build_model, model_for_check
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_same_seed_same_weights_and_logits_of_the_right_shape(family: str) -> None:
+    config = RunConfig(model=family, layers=1, width=32, heads=2, context=16)  # type: ignore[arg-type]
+    model, twin = build_model(config, 256), build_model(config, 256)
+    x_BT = torch.randint(0, 256, (2, 16))
+    logits_BTV = model(input_ids=x_BT).logits
+    assert logits_BTV.shape == (2, 16, 256)
+    assert torch.equal(logits_BTV, twin(input_ids=x_BT).logits), "train mode: no dropout anywhere"
+    other = build_model(config.model_copy(update={"seed": 1}), 256)
+    assert not torch.equal(logits_BTV, other(input_ids=x_BT).logits)
+
+
+def test_dtype_is_that_of_the_parameters() -> None:
+    model = build_model(RunConfig(layers=1, width=16, heads=2, context=8, dtype="bf16"), 256)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_a_model_for_check_ends_with_the_head(family: str) -> None:
+    assert list(dict(model_for_check(family).named_modules()))[-1] == "lm_head"
+
+
+def test_an_unknown_model_is_told_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r'"gtp" is not a model. Did you mean "gpt"'):
+        model_for_check("gtp")
