@@ -3,7 +3,6 @@ and HTML.
 """
 
 import dataclasses
-import html
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -13,32 +12,13 @@ from torch import nn
 
 from lpcompile.compiled import Compiled, get_compiled
 from lpcompile.frontends.install import CapturedForward, captured
+from lpcompile.policy.rules import Site
+from lpcompile.reporting.page import make_page
+from lpcompile.reporting.rows import REFUSED, UNCALLED, GemmRow
+from lpcompile.reporting.text import print_report
 from passes.finding import Finding
 from passes.ir.program import num_op
-from runtime.numerics.specs import ROLES, LayerSpec, Role
-
-
-@dataclass(frozen=True)
-class GemmRow:
-    """One GEMM of one site. lhs and rhs print as casts, `FORMAT ROUNDING [GRANULARITY/RULE]`."""
-
-    name: str
-    op: str
-    role: Role
-    lhs: str
-    rhs: str
-    accumulate: str
-    out: str
-    backend: str
-    fidelity: str
-    reason: str
-    rule: str
-    """The policy's rule that decided it, and what a pass chose where the rule leaves it open."""
-
-    @property
-    def runs_as_policy_says(self) -> bool:
-        """False if it runs otherwise. What the recorded forward never called runs in no way, and is counted apart."""
-        return self.fidelity != "refused"
+from runtime.numerics.specs import ROLES, LayerSpec
 
 
 @dataclass(frozen=True)
@@ -74,60 +54,35 @@ class Report:
     """Why no cast of a weight is kept; empty where casts are, or will be."""
     passes: list[str]
 
+    @property
+    def called(self) -> list[GemmRow]:
+        """The rows but those of leaves that the example forward never called."""
+        return [row for row in self.gemms if row.fidelity != UNCALLED]
+
     def by_backend(self) -> dict[str, int]:
         """`backend/fidelity` -> number of GEMMs."""
         return dict(Counter(f"{row.backend}/{row.fidelity}" for row in self.gemms))
 
+    def share_of_flops(self, fidelity: str) -> float | None:
+        """Of the FLOPs that one row of input costs in the layers with weights, the share of this fidelity; None where
+        no layer has a weight.
+        """
+        total = sum(row.flops for row in self.called)
+        return sum(row.flops for row in self.called if row.fidelity == fidelity) / total if total else None
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
-    def to_text(self) -> str:
-        called = [row for row in self.gemms if row.fidelity != _UNCALLED]
-        running = sum(row.runs_as_policy_says for row in called)
-        lines = [
-            f"policy {self.policy} ({self.policy_hash[:12]}): {running} of {len(called)} named GEMMs run so; "
-            f"{len(self.left_alone)} sites are not named and left alone",
-            f"casts in a forward pass: {self.num_quantize_before} before sharing, {self.num_quantize_after} after",
-        ]
-        kept = f"{self.num_kept_casts} kept, {self.kept_bytes} bytes"
-        lines.append(f"casts of weights: {f'none kept: {self.why_none_kept}' if self.why_none_kept else kept}")
-        if not self.captured:
-            lines.append(
-                "no example inputs were given: only GEMM-bearing modules were captured, no products of activations"
-            )
-        widths = [max(len(str(getattr(row, column))) for row in self.gemms) if self.gemms else 0 for column in _COLUMNS]
-        for row in self.gemms:
-            cells = [str(getattr(row, column)).ljust(width) for column, width in zip(_COLUMNS, widths)]
-            lines.append("  ".join(cells) + f"  {row.reason}")
-        lines += [f"left alone: {name}" for name in self.left_alone]
-        lines += [f"warning: {finding}" for finding in self.warnings]
-        lines += [f"not reached: {path}: {reason}" for path, reason in self.unreached.items()]
-        lines += [f"not recorded: {path or '(root)'}: {reason}" for path, reason in self.opaque.items()]
-        lines += [f"never called: {name}: {_WHY_UNCALLED}" for name in self.uncalled]
-        lines += [f"guard missed: {path or '(root)'}: {reason}" for path, reason in self.guard_misses.items()]
-        if self.guard_misses:
-            lines.append("guard missed: lpcompile.capture_more(model, ...) adds recordings for further kinds of call")
-        lines += [f"pass {record}" for record in self.passes]
-        return "\n".join(lines)
+    def to_text(self, full: bool = False) -> str:
+        """The certificate to read: what does not run first, then a line per group of layers that run alike; with
+        `full` a line per GEMM.
+        """
+        return print_report(self, full)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the certificate as one self-contained page; returns its path."""
-        columns = (*_COLUMNS, "reason", "rule")
-        head = "".join(f"<th>{column}</th>" for column in columns)
-        body = "".join(
-            f'<tr class="{row.fidelity}">'
-            + "".join(f"<td>{html.escape(str(getattr(row, c)))}</td>" for c in columns)
-            + "</tr>"
-            for row in self.gemms
-        )
-        notes = "".join(
-            f"<li>{html.escape(line)}</li>" for line in self.to_text().splitlines() if ":" in line.split("  ")[0]
-        )
-        page = _PAGE.format(
-            title=html.escape(f"{self.policy}: lowering certificate"), head=head, body=body, notes=notes
-        )
+        """Write the certificate as one self-contained page, to sort, filter and fold; returns its path."""
         target = Path(path)
-        target.write_text(page, encoding="utf-8")
+        target.write_text(make_page(self), encoding="utf-8")
         return target
 
 
@@ -142,7 +97,7 @@ def report(model: nn.Module) -> Report:
         for path, module in model.named_modules()
         if isinstance(record := captured(module), CapturedForward) and record.num_misses
     }
-    rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site.name, site.op)]
+    rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site)]
     return Report(
         policy=phase.policy.name,
         policy_hash=compiled.policy.hash,
@@ -171,7 +126,8 @@ def _counted(num_calls: int) -> str:
     return f"{num_calls} call" if num_calls == 1 else f"{num_calls} calls"
 
 
-def _rows_of_site(compiled: Compiled, name: str, op: str) -> list[GemmRow]:
+def _rows_of_site(compiled: Compiled, site: Site) -> list[GemmRow]:
+    name, op, flops = site.name, site.op, 2 * (site.n or 0) * (site.k or 0)
     phase = compiled.phase
     spec: LayerSpec | None = phase.program.specs.get(name)
     if spec is None:
@@ -183,26 +139,17 @@ def _rows_of_site(compiled: Compiled, name: str, op: str) -> list[GemmRow]:
         choice = phase.program.choices.get(name, {}).get(role)
         accumulate = gemm.accumulate + (f"/{gemm.chunk}" if gemm.chunk else "")
         how = (
-            ("original", "refused", phase.program.refusals.get(name, ""))
+            ("original", REFUSED, phase.program.refusals.get(name, ""))
             if choice is None
             else (choice.backend, choice.fidelity, choice.reason)
         )
-        if is_uncalled and how[1] != "refused":
-            how = "none", _UNCALLED, f"{_WHY_UNCALLED} ({how[0]} if it is)"
+        if is_uncalled and how[1] != REFUSED:
+            how = "none", UNCALLED, f"{_WHY_UNCALLED} ({how[0]} if it is)"
         rule = phase.resolution.rule_of.get(name, {}).get(role, "no rule: fp32")
         decided = phase.program.decisions.get(name, {}).get(role)
         rule += f"; {decided}" if decided else ""
-        rows.append(GemmRow(name, op, role, str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out, *how, rule))
+        rows.append(GemmRow(name, op, role, str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out, *how, rule, flops))
     return rows
 
 
-_UNCALLED = "not-called"
-_WHY_UNCALLED = "not called by the recorded forward"
-
-_COLUMNS = ("name", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity")
-
-_PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:14px system-ui;margin:2em}}table{{border-collapse:collapse}}td,th{{padding:.2em .6em;border-bottom:1px
-solid #ddd; text-align:left}}tr.refused{{background:#fdd}}tr.bounded{{background:#ffd}}</style>
-<h1>{title}</h1><ul>{notes}</ul><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-"""
+_WHY_UNCALLED = "not called by the example forward"

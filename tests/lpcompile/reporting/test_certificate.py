@@ -1,8 +1,13 @@
 """The certificate says the same as values, text, JSON and HTML, and a refusal is in all of them."""
 
+import dataclasses
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,7 +46,12 @@ def test_values(tmp_path: Path) -> None:
 
 
 def test_text(tmp_path: Path) -> None:
-    text = _report(tmp_path).to_text()
+    found = _report(tmp_path)
+    text = found.to_text()
+    assert text.splitlines()[0] == found.to_text(full=True).splitlines()[0]
+    assert re.search(r"refused +3  50\.0% of the GEMMs, 50\.0% of the FLOPs", text)
+    assert text.index("does not run as the policy says") < text.index("runs:")
+    assert "  0  fwd bwd grad  3 x  " in text
     assert "3 of 6 named GEMMs run so" in text
     assert "use granularity row, or rule pow2" in text
     assert "left alone: 2" in text
@@ -54,13 +64,43 @@ def test_json_holds_every_row(tmp_path: Path) -> None:
     assert [row["reason"] for row in told["gemms"]] == [row.reason for row in found.gemms]
 
 
-def test_html_is_one_page_with_every_row_escaped(tmp_path: Path) -> None:
+def test_html_holds_every_row_escaped_and_no_folder(tmp_path: Path) -> None:
     found = _report(tmp_path)
     page = found.to_html(tmp_path / "c.html").read_text(encoding="utf-8")
-    assert page.count("<tr") == 1 + len(found.gemms)
-    assert page.count('<tr class="refused">') == 3
-    assert "<script" not in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    fidelity = data["columns"].index("fidelity")
+    assert [data["strings"][row[fidelity]] for row in data["rows"]] == [row.fidelity for row in found.gemms]
     assert "&lt;= (K-1)" in page, "reasons hold <= signs"
+    assert str(tmp_path) not in page
+    assert "odd.yaml:" in page
+    assert not re.search(r"(src|href)=", page), "it is one file"
+
+
+def test_html_of_hostile_names_runs_nothing(tmp_path: Path) -> None:
+    name = "</script><script>document.title='ran'</script>"
+    file = tmp_path / "odd.yaml"
+    file.write_text(POLICY)
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.add_module("<b>", nn.Linear(8, 8))
+    found = report(lpcompile(model, file))
+    found = dataclasses.replace(found, policy=name, left_alone=[name])
+    page = found.to_html(tmp_path / "c.html").read_text(encoding="utf-8")
+    assert name not in page
+    assert page.count("</script>") == 2
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
+def test_html_draws_its_table_in_a_browser(tmp_path: Path) -> None:
+    found = _report(tmp_path)
+    page = found.to_html(tmp_path / "c.html")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert drawn.count('<tr class="gemm refused">') == 3
+    assert drawn.count('<tr class="gemm ') == len(found.gemms)
+    assert "6 of 6 GEMMs" in drawn
 
 
 class HalfCalled(nn.Module):
@@ -81,11 +121,11 @@ def test_leaf_that_the_recorded_forward_never_called() -> None:
     by_name = {row.name: row for row in found.gemms if row.role == "fwd"}
     assert by_name["skipped"].backend == "none"
     assert by_name["skipped"].fidelity == "not-called"
-    assert by_name["skipped"].reason.startswith("not called by the recorded forward")
+    assert by_name["skipped"].reason.startswith("not called by the example forward")
     assert by_name["called"].fidelity == by_name["matmul_0"].fidelity == "format-exact"
     text = found.to_text()
     assert "6 of 6 named GEMMs run so" in text
-    assert "never called: skipped: not called by the recorded forward" in text
+    assert "never called: skipped: not called by the example forward" in text
     assert found.by_backend()["none/not-called"] == 3
 
     unknown = report(lpcompile(HalfCalled(), "fp32-emulated"))
@@ -99,3 +139,12 @@ def test_tied_head_and_leaves_of_opaque_modules_are_called() -> None:
     found = report(lpcompile(model, "fp32-emulated", example_kwargs=call))
     assert found.opaque
     assert found.uncalled == []
+
+
+def test_text_of_many_layers_is_short() -> None:
+    layers = [nn.ModuleDict({"up_proj": nn.Linear(8, 8), "down_proj": nn.Linear(8, 8)}) for _ in range(32)]
+    found = report(lpcompile(nn.ModuleDict({"layers": nn.ModuleList(layers)}), "fp8-rowwise"))
+    lines = found.to_text().splitlines()
+    assert len(lines) < 20
+    assert any("layers.{0..31}.up_proj" in line and " 32 x " in line for line in lines)
+    assert len(found.to_text(full=True).splitlines()) > 3 * 2 * 32

@@ -1,0 +1,44 @@
+"""Rows: one GEMM of one site as the certificate tells of it."""
+
+from dataclasses import dataclass
+
+from runtime.numerics.specs import Role
+
+REFUSED = "refused"
+UNCALLED = "not-called"
+FIDELITIES = ("bitwise", "format-exact", "bounded", "emulated", UNCALLED, REFUSED)
+"""Best first. What each means stands in docs/architecture.md."""
+
+
+@dataclass(frozen=True)
+class GemmRow:
+    """One GEMM of one site. lhs and rhs print as casts, `FORMAT ROUNDING [GRANULARITY/RULE]`."""
+
+    name: str
+    op: str
+    role: Role
+    lhs: str
+    rhs: str
+    accumulate: str
+    out: str
+    backend: str
+    fidelity: str
+    reason: str
+    rule: str
+    """The policy's rule that decided it, and what a pass chose where the rule leaves it open."""
+    flops: int = 0
+    """Of one row of input, in a layer with a weight; 0 where the sizes are not known before it runs."""
+
+    @property
+    def runs_as_policy_says(self) -> bool:
+        """False if it runs otherwise. What the example forward never called runs in no way, and is counted apart."""
+        return self.fidelity != REFUSED
+
+    @property
+    def formula(self) -> str:
+        """`e4m3 row/amax * e4m3 row/amax -> fp32 -> bf16`, what is the format's own rounding left out."""
+        return f"{_short(self.lhs)} * {_short(self.rhs)} -> {self.accumulate} -> {self.out}"
+
+
+def _short(cast: str) -> str:
+    return cast.replace(" nearest_even", "")
