@@ -84,9 +84,9 @@ def _refusals(rows: Sequence[GemmRow]) -> Iterable[str]:
     sites: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for (name, reason), which in roles.items():
         sites[reason, tuple(which)].append(name)
-    for (reason, which), names in sites.items():
+    for (reason, said), names in sites.items():
         for name, count in fold_names(names):
-            yield f"  {name}  {' '.join(which)}  {count * len(which)} x  {reason}"
+            yield f"  {name}  {' '.join(said)}  {count * len(said)} x  {reason}"
 
 
 def _remarks(report: "Report") -> list[str]:
@@ -116,12 +116,12 @@ def _groups(rows: Sequence[GemmRow]) -> Iterable[str]:
         for name, count in fold_names(names):
             lines.append((name, role, f"{count} x", formula, f"{how}  {number}"))
     order = {line[0]: place for place, line in reversed(list(enumerate(lines)))}
-    lines.sort(key=lambda line: (order[line[0]], ROLES.index(line[1])))  # type: ignore[arg-type]
+    lines.sort(key=lambda line: (order[line[0]], ROLES.index(line[1])))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     for line in lines:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, [*widths, 0])).rstrip()
-    for reason, number in notes.items():
-        yield f"  [{number}] {reason}"
+    for reason, place in notes.items():
+        yield f"  [{place}] {reason}"
 
 
 def _times(count: int) -> str:

@@ -33,7 +33,8 @@ from lpcompile.frontends.leaves.find import Leaf, composite_forward, find_leaves
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolve import Policy, Resolution
 from lpcompile.policy.rules import Site
-from lpcompile.reporting.certificate import GemmRow
+from lpcompile.reporting.rows import GemmRow
+from lpcompile.reporting.text import table
 from passes.joint_products import ROOT_KEY, SITE_KEY, UNNAMED, NameProducts, find_joint_sites
 from passes.lower_joint import Lowered, lower_joint
 from runtime.kernels.dispatch import Choice
@@ -137,11 +138,7 @@ class JointReport:
             f"graphs; {len(self.left_alone)} sites are not named and left alone",
             f"casts in the graphs: {self.num_casts}, read by {self.num_cast_uses} operands",
         ]
-        columns = ("name", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity")
-        widths = [max((len(str(getattr(row, column))) for row in self.gemms), default=0) for column in columns]
-        for row in self.gemms:
-            cells = [str(getattr(row, column)).ljust(width) for column, width in zip(columns, widths)]
-            lines.append("  ".join(cells) + f"  {row.reason}")
+        lines += table(self.gemms)
         lines += [f"left alone: {name}" for name in self.left_alone]
         if self.unnamed:
             lines.append(f"not named: {self.unnamed} products of activations lie behind a graph break, left alone")
