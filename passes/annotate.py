@@ -15,8 +15,10 @@ from passes.ir.types import META
 from passes.manager import Pass
 from runtime.errors import NotSupported
 from runtime.kernels.dispatch import GemmRequest, choose
-from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.ops.layer import contraction_of, parse_geometry, varies_along_sum
+from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
+from runtime.ops.contractions import Side
+from runtime.ops.layer import contraction_of, parse_geometry
+from runtime.ops.sum_scales import slot_name, why_not_scaled
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,14 @@ def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | 
         numbers = spec.role(role)
         if numbers.accumulator.is_open:
             return f"{role}: no accumulator was chosen; run choose-accumulator first"
-        for side, operand in (("lhs", numbers.lhs), ("rhs", numbers.rhs)):
-            if operand.is_block and contraction.free_axis[role, side] == "none":  # type: ignore[index]
-                return (
-                    f"{role} {side}: blocks of {operand.format} lie along one axis, and the sum of a {gemm.op} has "
-                    f"several; use a scalar format such as e4m3, with a scale of granularity tensor"
-                )
-            if varies_along_sum(contraction, role, side, operand) and operand.scale and operand.scale.rule != "pow2":  # type: ignore[arg-type]
-                free = contraction.free_axis[role, side]  # type: ignore[index]
-                return (
-                    f"{role} {side}: a scale per {operand.scale.granularity} varies along the sum of a {gemm.op}; "
-                    f"use granularity {'tensor' if free == 'none' else free}, or rule pow2"
-                )
+        operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", numbers.lhs), ("rhs", numbers.rhs))
+        for side, operand in operands:
+            if operand.is_block and gemm.kind == "conv":
+                name = slot_name(contraction, role, side)
+                what = f"blocks of {operand.format} lie along one axis, and the sum of a {gemm.op} has several"
+                return f"{role} {name}: {what}; use a scalar format such as e4m3, with a scale of granularity tensor"
+            if reason := why_not_scaled(contraction, gemm.op, role, side, numbers):
+                return f"{role} {reason}"
         try:
             choose(GemmRequest(gemm.kind, role, numbers, device))
         except NotSupported as error:

@@ -56,7 +56,8 @@ class Scale(Section):
     """How the scale of an operand is chosen. The matrix view of x is (product of leading dims, last dim)."""
 
     granularity: Annotated[Granularity, one_of("scale granularity", GRANULARITIES)] = "tensor"
-    """tensor: one scale. row, column: one per row or column of the matrix view. block: one per `block` tile."""
+    """tensor: one scale. row, column: one per row or column of the matrix view. block: one per `block` tile. channel:
+    of a weight, one per output channel or feature."""
     rule: Annotated[ScaleRule, one_of("scale rule", SCALE_RULES, ("delayed", "static", "mse", "learned"))] = "amax"
     """amax: scale = amax / max(format). pow2: the smallest power of two not below that."""
     block: tuple[Count, Count] = (1, 128)
@@ -204,6 +205,15 @@ class Gemm(Section):
     """What the sums are kept in."""
     out: FormatName = "fp32"
     """Format of the result, rounded once from the accumulator."""
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> "Gemm":
+        for key in {self.LHS, self.RHS} - {"w"}:
+            scale = getattr(self, key).scale
+            if scale is not None and scale.granularity == "channel":
+                hint = "granularity: row (one scale per token) or column (one per feature)"
+                raise refusal("granularity channel is for weights", got=f"{key}: channel", hint=hint, key=key)
+        return self
 
     @model_validator(mode="after")
     def _check_accumulator(self) -> "Gemm":

@@ -1,6 +1,7 @@
 """Stored specs: what a policy says of a site, for the operands as they lie in memory.
 
 w: row     one scale per output feature: a row of w_NK, a column of the w_KN that transformers' Conv1D holds
+w: channel the same of a linear layer, a column of b in a product a.b; of a convolution its weight's first dim
 mxfp8      blocks along the sum: along the row of an operand whose free axis is the row, else down its column
 """
 
@@ -15,6 +16,10 @@ from runtime.ops.layer import contraction_of, parse_geometry
 @lru_cache(maxsize=4096)
 def spec_as_stored(kind: str, geometry: str, spec: LayerSpec) -> LayerSpec:
     """Of a GEMM of this kind and geometry, as lp.gemm has them."""
+    if kind != "conv":
+        free: Granularity = "column" if kind == "matmul" else "row"
+        fwd, bwd = (replace(numbers, rhs=_per_output(numbers.rhs, free)) for numbers in (spec.fwd, spec.bwd))
+        spec = LayerSpec(fwd, bwd, spec.grad)
     if kind == "linear_kn":
         fwd, bwd = (replace(numbers, rhs=_transposed(numbers.rhs)) for numbers in (spec.fwd, spec.bwd))
         spec = LayerSpec(fwd, bwd, spec.grad)
@@ -32,6 +37,12 @@ def _with_blocks_along_sum(kind: str, geometry: str, role: Role, numbers: GemmSp
         return replace(operand, along=down if free[role, side] == "column" else "row")
 
     return replace(numbers, lhs=laid("lhs", numbers.lhs), rhs=laid("rhs", numbers.rhs))
+
+
+def _per_output(spec: QuantSpec, free: Granularity) -> QuantSpec:
+    if spec.scale is None or spec.scale.granularity != "channel":
+        return spec
+    return replace(spec, scale=replace(spec.scale, granularity=free))
 
 
 def _transposed(spec: QuantSpec) -> QuantSpec:

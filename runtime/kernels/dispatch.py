@@ -25,8 +25,8 @@ from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, embeds, get_format
-from runtime.numerics.specs import FP32_SUMS, AccumulateSpec, GemmSpec, QuantSpec, Role
-from runtime.ops.contractions import Linear, LinearKN, Matmul, Side
+from runtime.numerics.specs import FP32_SUMS, SCALE_RULES, AccumulateSpec, GemmSpec, QuantSpec, Role
+from runtime.ops.contractions import CONV_AXES, Linear, LinearKN, Matmul, Side
 
 Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
 
@@ -87,6 +87,8 @@ def _consider_cpu(request: GemmRequest) -> Choice | Declined:
         return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
     if not (embeds(lhs, "bf16") and embeds(rhs, "bf16")):
         return Declined(name, f"{spec.lhs.format} x {spec.rhs.format} does not embed in bf16")
+    if _leaves_grid(request):
+        return Declined(name, f"{_FOLDED}, which leave bf16")
     if spec.out == "bf16":
         return Declined(name, "torch's own bf16 GEMM has this output")
     if cpu_gemm.gemm_library() is None:
@@ -111,6 +113,8 @@ def _consider_cuda(request: GemmRequest) -> Choice | Declined:
     if spec.accumulator != FP32_SUMS:
         return Declined(name, f"it sums in fp32, not {_sum_of(spec)}")
     operands, folds = f"{spec.lhs.format} x {spec.rhs.format}", _folds(request)
+    if _leaves_grid(request):
+        return Declined(name, f"{_FOLDED}, which leave the units' formats")
     containers = cuda.fp8_containers(lhs, rhs)
     if containers and device.has_fp8 and not folds:
         held = " x ".join(f"{c.name} shifted by 2^{c.shift}" if c.shift else c.name for c in containers)
@@ -141,15 +145,19 @@ def _consider_cpu_emulation(request: GemmRequest) -> Choice | Declined:
     return Choice("cpu_emulation", "cpu_accumulate", "emulated", how)
 
 
-def _folds(request: GemmRequest) -> bool:
-    """Whether a scale varies along the sum, and is then multiplied into the grid values of its operand."""
-    axes = _FREE_AXES.get(request.kind)
+def _folds(request: GemmRequest, rules: tuple[str, ...] = SCALE_RULES) -> bool:
+    """Whether a scale of one of these rules varies along the sum, and is then multiplied into its operand's values."""
     operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", request.spec.lhs), ("rhs", request.spec.rhs))
     for side, operand in operands:
-        free = ("tensor", axes[request.role, side]) if axes else ("tensor",)
-        if operand.scale is not None and operand.scale.granularity not in free:
+        free = ("tensor", _FREE_AXES[request.kind][request.role, side])
+        if operand.scale is not None and operand.scale.granularity not in free and operand.scale.rule in rules:
             return True
     return False
+
+
+def _leaves_grid(request: GemmRequest) -> bool:
+    """Whether an operand's values are rounded to fp32 once more, by a scale in the sum that is no power of two."""
+    return _folds(request, ("amax",))
 
 
 def _is_int8(request: GemmRequest) -> bool:
@@ -191,7 +199,7 @@ def _consider_torch(request: GemmRequest) -> Choice | Declined:
         return Declined(name, f"hardware sums in fp32, not {_sum_of(spec)}")
     bf16, fp32 = get_format("bf16"), get_format("fp32")
     on_cuda = request.device == "cuda"
-    if spec.out == "bf16" and embeds(lhs, bf16) and embeds(rhs, bf16):
+    if spec.out == "bf16" and embeds(lhs, bf16) and embeds(rhs, bf16) and not _leaves_grid(request):
         return Choice(
             name,
             "bf16",
@@ -205,6 +213,9 @@ def _consider_torch(request: GemmRequest) -> Choice | Declined:
             return Declined(name, "torch may round fp32 operands to tf32: torch.backends has allow_tf32 set")
         how = f"{spec.lhs.format} and {spec.rhs.format} embed in tf32, which torch may use and whose unit cuts sums"
         return Choice(name, "fp32", "bounded", f"{how}, {cuda.product_bound(23)}")
+    if embeds(lhs, fp32) and embeds(rhs, fp32) and _leaves_grid(request):
+        how = f"{_FOLDED}, each rounded once to fp32: 2^-24 of it; {_ORDER_BOUND}"
+        return Choice(name, "fp32", "bounded", how)
     if embeds(lhs, fp32) and embeds(rhs, fp32):
         return Choice(
             name, "fp32", "format-exact", f"{spec.lhs.format} and {spec.rhs.format} embed in fp32; {_ORDER_BOUND}"
@@ -224,8 +235,14 @@ def _unit_of(spec: GemmSpec) -> str:
 
 
 _INT32 = AccumulateSpec("int32")
-_FREE_AXES = {"linear": Linear().free_axis, "linear_kn": LinearKN().free_axis, "matmul": Matmul().free_axis}
-"""Along which axis a scale leaves the sum; of a convolution along none."""
+_FREE_AXES = {
+    "linear": Linear().free_axis,
+    "linear_kn": LinearKN().free_axis,
+    "matmul": Matmul().free_axis,
+    "conv": CONV_AXES,
+}
+"""Along which axis a scale leaves the sum."""
+_FOLDED = "a scale inside the sum is multiplied into the values"
 _ORDER_BOUND = "order of additions differs, |error| <= (K-1) 2^-24 sum|a b|"
 
 BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (

@@ -8,6 +8,7 @@ zeros and a NaN or Inf spreads to nothing but itself. Shapes, with the matrix vi
 
     tensor  ()                      row    x.shape[:-1] + (1,)
     column  (1, ..., 1, K)          block  [ceil(M / b0), ceil(K / b1)], one per tile, ragged at the edges
+    channel (C, 1, ..., 1)          of a weight (C, ...): the rows of the matrix view that a channel has
 """
 
 import math
@@ -138,7 +139,8 @@ def matrix_shape(x_shape: torch.Size) -> tuple[int, int]:
 def tile_shape(x_shape: torch.Size, scale: ScaleSpec) -> tuple[int, int]:
     """The tile of the matrix view that shares one scale; at least 1 x 1."""
     m, k = matrix_shape(x_shape)
-    tiles = {"tensor": (m, k), "row": (1, k), "column": (m, 1), "block": scale.block}
+    channel = math.prod(x_shape[1:-1]), k
+    tiles = {"tensor": (m, k), "row": (1, k), "column": (m, 1), "channel": channel, "block": scale.block}
     rows, columns = tiles[scale.granularity]
     return max(rows, 1), max(columns, 1)
 
@@ -150,7 +152,7 @@ def scale_shape(x_shape: torch.Size, scale: ScaleSpec) -> torch.Size:
     if scale.granularity == "block":
         return torch.Size((-(-m // rows), -(-k // columns)))
     ones = torch.Size((1,) * (len(x_shape) - 1))
-    shapes = {"row": (*x_shape[:-1], 1), "column": (*ones, k)}
+    shapes = {"row": (*x_shape[:-1], 1), "column": (*ones, k), "channel": (*x_shape[:1], *ones)}
     return torch.Size(shapes.get(scale.granularity, ())) if x_shape else torch.Size(())
 
 

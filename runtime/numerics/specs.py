@@ -23,7 +23,7 @@ from runtime.numerics.block_formats import default_rounding, get_block_format, i
 from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
-Granularity = Literal["tensor", "row", "column", "block"]
+Granularity = Literal["tensor", "row", "column", "channel", "block"]
 Along = Literal["row", "column", "batched-column"]
 ScaleRule = Literal["amax", "pow2"]
 Role = Literal["fwd", "bwd", "grad"]
@@ -51,6 +51,7 @@ class ScaleSpec:
     """How the scale of an operand is chosen. The matrix view of x is (product of leading dims, last dim).
 
     tensor: one scale. row: one per row of the matrix view. column: one per column. block: one per `block` tile.
+    channel: of a weight, one per output channel, its first dim; a linear layer's is a row or a column of its matrix.
     amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that.
     """
 

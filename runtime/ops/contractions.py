@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runtime.numerics.specs import Role
 
-Axis = Literal["row", "column", "none"]
+Axis = Literal["row", "column", "channel", "none"]
 Side = Literal["lhs", "rhs"]
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
@@ -178,7 +178,7 @@ class Conv:
 
     @property
     def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return _CONV_AXES
+        return _TRANSPOSED_AXES if self.geometry.is_transposed else CONV_AXES
 
     @property
     def grad_rows(self) -> Side:
@@ -249,7 +249,9 @@ _LINEAR_AXES: dict[tuple[Role, Side], Axis] = {
     ("grad", "rhs"): "column",
 }
 _MATMUL_AXES: dict[tuple[Role, Side], Axis] = {**_LINEAR_AXES, ("fwd", "rhs"): "column", ("bwd", "rhs"): "row"}
-_CONV_AXES: dict[tuple[Role, Side], Axis] = dict.fromkeys(_LINEAR_AXES, "none")
+_TRANSPOSED_AXES: dict[tuple[Role, Side], Axis] = dict.fromkeys(_LINEAR_AXES, "none")
+CONV_AXES: dict[tuple[Role, Side], Axis] = {**_TRANSPOSED_AXES, ("fwd", "rhs"): "channel"}
+"""An output channel of a weight is a channel of y; of a transposed convolution's no dim of the weight is one."""
 
 
 def linear_kn(x: Tensor, weight_KN: Tensor, bias: Tensor | None = None) -> Tensor:

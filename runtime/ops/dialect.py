@@ -39,8 +39,8 @@ from runtime.ops.layer import (
     parse_geometry,
     run_gemm,
     to_grid,
-    varies_along_sum,
 )
+from runtime.ops.sum_scales import why_not_scaled
 from runtime.ops.types import (
     VALUE,
     OperandKind,
@@ -265,12 +265,8 @@ def _scales_leave_the_sum(attributes: dict[str, Any]) -> bool:
     spec = LayerSpec.parse(attributes["spec"])
     geometry = parse_geometry(attributes.get("geometry", ""))
     kind = contraction_of(attributes["kind"], geometry)
-    for role in ROLES:
-        operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", spec.role(role).lhs), ("rhs", spec.role(role).rhs))
-        for side, operand in operands:
-            if operand.scale and operand.scale.rule != "pow2" and varies_along_sum(kind, role, side, operand):
-                return False
-    return True
+    sides: tuple[Side, Side] = ("lhs", "rhs")
+    return not any(why_not_scaled(kind, "", role, side, spec.role(role)) for role in ROLES for side in sides)
 
 
 def _has_scale_where_spec_has(operands: Operands, attributes: dict[str, Any]) -> bool:

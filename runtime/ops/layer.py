@@ -7,6 +7,9 @@ runtime/quantize/kept_casts.py keeps, so that nothing outlives a partitioned or 
 
     y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
 
+A scale that varies along the sum is multiplied into the values before it: exactly if it is a power of two, else once
+rounded to fp32 (scales per block, and per channel of a convolution's weight in BWD), which only fp32 sums allow.
+
     z = activation(y + residual)        what follows a product may be a part of it, with the bits of separate ops
 
 Scales, bias, residual and relu are one pass over y where that is fp32 (runtime/kernels/cpu/epilogue.py).
@@ -48,6 +51,7 @@ from runtime.ops.contractions import (
     Side,
 )
 from runtime.ops.im2col import unfolded
+from runtime.ops.sum_scales import varies_along_sum
 from runtime.state import RunState
 
 KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
@@ -457,7 +461,7 @@ def multiply_fwd(
         y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, state))
         if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
             return _finish_conv(plan.geometry, y, x.scale, w.scale, bias, residual, relu)
-        y = _scaled(y, x.scale, w.scale)
+        y = _scaled(y, x.scale, _per_channel(w.scale, plan.geometry))
     else:
         is_one_pass = spec.out == "fp32" and plan.kind != "matmul"
         after = (bias, residual, relu) if is_one_pass else (None, None, False)
@@ -519,6 +523,11 @@ def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:
     return fast_to_grid(y.float(), QuantSpec.parse(spec.out), None, dtype=storage_dtype(spec.out))
 
 
+def _per_channel(scale: Tensor | None, geometry: ConvGeometry) -> Tensor | None:
+    """A weight's scale, (C, 1, ..., 1) or (), made to broadcast against the channels of (N, C, ...) and of (C, ...)."""
+    return scale if scale is None or scale.dim() == 0 else scale.reshape(-1, *(1,) * len(geometry.stride))
+
+
 def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
     for scale in scales:
         y = y if scale is None else y * scale
@@ -568,16 +577,8 @@ def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:
     return scale if operand.spec.scale.granularity == axis else scale.transpose(-1, -2)
 
 
-def varies_along_sum(plan_kind: AbstractContraction, role: Role, side: Side, spec: QuantSpec) -> bool:
-    """True when the operand's scale changes along the reduction axis, so that it cannot be taken out of the sum."""
-    granularity = spec.scale.granularity if spec.scale else "tensor"
-    return granularity not in ("tensor", plan_kind.free_axis[role, side])
-
-
 def _foldable(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
-    """Multiply into the grid values any scale that varies along the sum: exact, because such a scale is a power of
-    two.
-    """
+    """Multiply into the grid values any scale that varies along the sum, as the head of this file says."""
     sides: tuple[tuple[Side, Operand], ...] = (("lhs", lhs), ("rhs", rhs))
     folded = []
     for side, operand in sides:

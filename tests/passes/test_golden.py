@@ -68,7 +68,7 @@ def test_annotate_refuses_a_scale_inside_the_sum_with_the_way_out() -> None:
     check(
         run(linear(layer(ROW)), "annotate"),
         """
-// CHECK: "lp.site"() {name = "fc", {{.*}}refusal = "bwd rhs: a scale per row varies along the sum of a linear; use granularity column, or rule pow2"
+// CHECK: "lp.site"() {name = "fc", {{.*}}refusal = "bwd w: a scale per row varies along the sum of a linear; use granularity column, or rule pow2"
 // CHECK-NOT: lp.spec
 """,
     )

@@ -76,7 +76,7 @@ WRONG_VALUES = [
     (
         fwd("{x: {format: e4m3, scale: {granularity: rows}}}"),
         '3: rules[0].fwd.x.scale.granularity: "rows" is not a scale granularity. Did you mean "row"? '
-        "Known: tensor, row, column, block.",
+        "Known: tensor, row, column, channel, block.",
     ),
     (
         fwd("{x: {format: e4m3, scale: {block: [1, 2]}}}"),
