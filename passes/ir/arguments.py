@@ -34,17 +34,24 @@ def parse_arguments(text: str, operands: list[Any]) -> tuple[tuple[Any, ...], di
     """
     try:
         call = ast.parse(f"f({text})", mode="eval").body
+        depth = _depth(call)
+    except (RecursionError, MemoryError):
+        raise ArgumentsError(f"at most {_DEEPEST} levels of nesting", "more", 0) from None
     except (SyntaxError, ValueError) as error:
         column = error.offset - 3 if isinstance(error, SyntaxError) and error.offset else 0
         raise ArgumentsError("arguments as Python writes them", str(error).partition(" (")[0], column) from error
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "f":
         raise ArgumentsError("one list of arguments", text, 0)
+    if depth > _DEEPEST:
+        raise ArgumentsError(f"at most {_DEEPEST} levels of nesting", str(depth), 0)
     holes = iter(operands)
     args = tuple(_read(each, holes) for each in call.args)
     kwargs = {}
     for each in call.keywords:
         if each.arg is None:
             raise _unknown(each.value)
+        if each.arg in kwargs:
+            raise ArgumentsError("each keyword once", f"{each.arg} twice", each.col_offset - 2)
         kwargs[each.arg] = _read(each.value, holes)
     if any(True for _ in holes):
         count = num_holes(text)
@@ -126,6 +133,8 @@ def _read(node: ast.expr, holes: Iterator[Any]) -> Any:
         case ast.Dict(keys=keys, values=values):
             if not all(isinstance(key, ast.Constant) and type(key.value) is str for key in keys):
                 raise _unknown(node)
+            if len({key.value for key in keys}) < len(keys):  # type: ignore[union-attr]
+                raise ArgumentsError("each key once", ast.unparse(node), node.col_offset - 2)
             return {key.value: _read(value, holes) for key, value in zip(keys, values)}  # type: ignore[union-attr]
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             number = _read(operand, holes)
@@ -140,9 +149,23 @@ def _read(node: ast.expr, holes: Iterator[Any]) -> Any:
             if made is not None:
                 try:
                     return made(*(_read(arg, holes) for arg in args))
-                except (TypeError, ValueError, RuntimeError) as error:
+                except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                     raise ArgumentsError("a value of it", str(error).partition("\n")[0], node.col_offset - 2) from error
     raise _unknown(node)
+
+
+def _depth(tree: ast.AST) -> int:
+    """How many levels of nodes there are, counted without recursion."""
+    level, count = [tree], 0
+    while level:
+        level, count = [child for node in level for child in ast.iter_child_nodes(node)], count + 1
+    return count
+
+
+def _size(items: tuple[int, ...] | list[int]) -> torch.Size:
+    if not isinstance(items, (tuple, list)):  # a range may be of any length
+        raise TypeError("a tuple or list of integers")
+    return torch.Size(items)
 
 
 def _unknown(node: ast.expr) -> ArgumentsError:
@@ -157,5 +180,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "range": range,
     "complex": complex,
     "torch.device": torch.device,
-    "torch.Size": torch.Size,
+    "torch.Size": _size,
 }
+_DEEPEST = 64
+"""Levels of nesting of the arguments: Python recurses."""

@@ -19,6 +19,7 @@ from passes.ir.records import wrong_choice, wrong_device, wrong_passes
 from passes.ir.structure import STRUCTURES, UNIT_FLAGS
 from passes.ir.syntax import OpText, Source, read_op
 from passes.ir.targets import find_target
+from passes.ir.torch_calls import wrong_call
 from passes.ir.types import META, tensor_meta, type_of
 from passes.ir.verifier import verify, verify_node, verify_site
 from passes.manager import split_items
@@ -32,7 +33,7 @@ from runtime.ops.types import OpType, TensorType
 def parse_program(text: str, file: str = "<text>") -> Program:
     """The program of a text. `print_program(parse_program(text)) == text` for a text that print_program wrote.
 
-    Reading imports the modules that the functions named in it live in. Raises ParseError.
+    Reading runs nothing that the text names: functions come from the table of passes/ir/targets.py. Raises ParseError.
     """
     program = _ProgramReader(Source(text, file)).program()
     verify(program)
@@ -112,6 +113,7 @@ class _ProgramReader:
     def __init__(self, source: Source) -> None:
         self._source, self._check = source, _Checker(source)
         self._program = Program({}, {})
+        self._seen: set[tuple[str, str]] = set()
         self._lp_nodes: list[tuple[str, fx.Node, int]] = []
 
     def program(self) -> Program:
@@ -122,6 +124,7 @@ class _ProgramReader:
         for op in module.body or []:
             self._check.one_of(op, ("lp.program", "lp.finding", "lp.site", "torch.graph"), "part of a module")
             values = self._check.structure(op)
+            self._once(op, values)
             if op.name == "torch.graph":
                 self._graph(op, values)
             elif op.name == "lp.site":
@@ -138,6 +141,14 @@ class _ProgramReader:
                 what, hint = f"{OP_OF[node.target].name}: {error.what}", error.hint  # type: ignore[index]
                 self._check.fail(place, what, expected=error.expected, got=error.got, hint=hint)
         return self._program
+
+    def _once(self, op: OpText, values: dict[str, Any]) -> None:
+        """A program has one record, and one site of a name."""
+        key = op.name, values.get("name", "")
+        if op.name in ("lp.program", "lp.site") and key in self._seen:
+            place = op.attributes["name"].place if "name" in values else op.place
+            self._check.fail(place, f"{op.name} {key[1]} is there twice".replace("  ", " "))
+        self._seen.add(key)
 
     def _record(self, op: OpText, values: dict[str, Any]) -> None:
         for key, wrong in (("device", wrong_device), ("passes", wrong_passes)):
@@ -203,6 +214,10 @@ class _GraphReader:
             if unknown:
                 hint = nearest_names(unknown[0], ("name", "default", *_META_KEYS))
                 self._check.fail(place, f"an argument has no attribute {unknown[0]}", hint=hint)
+            if not all(isinstance(given.get(key, ""), str) for key in ("name", "default")):
+                self._check.fail(place, "the name and the default of an argument are strings", got=str(given))
+            if not _is_name(given.get("name", "x").removeprefix("*").removeprefix("*")):
+                self._check.fail(place, f'"{given["name"]}" is no name of an argument', expected=_A_NAME)
             args = self._arguments(given["default"], [], place)[0] if "default" in given else ()
             node = self._create(value.place, "placeholder", given.get("name", value.name), args, {}, value.name)
             self._finish(node, kind, value.place, self._check.meta(given, place))
@@ -234,7 +249,14 @@ class _GraphReader:
         kind, target = op.name.removeprefix("torch."), values["target"]
         if kind == "call_function":
             target = self._function(target, op.attributes["target"].place)
+        elif not (_is_name(target) if kind == "call_method" else _is_path(target)):
+            expected = _A_NAME if kind == "call_method" else "a path, as layers.0.weight"
+            self._check.fail(op.attributes["target"].place, f"not a target of {op.name}", expected=expected, got=target)
         node = self._create(op.results[0].place, kind, target, args, kwargs, op.results[0].name)
+        if kind in ("call_function", "call_method") and len(op.result_types) == 1:
+            expected, got = wrong_call(node, self._types, op.result_types[0][0])
+            if expected:
+                self._check.fail(op.place, f"{values['target']} is not called so", expected=expected, got=got)
         self._finish_op(node, op)
 
     def _lp(self, op: OpText, declared: OpDef) -> None:
@@ -322,8 +344,8 @@ class _GraphReader:
     def _create(self, place: int, op: str, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
         if name in self._values:
             self._check.fail(place, f"%{name} is defined twice")
-        if not name.isidentifier() or keyword.iskeyword(name):
-            self._check.fail(place, f"%{name} is no name of a node", expected="a name that Python can have")
+        if not _is_name(name):
+            self._check.fail(place, f"%{name} is no name of a node", expected=_A_NAME)
         node = self._graph.create_node(op, target, args, kwargs, name=name)
         if node.name != name:
             self._check.fail(place, f"%{name} is no name of a node", expected=f"another, as %{node.name}")
@@ -331,6 +353,16 @@ class _GraphReader:
         return node
 
 
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text)
+
+
+def _is_path(text: str) -> bool:
+    """Of a module or a parameter: parts with a dot between two, and nothing that ends a string of Python's."""
+    return all(part and part.isprintable() and not set(part) & set("\"'\\") for part in text.split("."))
+
+
+_A_NAME = "a name that Python can have"
 SEGMENTS = "operandSegmentSizes"
 _NODE_OPS = ("torch.get_attr", "torch.call_module", "torch.call_method", "torch.call_function", "torch.return")
 _META_KEYS = {meta_attribute(key): key for key in NODE_META}

@@ -8,8 +8,10 @@
 `//` begins a comment. Every part knows its place, so that an error says FILE:line:column.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -146,9 +148,23 @@ class _Reader:
 
     def __init__(self, source: Source) -> None:
         self._source, self._text, self._place = source, source.text, 0
+        self._depth = 0
         self._skip()
 
     def op(self) -> OpText:
+        with self._nested():
+            return self._op()
+
+    @contextmanager
+    def _nested(self) -> Iterator[None]:
+        """One level further into regions, lists and dictionaries."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            self._source.fail(self._place, "too deeply nested", expected=f"at most {_DEEPEST} levels")
+        yield
+        self._depth -= 1
+
+    def _op(self) -> OpText:
         results = []
         if self.peek() == "%":
             results = self._list(self._value)
@@ -223,6 +239,10 @@ class _Reader:
         return key, place, self._plain()
 
     def _plain(self) -> Any:
+        with self._nested():
+            return self._plain_value()
+
+    def _plain_value(self) -> Any:
         first, place = self.peek(), self._place
         if first == '"':
             return self._string("a string")
@@ -240,15 +260,27 @@ class _Reader:
             is_float = any(mark in number for mark in ".e")
             if self._has(":"):
                 self._word(_FLOAT_TYPE if is_float else _INT_TYPE, "f64" if is_float else "i64")
-            return float(number) if is_float else int(number)
+            return self._number(float(number), place) if is_float else self._integer(number, place, 64)
         if self._match(_DENSE):
-            items = self._list(lambda: int(self._word(_INTEGER, "an integer")))
+            items = self._list(lambda: self._integer(self._word(_INTEGER, "an integer"), place, 32))
             self._take(">")
             return tuple(items)
         word = self._match(_KEY)
         if word not in _CONSTANTS:
             self.fail('an attribute: a number, true, "text", [...], {...} or none', place)
         return _CONSTANTS[word]
+
+    def _integer(self, digits: str, place: int, bits: int) -> int:
+        largest = 2 ** (bits - 1)
+        value = int(digits) if len(digits) < 24 else largest
+        if not -largest <= value < largest:
+            self._source.fail(place, "this integer is too large", expected=f"{bits} bits", got=digits[:24])
+        return value
+
+    def _number(self, value: float, place: int) -> float:
+        if math.isinf(value):
+            self._source.fail(place, "this number is too large", expected="64 bits")
+        return value
 
     def _types(self) -> list[tuple[OpType, int]]:
         self._take("(")
@@ -266,7 +298,12 @@ class _Reader:
             if tensor[2] not in _DTYPES:
                 self.fail(f"an element type: {', '.join(_DTYPES)}", tensor.start(2))
             self._move(tensor.end())
-            return TensorType(tuple(int(size) for size in tensor[1].split("x")[:-1]), _DTYPES[tensor[2]])
+            kind = TensorType(
+                tuple(self._integer(size, place, 64) for size in tensor[1].split("x")[:-1]), _DTYPES[tensor[2]]
+            )
+            if math.prod(size or 1 for size in kind.shape) * kind.dtype.itemsize >= 2**63:
+                self._source.fail(place, "this tensor is too large", expected="fewer than 2^63 bytes", got=str(kind))
+            return kind
         word = self._match(_TYPE_WORD)
         if word == "!lp.quant":
             return self._quant()
@@ -284,9 +321,11 @@ class _Reader:
         if not (axis is None or type(axis) is int):
             self.fail("an axis or none", place)
         self._take(",")
-        place, storage = self._place, self.type()
-        if isinstance(storage, QuantType):
-            self.fail("the type of what holds the grid values", place)
+        place = self._place
+        if self._text.startswith("!lp.quant", place):
+            self.fail("the type of what holds the grid values")
+        storage = self.type()
+        assert not isinstance(storage, QuantType)
         self._take(">")
         return QuantType(format, granularity, axis, storage)
 
@@ -334,6 +373,8 @@ class _Reader:
         self._place = found.end() if found else self._place
 
 
+_DEEPEST = 64
+"""Levels of nesting: a text of a program has 8, and Python recurses."""
 _SPACE = re.compile(r"(?:\s+|//[^\n]*)*")
 _WORD = re.compile(r'"(?:[^"\\\n]|\\.)*"|[\w.$%!#^-]+|[^\n]')
 _VALUE_NAME = re.compile(r"[A-Za-z_0-9$.-]+")

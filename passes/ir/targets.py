@@ -1,76 +1,118 @@
 """Targets: functions by name and names by function, `torch.nn.functional.gelu`, `torch.Tensor.view`, `operator.add`.
 
-A target made by calling one named thing on another, as a class of ours on an autograd.Function, is `outer(inner)`.
-Naming is sure: a name is given only if it leads back to the same object. To read a name is to import its module, so a
-graph file is to be trusted like a Python file.
+A closed table: what torch lets a tensor go through, a few builtins, and the functions of runtime/ops. A text names one
+of them or is refused: nothing is imported that is not there already, nothing is called, no attribute is walked to.
 """
 
-import dataclasses
+import builtins
 import importlib
-from collections.abc import Sequence
+import math
+import operator
+import pkgutil
+import types
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+import runtime.ops
 
 
 @lru_cache(maxsize=4096)
 def name_of(target: Any) -> str | None:
-    """The name that leads back to the function; None if there is none (a lambda, a local function)."""
-    if target in _FIXED:
-        return _FIXED[target]
+    """The name that leads back to the function; None if there is none (a user's function, a lambda)."""
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return f"torch.ops.{target}"
-    name = getattr(target, "__name__", "")
-    for namespace in NAMESPACES:
-        if getattr(_find(namespace), name, None) is target:
-            return f"{namespace}.{name}"
-    if dataclasses.is_dataclass(target) and not isinstance(target, type):
-        fields = [getattr(target, field.name) for field in dataclasses.fields(target)]
-        inner = name_of(fields[0]) if len(fields) == 1 else None
-        path = f"{type(target).__module__}.{type(target).__qualname__}({inner})"
-    else:
-        path = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', '')}"
-    try:
-        return path if find_target(path) == target else None
-    except LookupError:
-        return None
+    return _names().get((target, getattr(target, "__name__", "")))
 
 
 @lru_cache(maxsize=4096)
-def find_target(name: str) -> Any:
+def find_target(name: str) -> Callable[..., Any]:
     """The function of that name. Raises LookupError with a hint where there is none."""
-    outer, bracket, inner = name.partition("(")
-    if bracket and inner.endswith(")"):
-        return _find(outer)(find_target(inner[:-1]))
-    return _find(name)
+    if name.startswith("torch.ops."):
+        return _find_op(name)
+    table = _table()
+    if name not in table:
+        close = get_close_matches(name, table, n=1, cutoff=0.8)
+        raise LookupError(close[0] if close else f"a function of {', '.join(NAMESPACES)}, torch.ops or runtime.ops")
+    return table[name]
 
 
-def _find(path: str) -> Any:
-    """The object at a dotted path: the longest module that imports, then attributes."""
-    parts = path.split(".")
-    if not all(part.isidentifier() for part in parts):
-        raise LookupError("a dotted name, as torch.nn.functional.gelu")
-    for split in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError as error:
-            if error.name is None or not ".".join(parts).startswith(error.name):
-                raise LookupError(f"to install {error.name}, which this name needs") from error
-            continue
-        for number, part in enumerate(parts[split:], split):
-            if not hasattr(found, part):
-                owner = ".".join(parts[:number])
-                raise LookupError(_nearest(owner, part, [each for each in dir(found) if each[0] != "_"]))
-            found = getattr(found, part)
-        return found
-    raise LookupError(_nearest("", parts[0], ["torch", "operator", "math", "runtime"]))
+def _find_op(name: str) -> Callable[..., Any]:
+    """`torch.ops.NAMESPACE.OP` or `torch.ops.NAMESPACE.OP.OVERLOAD`, of what is registered."""
+    parts = name.split(".")[2:]
+    found: Any = torch.ops
+    if len(parts) in (2, 3) and all(part.isidentifier() and not part.startswith("__") for part in parts):
+        for part in parts:
+            found = getattr(found, part, None)
+        if isinstance(found, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return found
+    raise LookupError("an op that is registered, as torch.ops.aten.mm or torch.ops.aten.mm.default")
 
 
-def _nearest(owner: str, name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f"{owner}.{close[0]}".lstrip(".") if close else f"a name in {owner or 'an installed package'}"
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Callable[..., Any]]:
+    """Every function that a text may name, by its name; of several names the first is the one that is printed."""
+    table: dict[str, Callable[..., Any]] = {}
+    for space, (owner, names) in _spaces().items():
+        table |= {f"{space}.{name}": each for name, each in _functions(owner, names)}
+    for info in pkgutil.iter_modules(runtime.ops.__path__, "runtime.ops."):
+        module = importlib.import_module(info.name)
+        own = (name for name, each in vars(module).items() if getattr(each, "__module__", "") == info.name)
+        table |= {f"{info.name}.{name}": each for name, each in _functions(module, own) if name[0] != "_"}
+    return table
+
+
+@lru_cache(maxsize=1)
+def _names() -> dict[tuple[Callable[..., Any], str], str]:
+    """The table the other way round, by function and by what it calls itself: torch.mm == torch.dsmm. F.linear is
+    torch._C._nn.linear too, and DeepSpeed's ZeRO-3 puts another function in the place of the first.
+    """
+    linear = torch._C._nn.linear
+    names: dict[tuple[Callable[..., Any], str], str] = {(linear, linear.__name__): "torch._C._nn.linear"}
+    for name, function in _table().items():
+        names.setdefault((function, function.__name__), name)
+    return names
+
+
+def _functions(owner: Any, names: Iterable[str]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """What of `names` is a function of `owner`: no class, no module, no plain value."""
+    for name in names:
+        if isinstance(each := getattr(owner, name, None), _FUNCTIONS):
+            yield name, each
+
+
+def _spaces() -> dict[str, tuple[Any, list[str]]]:
+    """Of each namespace, the names that are in the table. Of torch only what takes or makes tensors: torch.load, say,
+    is none of them.
+    """
+    overridable = {owner: {*map(id, each)} for owner, each in torch.overrides.get_overridable_functions().items()}
+    spaces = {
+        "torch": (torch, _names_in(torch._C._VariableFunctions)),
+        "torch.Tensor": (torch.Tensor, [name for name in dir(torch.Tensor) if name not in _NO_METHODS]),
+        "torch.nn.functional": (F, list(_MORE_FUNCTIONALS)),
+        "torch._C._nn": (torch._C._nn, _names_in(torch._C._nn)),
+        "torch._C": (torch._C, ["_set_grad_enabled"]),
+        "torch.linalg": (torch.linalg, []),
+        "torch.fft": (torch.fft, []),
+        "torch.special": (torch.special, []),
+        "torch.sparse": (torch.sparse, ["mm", "addmm"]),
+        "operator": (operator, [name for name in operator.__all__ if name not in _NO_OPERATORS]),
+        "math": (math, _names_in(math)),
+        "builtins": (builtins, list(_BUILTINS)),
+    }
+    assert tuple(spaces) == NAMESPACES
+    for owner, names in spaces.values():
+        known = overridable.get(owner, set()) if isinstance(owner, types.ModuleType) else set()
+        names += [name for name, each in vars(owner).items() if id(each) in known]
+    return spaces
+
+
+def _names_in(owner: Any) -> list[str]:
+    return [name for name in dir(owner) if not name.startswith("__")]
 
 
 NAMESPACES = (
@@ -80,12 +122,37 @@ NAMESPACES = (
     "torch._C._nn",
     "torch._C",
     "torch.linalg",
+    "torch.fft",
+    "torch.special",
+    "torch.sparse",
     "operator",
     "math",
     "builtins",
 )
-"""Where a function is looked for by its name first, since many of torch's do not say where they are (F.max_pool2d is a
-closure)."""
+"""Where a function is looked for, in this order."""
 
-_FIXED = {torch._C._nn.linear: "torch._C._nn.linear"}
-"""It is F.linear too, but DeepSpeed's ZeRO-3 puts another function there in the whole process."""
+_FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
+
+_NO_METHODS = {
+    *dir(object),
+    "__deepcopy__",
+    "__reduce_ex__",
+    "__setstate__",
+    "__torch_dispatch__",
+    "__torch_function__",
+}
+_NO_METHODS -= {"__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__"}
+"""What every object has, and how a tensor is copied and pickled, is no computation."""
+
+_NO_OPERATORS = ("attrgetter", "call", "itemgetter", "methodcaller")
+"""They call what they are given, or make what calls."""
+
+_MORE_FUNCTIONALS = ("grouped_mm", "hardsigmoid", "hardswish", "relu_", "sigmoid", "scaled_mm", "tanh")
+"""What torch.overrides does not list."""
+
+_BUILTINS = ("abs", "divmod", "getattr", "len", "max", "min", "pow", "round", "sum")

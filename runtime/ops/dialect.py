@@ -37,6 +37,7 @@ from runtime.ops.layer import (
     check_transforms,
     contraction_of,
     parse_geometry,
+    print_geometry,
     run_gemm,
     to_grid,
 )
@@ -261,6 +262,25 @@ def _parses(attribute: str, parse: Callable[[str], Any]) -> Callable[[dict[str, 
     return holds
 
 
+def _is_geometry(attributes: dict[str, Any]) -> bool:
+    try:
+        geometry = parse_geometry(attributes.get("geometry", ""))
+    except (ValueError, KeyError, IndexError):
+        return False
+    if geometry is None:
+        return True
+    if print_geometry(geometry) != attributes["geometry"]:
+        return False
+    num_dims, largest = len(geometry.stride), 2**31
+    sides = (geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding or (0,) * num_dims)
+    return (
+        1 <= num_dims <= 3
+        and all(len(side) == num_dims for side in sides)
+        and all(1 <= size < largest for size in (*geometry.stride, *geometry.dilation, geometry.groups))
+        and all(0 <= size < largest for size in (*geometry.padding, *sides[3]))
+    )
+
+
 def _scales_leave_the_sum(attributes: dict[str, Any]) -> bool:
     spec = LayerSpec.parse(attributes["spec"])
     geometry = parse_geometry(attributes.get("geometry", ""))
@@ -333,6 +353,7 @@ _GEMM_RULES = (
     Rule(
         "a convolution, and nothing else, has a `geometry`", lambda a: (a["kind"] == "conv") == bool(a.get("geometry"))
     ),
+    Rule("`geometry` must say stride, padding, dilation and groups of a convolution", _is_geometry),
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
     Rule(
