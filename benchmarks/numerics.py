@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks._peers import cast_peers
 from benchmarks._timing import median_ms
-from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
 from runtime.kernels.cpu.gemm import gemm_library, int8_library, multiply, multiply_int8

@@ -13,9 +13,10 @@ import torch
 from passes.manager import parse_passes
 from passes.pipelines import PASSES
 from runtime.errors import PassError
-from runtime.kernels import cuda, reference, torch_native
+from runtime.kernels import cuda, torch_native
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.dispatch import Choice, Fidelity
+from runtime.numerics import reference_gemm as reference
 from runtime.ops.layer import METHODS
 
 

@@ -8,8 +8,8 @@ mxfp8      blocks along the sum: along the row of an operand whose free axis is 
 from dataclasses import replace
 from functools import lru_cache
 
+from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
-from runtime.ops.contractions import Side
 from runtime.ops.layer import contraction_of, parse_geometry
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import WireError
-from runtime.numerics.casts import decode, encode
+from runtime.kernels.cast.public import decode, encode
 from runtime.numerics.formats import get_format
 
 

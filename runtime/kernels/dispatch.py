@@ -19,21 +19,22 @@ import torch
 from torch import Tensor
 
 from runtime.errors import NotSupported
-from runtime.kernels import cuda, reference, torch_native
+from runtime.kernels import cuda, torch_native
 from runtime.kernels.cpu import accumulate as cpu_accumulate
 from runtime.kernels.cpu import gemm as cpu_gemm
-from runtime.kernels.reference import NO_KEY, RandomKey
+from runtime.numerics import reference_gemm as reference
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, embeds, get_format
+from runtime.numerics.free_axes import FREE_AXES, Side
+from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, SCALE_RULES, AccumulateSpec, GemmSpec, QuantSpec, Role
-from runtime.ops.contractions import CONV_AXES, Linear, LinearKN, Matmul, Side
 
 Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
 
 
 @dataclass(frozen=True)
 class GemmRequest:
-    """One GEMM to place: the layer kind (of runtime.ops.layer.KINDS), the role, the numbers and the device type."""
+    """One GEMM to place: the layer kind (of FREE_AXES), the role, the numbers and the device type."""
 
     kind: str
     role: Role
@@ -149,7 +150,7 @@ def _folds(request: GemmRequest, rules: tuple[str, ...] = SCALE_RULES) -> bool:
     """Whether a scale of one of these rules varies along the sum, and is then multiplied into its operand's values."""
     operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", request.spec.lhs), ("rhs", request.spec.rhs))
     for side, operand in operands:
-        free = ("tensor", _FREE_AXES[request.kind][request.role, side])
+        free = ("tensor", FREE_AXES[request.kind][request.role, side])
         if operand.scale is not None and operand.scale.granularity not in free and operand.scale.rule in rules:
             return True
     return False
@@ -235,13 +236,6 @@ def _unit_of(spec: GemmSpec) -> str:
 
 
 _INT32 = AccumulateSpec("int32")
-_FREE_AXES = {
-    "linear": Linear().free_axis,
-    "linear_kn": LinearKN().free_axis,
-    "matmul": Matmul().free_axis,
-    "conv": CONV_AXES,
-}
-"""Along which axis a scale leaves the sum."""
 _FOLDED = "a scale inside the sum is multiplied into the values"
 _ORDER_BOUND = "order of additions differs, |error| <= (K-1) 2^-24 sum|a b|"
 
@@ -254,7 +248,7 @@ BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (
 
 
 EMULATED = ("cpu_accumulate", "sequential")
-"""Methods that round as they add, in the order that runtime/kernels/reference.py defines."""
+"""Methods that round as they add, in the order that runtime/numerics/reference_gemm.py defines."""
 
 
 def multiplier(method: str, spec: GemmSpec, key: RandomKey = NO_KEY) -> Callable[[Tensor, Tensor], Tensor]:

@@ -38,12 +38,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.errors import FormatError
-from runtime.kernels.cpu.block_cast import divisor_of_amax
 from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
 from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.grid import round_to_grid
-from runtime.numerics.scaling import power_of_two
+from runtime.numerics.scaling import divisor_of_amax, power_of_two
 from runtime.numerics.specs import Rounding
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
-from runtime.kernels.cpu.philox import fill_random_bits
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -41,8 +40,6 @@ def random_bits(
     """
     check_counter(step, stream, offset)
     words = torch.empty(count, dtype=torch.int64, device=device)
-    if fill_random_bits(words, seed=seed, step=step, stream=stream, offset=offset):
-        return words
     key = (seed & _MASK, seed >> 32 & _MASK)
     for begin in range(0, count, 4 * _PIECE):
         size = min(4 * _PIECE, count - begin)
@@ -59,6 +56,11 @@ def check_counter(step: int, stream: int, offset: int) -> None:
     for name, value, limit in (("step", step, 32), ("stream", stream, 48), ("offset", offset, 50)):
         if not 0 <= value < 2**limit:
             raise FormatError(f"{name} does not fit the counter", expected=f"0 <= {name} < 2^{limit}", got=str(value))
+
+
+def signed_seed(seed: int) -> int:
+    """The seed modulo 2^64, as the signed 64-bit number an op's schema carries."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def philox(

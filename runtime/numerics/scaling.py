@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.errors import FormatError
-from runtime.kernels.cpu.block_cast import divisor_of_amax, fast_divisor
-from runtime.kernels.cpu.scale import fast_scale
 from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import Along, QuantSpec, ScaleSpec
@@ -32,8 +30,7 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     """The fp32 scale of x under `spec`, in the shape above; None if the spec has no scale. nvfp4: 1 / S, fp32, ().
 
     Invariants: 2^-126 <= scale < Inf, and amax / scale <= max (1 + 2^-23) unless that clamp or a non-finite amax acted.
-    One pass over x where the C++ kernel serves it, else one for the maximum and one for the minimum; no copy of x
-    unless a block tile is ragged.
+    One pass over x for the maximum and one for the minimum; no copy of x unless a block tile is ragged.
     """
     if not spec.has_scale:
         return None
@@ -44,9 +41,6 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     assert spec.scale is not None
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
     is_compiling = torch.compiler.is_compiling()  # then operations that fuse
-    fast = None if is_compiling else fast_scale(x, tile_shape(x.shape, spec.scale), largest, is_pow2)
-    if fast is not None:
-        return fast.reshape(scale_shape(x.shape, spec.scale))
     amax = group_amax(x, spec.scale)
     if is_compiling and not is_pow2 and not x.is_cuda and _is_fp32(largest):
         return _amax_scale(amax.float(), largest)
@@ -118,12 +112,15 @@ def from_lanes(lanes: Tensor, x_shape: torch.Size, along: Along | None) -> Tenso
 
 def two_level_divisor(x: Tensor, along: Along | None, block: int) -> Tensor:
     """S of nvfp4, fp32, (): by what every value is divided; blocks with NaN or Inf left out."""
-    fast = fast_divisor(x.reshape(matrix_shape(x.shape)) if along == "column" else x, along not in (None, "row"))
-    if fast is not None:
-        return fast
     amax = group_amax(block_lanes(x, along).float(), ScaleSpec("block", block=(1, block)))
     finite = torch.where(amax.isfinite(), amax, 0.0)
     return divisor_of_amax(finite.amax() if finite.numel() else finite.new_zeros(()))
+
+
+def divisor_of_amax(amax: Tensor) -> Tensor:
+    """S = min(448 * 6 / amax, FLT_MAX) in fp32; 1 for an amax of 0."""
+    quotient = torch.full_like(amax, 448.0 * 6.0) / amax
+    return torch.where(amax > 0, quotient.clamp(max=torch.finfo(torch.float32).max), torch.ones_like(amax))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

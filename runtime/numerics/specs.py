@@ -147,7 +147,7 @@ AUTO = "auto"
 class AccumulateSpec:
     """How a GEMM adds: `1-6-9/64 stochastic rounded per_chunk`, what is default not printed.
 
-    runtime/kernels/reference.py defines the order of additions and every rounding. `rounding` None is the row's own
+    reference_gemm.py defines the order of additions and every rounding. `rounding` None is the row's own
     (`mode`); naming the row's own is the same spec. An integer accumulator adds exactly and has no rounding: it
     saturates at the row's ends, or wraps as two's complement of its bits. AUTO for a format leaves it open.
     """

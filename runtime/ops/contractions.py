@@ -7,20 +7,19 @@
     conv        y = x * w         dx                 dw                 a weight, 1-D to 3-D, transposed too
 
 M is the product of the leading dims. Each kind also says along which axis of an operand's matrix view a scale may vary
-and still come out of the sum (its free axis): y = sum_k (s_m q_mk)(t_n r_nk) = s_m t_n sum_k q_mk r_nk.
+and still come out of the sum: runtime/numerics/free_axes.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from runtime.numerics.free_axes import FREE_AXES, Axis, Side
 from runtime.numerics.specs import Role
 
-Axis = Literal["row", "column", "channel", "none"]
-Side = Literal["lhs", "rhs"]
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -79,7 +78,7 @@ class Linear:
 
     @property
     def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return _LINEAR_AXES
+        return FREE_AXES["linear"]
 
     @property
     def grad_rows(self) -> Side:
@@ -108,7 +107,7 @@ class LinearKN:
 
     @property
     def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return _MATMUL_AXES
+        return FREE_AXES["linear_kn"]
 
     @property
     def grad_rows(self) -> Side:
@@ -139,7 +138,7 @@ class Matmul:
 
     @property
     def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return _MATMUL_AXES
+        return FREE_AXES["matmul"]
 
     @property
     def grad_rows(self) -> Side:
@@ -178,7 +177,7 @@ class Conv:
 
     @property
     def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return _TRANSPOSED_AXES if self.geometry.is_transposed else CONV_AXES
+        return FREE_AXES["conv_transposed" if self.geometry.is_transposed else "conv"]
 
     @property
     def grad_rows(self) -> Side:
@@ -238,20 +237,6 @@ class Conv:
         return torch.ops.aten.convolution_backward(
             dy, lhs, rhs, [dy.shape[1]], g.stride, g.padding, g.dilation, g.is_transposed, self._more, g.groups, mask
         )
-
-
-_LINEAR_AXES: dict[tuple[Role, Side], Axis] = {
-    ("fwd", "lhs"): "row",
-    ("fwd", "rhs"): "row",
-    ("bwd", "lhs"): "row",
-    ("bwd", "rhs"): "column",
-    ("grad", "lhs"): "column",
-    ("grad", "rhs"): "column",
-}
-_MATMUL_AXES: dict[tuple[Role, Side], Axis] = {**_LINEAR_AXES, ("fwd", "rhs"): "column", ("bwd", "rhs"): "row"}
-_TRANSPOSED_AXES: dict[tuple[Role, Side], Axis] = dict.fromkeys(_LINEAR_AXES, "none")
-CONV_AXES: dict[tuple[Role, Side], Axis] = {**_TRANSPOSED_AXES, ("fwd", "rhs"): "channel"}
-"""An output channel of a weight is a channel of y; of a transposed convolution's no dim of the weight is one."""
 
 
 def linear_kn(x: Tensor, weight_KN: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,12 +23,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.kernels.cast.scales import compute_scale
+from runtime.numerics.free_axes import Side
+from runtime.numerics.scaling import expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
-from runtime.ops.contractions import Side
 from runtime.ops.layer import (
     KINDS,
     METHODS,

@@ -28,15 +28,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from runtime.errors import NotSupported
-from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cast.grid import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.cpu.epilogue import finish
 from runtime.kernels.dispatch import EMULATED, multiplier
-from runtime.kernels.reference import NO_KEY, RandomKey
 from runtime.kernels.torch_native import DTYPES
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import embeds
-from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.numerics.free_axes import Side
+from runtime.numerics.reference_gemm import NO_KEY, RandomKey
+from runtime.numerics.scaling import expand_scale
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, Role
 from runtime.ops import opaque
 from runtime.ops.activations import activation_grad, add_and_relu, finish_with, followed_by
@@ -48,7 +50,6 @@ from runtime.ops.contractions import (
     LinearKN,
     Matmul,
     Multiply,
-    Side,
 )
 from runtime.ops.im2col import unfolded
 from runtime.ops.sum_scales import varies_along_sum

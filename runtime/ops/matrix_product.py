@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from runtime.errors import FormatError
-from runtime.kernels import reference
+from runtime.kernels.cast.public import quantize
 from runtime.kernels.cpu import accumulate as cpu_accumulate
-from runtime.kernels.cpu.philox import signed_seed
-from runtime.kernels.reference import RandomKey
+from runtime.numerics import reference_gemm as reference
 from runtime.numerics.block_formats import default_rounding, grid_format, is_block_format
-from runtime.numerics.casts import quantize
 from runtime.numerics.formats import get_format
-from runtime.numerics.random import check_counter
+from runtime.numerics.random import check_counter, signed_seed
+from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import AccumulateModel, AccumulateSpec, GemmSpec, Product, QuantSpec, Rounding
 
 
@@ -47,7 +46,7 @@ def gemm(
     With one chunk, or chunk None, c = s. product="rounded" is s = Q(s + Q(a_k b_k)). model="per_chunk" sums a chunk in
     fp32 (nearest-even after each fused multiply-add), rounds it once, s = Q(s), then c = Q(c + s). Q rounds by
     `rounding` (None: the accumulator row's own) and saturates; NaN propagates. Stochastic bits are a function of (seed,
-    step, place in the output, number of the rounding): runtime/kernels/reference.py says which.
+    step, place in the output, number of the rounding): runtime/numerics/reference_gemm.py says which.
     `accumulate` may be a text or an AccumulateSpec that says all of it: "1-6-9/64 stochastic", "int16 wrap". Integer
     accumulators need integer operands and saturate (row ends: int32 to +-(2^31 - 1)) or wrap (two's complement).
     An integer sum has no NaN of its own: where an operand has one in the row or column, the result is NaN.

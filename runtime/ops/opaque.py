@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.kernels.cpu.philox import signed_seed
+from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
 from runtime.state import RunState
 

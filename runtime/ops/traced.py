@@ -4,7 +4,7 @@
                                          become operations that a compiler fuses, and a GEMM its three roles
     lp::fwd, lp::bwd, lp::grad           one multiplication each, opaque: the kernels of the eager path, so that the
                                          bits are the same. Their arguments name the site and the role
-    lp::to_grid, lp::cast_gradient       casts that stay opaque: block formats, and gradients whose overflow is watched
+    lp::cast_gradient                    a cast that stays opaque: of a gradient whose overflow is watched
 
 A role that runs as torch's own op in the tensor's dtype (`as_is`) is traced into that op.
 
@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from runtime.kernels.cast import fast_to_grid
-from runtime.numerics.scaling import compute_scale
+from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, Role
 from runtime.ops import layer as gemms
 from runtime.ops.layer import CAST_NAMES, GemmPlan, Operand
@@ -167,24 +166,6 @@ def _shape_of_gradient(
     return dy.new_empty(shape, dtype=dtype)
 
 
-def _to_grid(
-    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> Tensor:
-    """Block formats in float32 always: whether bf16 has the values is known only once they are there."""
-    parsed = QuantSpec.parse(spec)
-    held = torch.float32 if parsed.is_block else dtype
-    grid = fast_to_grid(x, parsed, s, dtype=held, seed=seed, step=step, stream=stream, offset=offset)
-    return grid.contiguous() if grid is not x else x.clone()
-
-
-def _to_grid_shape(
-    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> Tensor:
-    held = torch.float32 if QuantSpec.parse(spec).is_block else dtype
-    held = torch.float64 if x.dtype == torch.float64 and held == torch.float32 else held
-    return x.new_empty(x.shape, dtype=held)
-
-
 def _cast_gradient(
     dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
 ) -> tuple[Tensor, Tensor]:
@@ -227,8 +208,6 @@ _OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _grad,
         _shape_of_gradient,
     ),
-    "to_grid(Tensor x, Tensor? s, str spec, ScalarType dtype, int seed, SymInt step, SymInt stream, SymInt offset) "
-    "-> Tensor": (_to_grid, _to_grid_shape),
     "cast_gradient(Tensor dy, str spec, SymInt[] clock, int key, int site, int slot) -> (Tensor, Tensor)": (
         _cast_gradient,
         _cast_gradient_shape,

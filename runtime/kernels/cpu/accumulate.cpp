@@ -2,7 +2,7 @@
 //
 //   total = 0; for each chunk of K: part = 0; for k in the chunk: part = Q(part + a b);  total = Q(total + part)
 //
-// as runtime/kernels/reference.py does, bit for bit. With one chunk there is no outer add. The caller has shown that
+// as runtime/numerics/reference_gemm.py does, bit for bit. With one chunk there is no outer add. The caller has shown that
 // a b is exact in fp32, and says how Q is reached from the fp32 sum:
 //
 //   direct   Q(fl(part + a b)): rounding twice is rounding once (runtime/kernels/cpu/accumulate.py says when)

@@ -1,7 +1,7 @@
 """The emulation kernel: GEMMs that round to the accumulator's format after every multiply-add, by accumulate.cpp.
 
-Bitwise equal to runtime/kernels/reference.py, which is exact by float64 and rounding to odd. Here the sum is fp32. With
-s the significant bits of a product (those of the operands, added) and m the fraction bits of the accumulator:
+Bitwise equal to runtime/numerics/reference_gemm.py, which is exact by float64 and rounding to odd. Here the sum is
+fp32. With s the significant bits of a product (those of the operands, added) and m the accumulator's fraction bits:
 
     exact products   s <= 24, and the smallest product is no fp32 underflow
     direct           nearest rounding and s <= min(22 - m, m + 1): then rounding the fp32 sum is rounding the exact sum
@@ -31,9 +31,9 @@ from runtime.kernels.cast_plans import cast_plan
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
 from runtime.kernels.cpu.philox import random_plan
-from runtime.kernels.reference import NO_KEY, RandomKey, random_digits
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, IntFormat, get_format
+from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_digits
 from runtime.numerics.specs import GemmSpec
 
 SOURCE = Path(__file__).with_name("accumulate.cpp")

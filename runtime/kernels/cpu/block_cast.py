@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.cast_library import DTYPES, OUT_DTYPES, BlockPlan, cast_library, is_readable, num_threads
-from runtime.kernels.cpu.philox import random_plan, signed_seed
+from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton
+from runtime.numerics.random import signed_seed
+from runtime.numerics.scaling import divisor_of_amax
 
 
 class BlockValues(NamedTuple):
@@ -55,12 +57,6 @@ def fast_divisor(x: Tensor, is_column: bool = False) -> Tensor | None:
 
 def _is_served(x: Tensor) -> bool:
     return is_readable_by_triton(x) or (is_readable(x) and cast_library() is not None)
-
-
-def divisor_of_amax(amax: Tensor) -> Tensor:
-    """S = min(448 * 6 / amax, FLT_MAX) in fp32; 1 for an amax of 0."""
-    quotient = torch.full_like(amax, 448.0 * 6.0) / amax
-    return torch.where(amax > 0, quotient.clamp(max=torch.finfo(torch.float32).max), torch.ones_like(amax))
 
 
 def _matrices(x: Tensor, is_column: bool) -> tuple[int, int, int]:

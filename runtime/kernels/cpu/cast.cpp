@@ -17,7 +17,7 @@
 // A block format (mxfp8, nvfp4) is rounded block by block: amax of the block, its scale, the elements on the grid of a
 // CastPlan, and back; the order of fp32 operations is that of runtime/numerics/block_casts.py.
 //
-// Plain C++17, no headers of torch; called through ctypes by runtime/kernels/cast.py. Needs -ffp-contract=off semantics
+// Plain C++17, no headers of torch; called through ctypes by runtime/kernels/cast/. Needs -ffp-contract=off semantics
 // and no -ffast-math: `(a + magic) - magic` must stay as written.
 
 #include <sys/mman.h>
@@ -741,23 +741,5 @@ void lp_scale(const void* x, int dtype, float* out, int64_t rows, int64_t column
               int64_t tile_columns, double max, int is_pow2, int threads) {
   const auto scale = dtype == 0 ? scale_all<Fp32> : dtype == 1 ? scale_all<Bf16> : scale_all<Fp16>;
   scale(x, out, rows, columns, tile_rows, tile_columns, max, is_pow2 != 0, threads);
-}
-
-// out: `count` words, widened to int64, of elements offset ... offset + count - 1.
-void lp_random_bits(const RandomPlan* plan, int64_t* out, int64_t count, int threads) {
-  ask_for_huge_pages(out, count * 8);
-  const int64_t runs = (count + kRun - 1) / kRun;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<uint32_t> buffer(kWords);
-#pragma omp for schedule(static)
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t begin = run * kRun, size = std::min(kRun, count - begin);
-      const int64_t element = plan->offset + begin, first = element / 4;
-      philox(*plan, first, (element + size + 3) / 4 - first, buffer.data());
-      const uint32_t* words = buffer.data() + element % 4;
-      for (int64_t i = 0; i < size; ++i) out[begin + i] = words[i];
-    }
-  }
 }
 }

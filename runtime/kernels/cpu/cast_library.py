@@ -38,8 +38,6 @@ def cast_library() -> ctypes.CDLL | None:
         library.lp_finite_amax.restype = ctypes.c_float
         library.lp_scale.argtypes = [pointer, integer, pointer, *shape, *shape, ctypes.c_double, integer, integer]
         library.lp_scale.restype = None
-        library.lp_random_bits.argtypes = [draw, pointer, size, integer]
-        library.lp_random_bits.restype = None
     return library
 
 

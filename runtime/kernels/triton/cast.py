@@ -11,8 +11,8 @@ import triton.language as tl  # type: ignore[import-untyped]  # noqa: TID251
 from torch import Tensor
 
 from runtime.kernels.cpu.cast_library import CastPlan
-from runtime.kernels.cpu.philox import signed_seed
 from runtime.kernels.triton.rounding import held_in, loaded, rounded, words_of
+from runtime.numerics.random import signed_seed
 
 BLOCK = 1024
 _NO_SCALE, _ONE_SCALE, _TILES = range(3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
-from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu import block_cast
 from runtime.kernels.cpu.block_cast import fast_blocks

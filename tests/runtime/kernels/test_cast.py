@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from runtime.kernels import cast
-from runtime.kernels.cast import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cast import grid as cast
+from runtime.kernels.cast.grid import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu import build
 from runtime.kernels.cpu.cast_library import SOURCE, cast_library
-from runtime.numerics import quantize
+from runtime.numerics import quantize, random
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.scaling import compute_scale
@@ -86,6 +86,23 @@ def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
         assert (cast_plan(name, mode) is None and table_plan(name, mode) is None) == (name in DECLINED)
         got = fast_to_grid(x, spec, scale, seed=5, step=2, stream=7, offset=13)
         assert same_bits(got, to_grid(x, spec, scale, seed=5, step=2, stream=7, offset=13)), (mode, dtype)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "draw",
+    [
+        {"seed": -3, "step": 5, "stream": 2**40 + 1, "offset": 4 * 2**32 - 7},
+        {"seed": 2**63 + 9, "step": 2**32 - 1, "stream": 0, "offset": 1},
+    ],
+)
+def test_the_kernel_draws_the_words_of_random_bits(draw: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, spec = torch.full((9001,), 2.0**-20), QuantSpec("int8", "stochastic")  # of few words 1, so that each is seen
+    x[::2] = 0.5
+    got = fast_to_grid(x, spec, None, **draw)
+    monkeypatch.setattr(random, "_PIECE", 256)
+    assert same_bits(got, to_grid(x, spec, None, **draw))
+    assert 0.24 < got.mean() < 0.26
 
 
 @needs_kernel
@@ -203,7 +220,8 @@ def test_without_a_compiler_it_says_so_once_and_the_bits_are_equal(
 @needs_kernel
 def test_two_processes_that_build_at_once_both_get_the_library(tmp_path: Path) -> None:
     code = (
-        "import torch; from runtime.kernels.cast import fast_to_grid; from runtime.numerics.specs import QuantSpec;"
+        "import torch; from runtime.kernels.cast.grid import fast_to_grid;"
+        "from runtime.numerics.specs import QuantSpec;"
         "print(fast_to_grid(torch.tensor([0.3]), QuantSpec('e4m3'), None).item())"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -216,7 +234,7 @@ def test_two_processes_that_build_at_once_both_get_the_library(tmp_path: Path) -
 @needs_kernel
 def test_nothing_is_built_by_importing() -> None:
     code = (
-        "import runtime.kernels.cast, runtime.numerics; from runtime.kernels.cpu.build import load_library;"
+        "import runtime.kernels.cast.grid, runtime.numerics; from runtime.kernels.cpu.build import load_library;"
         "print(load_library.cache_info().misses)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from runtime.kernels import cuda
 from runtime.kernels.cuda import FP8, Capability, fp8_containers, multiply_fp8, multiply_int8
 from runtime.kernels.dispatch import Choice, GemmRequest, choose, multiplier
-from runtime.numerics.casts import quantize
+from runtime.numerics import quantize
 from runtime.numerics.formats import finite_values, get_format, has_value
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec, Role
 

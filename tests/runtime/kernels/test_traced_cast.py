@@ -13,8 +13,8 @@ from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 
 from runtime.errors import FormatError
-from runtime.kernels.cast import fast_to_grid
-from runtime.kernels.traced_cast import Draw, traced_to_grid
+from runtime.kernels.cast.grid import fast_to_grid
+from runtime.kernels.cast.traced import Draw, traced_to_grid
 from runtime.numerics import decode, encode, quantize
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FloatFormat, get_format

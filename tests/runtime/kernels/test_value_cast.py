@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import FormatError
-from runtime.kernels import value_cast
+from runtime.kernels.cast import values as value_cast
 from runtime.kernels.cast_plans import table_plan
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import SOURCE

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.kernels.cast_plans import block_plan, cast_plan
-from runtime.kernels.cpu.block_cast import divisor_of_amax, fast_blocks
+from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.triton.block_cast import launch_block_cast, launch_finite_amax
 from runtime.kernels.triton.cast import launch_cast
 from runtime.numerics.block_casts import grid_of_blocks, quantize_blocks
@@ -14,7 +14,7 @@ from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
-from runtime.numerics.scaling import compute_scale, tile_shape, two_level_divisor
+from runtime.numerics.scaling import compute_scale, divisor_of_amax, tile_shape, two_level_divisor
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, ScaleSpec
 from tests.runtime.kernels.test_block_cast import ALL, hard_blocks
 from tests.runtime.kernels.test_cast import NAMES, hard_values, same_bits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cast.grid import fast_to_grid
 from runtime.numerics import get_format, quantize
 from runtime.numerics.specs import QuantSpec
 

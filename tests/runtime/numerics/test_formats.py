@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FormatError, NotSupported
-from runtime.numerics.casts import decode
+from runtime.numerics import decode
 from runtime.numerics.formats import (
     BLOCK_NAMES,
     FORMATS,

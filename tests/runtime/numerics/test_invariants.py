@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime.errors import FormatError
-from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cast.grid import fast_to_grid
 from runtime.numerics import FORMATS, encode, get_format, quantize
 from runtime.numerics.block_casts import encode_blocks
 from runtime.numerics.block_formats import BLOCK_FORMATS

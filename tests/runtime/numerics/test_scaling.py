@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FormatError
-from runtime.numerics import scaling
+from runtime.kernels.cast import scales
+from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.formats import get_format
-from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.numerics.scaling import expand_scale
 from runtime.numerics.specs import QuantSpec
 
 GRANULARITIES = ["tensor", "row", "column", "block[2,3]", "block[1,128]", "block[128,128]", "block[64,1]"]
@@ -125,4 +126,4 @@ def test_no_scale_no_elements_no_dims_and_no_integers() -> None:
 
 
 def _without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "fast_scale", lambda *_: None)
+    monkeypatch.setattr(scales, "fast_scale", lambda *_: None)

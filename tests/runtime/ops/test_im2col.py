@@ -5,8 +5,8 @@ import torch
 
 from runtime.kernels.cpu.accumulate import accumulate_library
 from runtime.kernels.dispatch import multiplier
-from runtime.kernels.reference import RandomKey
 from runtime.numerics import quantize
+from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import GemmSpec
 from runtime.ops.contractions import ConvGeometry
 from runtime.ops.im2col import unfolded

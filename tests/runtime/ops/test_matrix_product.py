@@ -15,11 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime import gemm
 from runtime.errors import FormatError
-from runtime.kernels import reference
-from runtime.kernels.reference import RandomKey
 from runtime.numerics import encode, quantize
+from runtime.numerics import reference_gemm as reference
 from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.random import random_bits
+from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec
 
 OPERANDS = [("e4m3", "e5m2"), ("dlfloat16", "hfp8-143"), ("bf16", "int8"), ("fp32", "fp16")]

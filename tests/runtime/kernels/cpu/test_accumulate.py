@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.kernels import reference
-from runtime.kernels.cast import fast_to_grid
+from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cpu.accumulate import (
     accumulate_library,
     declines,
@@ -16,9 +15,10 @@ from runtime.kernels.cpu.accumulate import (
     never_underflows,
     path_scale,
 )
-from runtime.kernels.reference import RandomKey
+from runtime.numerics import reference_gemm as reference
 from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
+from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec, Rounding
 
 pytestmark = pytest.mark.skipif(accumulate_library() is None, reason="needs a C++ compiler and AVX-512")

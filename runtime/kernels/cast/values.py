@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
+from runtime.kernels.cast.traced import Draw
 from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu.cast_library import cast_library, is_readable, run_cast
-from runtime.kernels.cpu.philox import random_plan, signed_seed
-from runtime.kernels.traced_cast import Draw
+from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.formats import embeds, get_format
 from runtime.numerics.grid import round_to_grid
-from runtime.numerics.random import check_counter
+from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.scaling import matrix_shape
 from runtime.numerics.specs import Rounding
 

@@ -1,4 +1,4 @@
-"""The reference backend: a GEMM that rounds after every add, written for the reader and not for speed.
+"""The reference GEMM: one that rounds after every add, written for the reader and not for speed.
 
     c = 0; for each chunk of `chunk` products: s = 0; for k in the chunk: s = Q(s + a_k b_k); c = Q(c + s)
 
@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.casts import quantize
 from runtime.numerics.formats import FloatFormat, IntFormat, get_format
-from runtime.numerics.grid import binade
+from runtime.numerics.grid import binade, round_to_grid
 from runtime.numerics.random import random_bits
 from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
@@ -55,6 +54,7 @@ class RandomKey:
 
 
 NO_KEY = RandomKey()
+_FP32 = get_format("fp32")
 
 
 def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
@@ -84,7 +84,7 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
             if how.model == "per_mac":
                 part = round_sum(part, k)
             elif not how.is_integer:
-                part = quantize(part, "fp32", "nearest_even")
+                part = round_to_grid(part, _FP32, "nearest_even")
         if how.model == "per_chunk":
             part = round_sum(part, index)
         total = part if num_chunks == 1 else round_sum(add(total, part), first_outer + index)
@@ -120,7 +120,7 @@ def _rounding(how: AccumulateSpec, key: RandomKey, like: Tensor) -> Round:
         return lambda x, _: (x - base) % 2**row.bits + base
     assert isinstance(row, FloatFormat)
     if how.mode != "stochastic":
-        return lambda x, _: quantize(x, row, how.mode)
+        return lambda x, _: round_to_grid(x, row, how.mode)
     digits, groups = random_digits(how), dict[int, Tensor]()
 
     def round_stochastically(x: Tensor, number: int) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
+from runtime.kernels.cast.traced import Draw
 from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu.block_cast import fast_blocks
-from runtime.kernels.cpu.philox import signed_seed
-from runtime.kernels.traced_cast import Draw
 from runtime.numerics.block_casts import quantize_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.formats import get_format
-from runtime.numerics.random import check_counter
+from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import Rounding
 
 

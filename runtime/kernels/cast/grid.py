@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from runtime.kernels.cast.traced import Draw, is_traced, traced_to_grid
 from runtime.kernels.cast_plans import block_plan, cast_plan, table_plan
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.cast_library import (
@@ -21,14 +22,13 @@ from runtime.kernels.cpu.cast_library import (
     is_readable,
     run_cast,
 )
-from runtime.kernels.cpu.philox import random_plan, signed_seed
+from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.fake import has_values
-from runtime.kernels.traced_cast import Draw, is_traced, traced_to_grid
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
-from runtime.numerics.random import check_counter
+from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.scaling import expand_scale, matrix_shape, tile_shape
 from runtime.numerics.specs import QuantSpec, ScaleSpec
 
@@ -59,7 +59,7 @@ def fast_to_grid(
 
 
 def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
-    """The cast in code that is compiled: operations that fuse, or the opaque op of runtime/ops/traced.py."""
+    """The cast in code that is compiled: operations that fuse, or one opaque op."""
     if spec.is_block or not is_traced(x, spec.format, spec.rounding):
         result: Tensor = torch.ops.lp.to_grid(x, scale, str(spec), dtype, signed_seed(draw.seed), *draw[1:])
         return result
@@ -197,6 +197,24 @@ def _cast_to_grid_shape(
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.bool)
 
 
+def _to_grid(
+    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    """Block formats in float32 always: whether bf16 has the values is known only once they are there."""
+    parsed = QuantSpec.parse(spec)
+    held = torch.float32 if parsed.is_block else dtype
+    grid = fast_to_grid(x, parsed, s, dtype=held, seed=seed, step=step, stream=stream, offset=offset)
+    return grid.contiguous() if grid is not x else x.clone()
+
+
+def _to_grid_shape(
+    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    held = torch.float32 if QuantSpec.parse(spec).is_block else dtype
+    held = torch.float64 if x.dtype == torch.float64 and held == torch.float32 else held
+    return x.new_empty(x.shape, dtype=held)
+
+
 _WHOLE = ScaleSpec()
 _OPS = Library("lp", "FRAGMENT")
 _OPS.define(
@@ -206,3 +224,9 @@ _OPS.define(
 _OPS.impl("cast_to_grid", _cast_to_grid, "CPU")
 _OPS.impl("cast_to_grid", _cast_to_grid_cuda, "CUDA")
 register_fake("lp::cast_to_grid", _cast_to_grid_shape, lib=_OPS)
+_OPS.define(
+    "to_grid(Tensor x, Tensor? s, str spec, ScalarType dtype, int seed, SymInt step, SymInt stream, SymInt offset) "
+    "-> Tensor"
+)
+_OPS.impl("to_grid", _to_grid, "CompositeExplicitAutograd")
+register_fake("lp::to_grid", _to_grid_shape, lib=_OPS)
