@@ -15,8 +15,8 @@ from passes.ir.types import META
 from passes.manager import Pass
 from runtime.errors import NotSupported
 from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
-from runtime.ops.contractions import Side
 from runtime.ops.layer import contraction_of, parse_geometry
 from runtime.ops.sum_scales import slot_name, why_not_scaled
 

@@ -2,8 +2,8 @@
 
     y = sum_k (s_m q_mk)(t_n r_nk) = s_m t_n sum_k q_mk r_nk
 
-The axes are those of the operand's matrix view in memory, row for one scale per row. An output channel of a convolution's
-weight is a channel of y; of a transposed convolution's no dim of the weight is one.
+The axes are those of the operand's matrix view in memory, row for one scale per row. An output channel of a
+convolution's weight is a channel of y; of a transposed convolution's no dim of the weight is one.
 """
 
 from typing import Literal

@@ -5,8 +5,9 @@ y[m,n] = sum_k (q_x[m,k] s_x[m,k']) q_w[n,k]           a scale per block: exact 
                                                        to fp32, which only fp32 sums allow
 """
 
+from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import FP32_SUMS, GemmSpec, QuantSpec, Role
-from runtime.ops.contractions import AbstractContraction, Conv, Matmul, Side
+from runtime.ops.contractions import AbstractContraction, Conv, Matmul
 
 
 def varies_along_sum(plan_kind: AbstractContraction, role: Role, side: Side, spec: QuantSpec) -> bool:
