@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lpcompile.errors import LpError, did_you_mean, nearest_names
+from lpcompile.policy.yaml_read import read_mapping
 
 
 class ConfigError(LpError, ValueError):
@@ -138,23 +139,11 @@ def flag_of(field: str) -> str:
 def _read_yaml(file: Path) -> dict[str, tuple[Any, int]]:
     """Top-level key -> (value, line), lines from 1."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("this config file cannot be read", where=str(file), got=_reason(error)) from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError("this is not YAML", where=f"{file}{line}", got=str(problem)) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError("a config is a mapping of field: value", where=str(file), got=type(values).__name__)
-    lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-    return {str(key): (value, lines.get(str(key), 1)) for key, value in values.items()}
+        values, lines = read_mapping(file, str(file), "config", "field: value", may_be_empty=True)
+    except LpError as error:
+        parts = {"where": error.where, "expected": error.expected, "got": error.got, "hint": error.hint}
+        raise ConfigError(error.what, **parts) from None
+    return {key: (value, lines.get((key,), 1)) for key, value in values.items()}
 
 
 def _explain(error: ValidationError, origin: Mapping[str, str], whole: str) -> ConfigError:
@@ -170,8 +159,9 @@ def _explain(error: ValidationError, origin: Mapping[str, str], whole: str) -> C
         return ConfigError(message, where=where)
     expected = message.removeprefix("Input should be ")
     expected = expected[0].lower() + expected[1:]
-    return ConfigError("this value does not fit", where=where, expected=expected, got=repr(first["input"]))
+    return ConfigError("this value does not fit", where=where, expected=expected, got=_shortened(first["input"]))
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or type(error).__name__
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lpcompile.errors import FormatError, LpError, NotSupported, PolicyError, did_you_mean, nearest_names
+from lpcompile.policy.names import OPERAND_NAMES, ROLE_NAMES, ambiguity, format_of, key_of, nearest_format, word_of
 from runtime.numerics.block_formats import (
     BLOCK_FORMATS,
     get_block_format,
@@ -39,21 +40,34 @@ def not_built(what: str, hint: str, key: str = "") -> PydanticCustomError:
     return PydanticCustomError("not_supported", "{what}", parts)
 
 
-def _check_format(name: str) -> str:
+def _check_format(given: str) -> str:
+    name = _read_format(given)
     try:
         get_format(name)
     except NotSupported as error:
         raise not_built(error.what, error.hint) from None
     except FormatError as error:
-        what = did_you_mean(error.what, error.hint) if error.hint else error.what
+        is_unknown = error.what.endswith("is not a number format")
+        hint = nearest_format(given) if is_unknown else error.hint
+        what = did_you_mean(error.what, hint) if hint else error.what
         raise refusal(what, expected=error.expected, got=error.got) from None
     return name
+
+
+def _read_format(given: str) -> str:
+    """The row that a spelling means; a refusal where it means several."""
+    if len(given) > 100:
+        raise refusal("not a number format", got=f"a name of {len(given)} characters")
+    if given not in BLOCK_FORMATS and (meanings := ambiguity(given)):
+        raise refusal(f'"{given}" is not the name of one format', hint=meanings)
+    return format_of(given)
 
 
 def one_of(kind: str, known: tuple[str, ...], planned: tuple[str, ...] = ()) -> BeforeValidator:
     """A check that a word is one of `known`; one of `planned` is NotSupported."""
 
-    def check(value: Any) -> Any:
+    def check(given: Any) -> Any:
+        value = word_of(kind, given) if isinstance(given, str) else given
         if value in planned:
             raise not_built(f'{kind} "{value}" is planned and not in this version', f"one of {', '.join(known)}")
         if value not in known:
@@ -63,13 +77,19 @@ def one_of(kind: str, known: tuple[str, ...], planned: tuple[str, ...] = ()) -> 
     return BeforeValidator(check)
 
 
-def words(kind: str, known: tuple[str, ...] = ()) -> BeforeValidator:
-    """A check and a widening: one word stands for a list of one, the list is not empty, each word is one of `known`."""
+def words(kind: str, known: tuple[str, ...] = (), may_be_empty: bool = False) -> BeforeValidator:
+    """A check and a widening: one word stands for a list of one, each word is one of `known`."""
 
     def check(value: Any) -> Any:
         words = (value,) if isinstance(value, str) else value
-        if not isinstance(words, Sequence) or not words or not all(isinstance(word, str) for word in words):
+        if (
+            not isinstance(words, Sequence)
+            or not (words or may_be_empty)
+            or not all(isinstance(word, str) for word in words)
+        ):
             raise refusal(f"not {_a(kind)} or a list of them", got=as_written(value))
+        if known:
+            words = [word_of(kind, word) for word in words]
         for word in words:
             if known and word not in known:
                 raise refusal(did_you_mean(f'"{word}" is not {_a(kind)}', nearest_names(word, known)))
@@ -83,9 +103,10 @@ def words_schema(known: tuple[str, ...] = ()) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [word, {"type": "array", "items": word, "minItems": 1}]})
 
 
-def _check_operand_format(name: str) -> str:
+def _check_operand_format(given: str) -> str:
+    name = _read_format(given)
     if not is_block_format(name):
-        return _check_format(name)
+        return _check_format(given)
     try:
         get_block_format(name)
     except FormatError as error:
@@ -105,7 +126,7 @@ OperandFormatName = Annotated[
 ]
 AccumulatorName = Annotated[
     str,
-    AfterValidator(lambda name: name if name == AUTO else _check_format(name)),
+    AfterValidator(lambda name: AUTO if name.lower() == AUTO else _check_format(name)),
     WithJsonSchema({"type": "string", "examples": [AUTO, *FORMATS]}),
 ]
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -130,20 +151,33 @@ class Section(BaseModel):
     TWINS: ClassVar[dict[str, str]] = {}
     """Second names of keys: {"a": "x"} reads `a` as `x`."""
 
+    SPELLINGS: ClassVar[Mapping[str, str]] = {}
+    """Keys as other systems write them."""
+
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            known = (*cls.model_fields, *(twin for twin, key in cls.TWINS.items() if key in cls.model_fields))
-            for key in value:
-                if key not in known:
-                    hint = cls._hint_for(str(key)) or nearest_names(str(key), known)
-                    raise refusal(did_you_mean(f'"{key}" is not a key here', hint), key=str(key))
-                if key in cls.TWINS and cls.TWINS[key] in value:
-                    raise refusal(f'"{key}" and "{cls.TWINS[key]}" name the same operand', hint="one of them", key=key)
-        elif not isinstance(value, cls):
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
             raise refusal("not a mapping", expected=f"the keys {', '.join(cls.model_fields)}", got=as_written(value))
-        return value
+        known = (*cls.model_fields, *(twin for twin, key in cls.TWINS.items() if key in cls.model_fields))
+        read: dict[str, Any] = {}
+        names: dict[str, str] = {}
+        for given, item in value.items():
+            key = key_of(str(given), cls.SPELLINGS, known)
+            if key not in known:
+                hint = cls._hint_for(str(given)) or nearest_names(str(given)[:100], known)
+                raise refusal(did_you_mean(f'"{str(given)[:100]}" is not a key here', hint), key=str(given))
+            meant = cls.TWINS.get(key, key)
+            if meant in names:
+                what = f'"{given}" and "{names[meant]}" name the same {cls.NOUN}'
+                raise refusal(what, hint="one of them", key=str(given))
+            read[key], names[meant] = item, str(given)
+        return read
+
+    NOUN: ClassVar[str] = "key"
+    """What a key of the section is called."""
 
     @classmethod
     def _hint_for(cls, key: str) -> str:
@@ -162,12 +196,18 @@ def path_in(raw: Any, fault: ErrorDetails) -> tuple[str | int, ...]:
     for part in (*fault["loc"], *filter(None, (fault.get("ctx", {}).get("key"),))):
         if isinstance(raw, str) or not isinstance(raw, Mapping | Sequence):
             break
+        if isinstance(raw, Mapping) and part not in raw:
+            part = next((key for key in raw if isinstance(key, str) and _is_spelling(key, str(part))), part)
         try:
             raw = raw[part]
         except (KeyError, IndexError):
             break
         path.append(part)
     return tuple(path)
+
+
+def _is_spelling(key: str, of: str) -> bool:
+    return any(key_of(key, spellings, (of,)) == of for spellings in (ROLE_NAMES, OPERAND_NAMES))
 
 
 def as_error(fault: ErrorDetails, where: str) -> LpError:
@@ -188,5 +228,6 @@ def _a(noun: str) -> str:
 
 
 def as_written(value: Any) -> str:
-    """A value as a policy file writes it."""
-    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
+    """A value as a policy file writes it; of a long one the beginning."""
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,9 +1,11 @@
 """What one GEMM computes in, as a policy says it: operands and scales, accumulator, output; a section per role."""
 
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AliasChoices,
+    BeforeValidator,
     Field,
     GetJsonSchemaHandler,
     ValidationInfo,
@@ -19,11 +21,13 @@ from lpcompile.policy.fields import (
     FormatName,
     OperandFormatName,
     Section,
+    as_written,
     not_built,
     one_of,
     or_text,
     refusal,
 )
+from lpcompile.policy.names import OPERAND_NAMES
 from runtime.numerics.block_formats import (
     BLOCK_FORMATS,
     default_rounding,
@@ -52,6 +56,18 @@ from runtime.numerics.specs import (
 )
 
 
+def _read_block(value: Any) -> Any:
+    """Two numbers; one says only how long a group is."""
+    size = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if isinstance(size, int) and not isinstance(size, bool):
+        raise refusal(
+            "a block is rows and columns", got=as_written(value), hint=f"block: [1, {size}] for groups of {size}"
+        )
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise refusal("a block is rows and columns", expected="two numbers, such as [1, 128]", got=as_written(value))
+    return value
+
+
 class Scale(Section):
     """How the scale of an operand is chosen. The matrix view of x is (product of leading dims, last dim)."""
 
@@ -60,8 +76,13 @@ class Scale(Section):
     of a weight, one per output channel or feature."""
     rule: Annotated[ScaleRule, one_of("scale rule", SCALE_RULES, ("delayed", "static", "mse", "learned"))] = "amax"
     """amax: scale = amax / max(format). pow2: the smallest power of two not below that."""
-    block: tuple[Count, Count] = (1, 128)
+    block: Annotated[tuple[Count, Count], BeforeValidator(_read_block)] = (1, 128)
     """Rows and columns of a tile, in elements; only with granularity block."""
+
+    @classmethod
+    def _hint_for(cls, key: str) -> str:
+        is_size = key.lower().replace("-", "_") in ("group_size", "groupsize", "block_size", "group")
+        return "A group of 128 along the sum is granularity: block, block: [1, 128]" if is_size else ""
 
     @model_validator(mode="after")
     def _check_block(self) -> "Scale":
@@ -198,8 +219,21 @@ class Gemm(Section):
     """One GEMM of a rule: two operands, the accumulator, the output. An operand that is not named is fp32."""
 
     TWINS = {"a": "x", "b": "w"}
+    SPELLINGS = {**OPERAND_NAMES, "accumulator": "accumulate", "acc": "accumulate"}
+    NOUN = "operand"
     LHS: ClassVar[str]
     RHS: ClassVar[str]
+
+    @classmethod
+    def _hint_for(cls, key: str) -> str:
+        """No operand is guessed: another one would load."""
+        known = list(dict.fromkeys((*cls.model_fields, *cls._twins())))
+        close = get_close_matches(key, ("accumulate",), 1, 0.7)
+        return (f'"{close[0]}"? ' if close else "") + f"Known: {', '.join(known)}"
+
+    @classmethod
+    def _twins(cls) -> list[str]:
+        return [twin for twin, key in cls.TWINS.items() if key in cls.model_fields]
 
     accumulate: Accumulate = Accumulate()
     """What the sums are kept in."""

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from lpcompile.errors import PolicyError
+from lpcompile.errors import PolicyError, nearest_names
 from lpcompile.policy.fields import (
     Count,
     Flag,
@@ -168,13 +168,18 @@ class Phase(Section):
 class Policy(Section):
     """Which number format, scale, rounding and accumulator each GEMM of a model computes in."""
 
+    @classmethod
+    def _hint_for(cls, key: str) -> str:
+        hint = nearest_names(key[:100], tuple(cls.model_fields))
+        return hint if hint.startswith('"') else f"{hint}; and x-{key[:100]}, which is not read and may hold anchors"
+
     version: Literal[1] = 1
     """Version of the policy language."""
     name: str = "policy"
     """What reports call the policy. Default in a file: the file's name."""
     source: str = ""
     """Where the recipe comes from."""
-    extends: Annotated[tuple[str, ...], words("policy name"), words_schema()] = ()
+    extends: Annotated[tuple[str, ...], words("policy name", may_be_empty=True), words_schema()] = ()
     """Shipped names, or paths relative to the file. Own rules come before inherited ones, own values over inherited."""
     rules: tuple[Rule, ...] = ()
     """In order; per role the first rule that matches a GEMM and sets the role decides it."""
@@ -209,8 +214,10 @@ class Policy(Section):
     @field_validator("version", mode="before")
     @classmethod
     def _check_version(cls, value: Any) -> Any:
+        if value in ("1", "1.0"):
+            raise refusal("version is a number", expected="1, without quotes", got=as_written(value))
         if value != 1 or isinstance(value, bool):
-            raise refusal(f"version {value} is not one this program reads", expected="1")
+            raise refusal(f"version {str(value)[:100]} is not one this program reads", expected="1")
         return value
 
     @field_validator("elementwise", "calibrate", "kv_cache")

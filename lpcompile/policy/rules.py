@@ -1,5 +1,6 @@
 """Rules: which sites of a model a policy speaks of, and what their GEMMs compute in."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from pydantic import (
 
 from lpcompile.policy.fields import Section, refusal, words, words_schema
 from lpcompile.policy.gemms import Bwd, Fwd, Gemm, Grad
+from lpcompile.policy.names import ROLE_NAMES
 from lpcompile.policy.yaml_text import Inline, inline_table
 from runtime.numerics.specs import (
     ROLES,
@@ -29,7 +31,6 @@ OPS = (
     "conv_transpose2d",
     "conv_transpose3d",
     "matmul",
-    "embedding",
 )
 """What `match.op` may name. `linear`: also GPT-2's Conv1D, a linear layer. `matmul`: any product of two activations."""
 
@@ -75,9 +76,9 @@ def _read_bound(value: Any) -> Any:
     """`">=64"`, or a bare size for `"==64"`."""
     text = f"=={value}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace(" ", "")
     sign = next((sign for sign in _COMPARISONS if text.startswith(sign)), "")
-    if not sign or not text.removeprefix(sign).isdecimal():
+    if not sign or not re.fullmatch(r"[0-9]{1,12}", text.removeprefix(sign)):
         expected = f"a size such as 64 or a comparison such as >=64 (one of {' '.join(_COMPARISONS)})"
-        raise refusal(f'"{value}" is not a bound', expected=expected)
+        raise refusal(f'"{str(value)[:60]}" is not a bound', expected=expected)
     return text
 
 
@@ -148,6 +149,15 @@ class Match(Section):
 
 class Rule(Section):
     """What the GEMMs of the sites it matches compute in. A role it does not name is left to the rules below it."""
+
+    SPELLINGS = ROLE_NAMES
+
+    @classmethod
+    def _hint_for(cls, key: str) -> str:
+        """No role is guessed: another one would load."""
+        return "The roles are fwd (fprop, y = x.w), bwd (dgrad, dx = dy.w) and grad (wgrad, dw = dy.x). Known: " + (
+            ", ".join(cls.model_fields)
+        )
 
     match: Match = Match()
     """Which sites the rule is for. Default: all."""

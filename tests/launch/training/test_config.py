@@ -30,8 +30,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("width: wide\n", "run.yaml:1: width: this value does not fit. Expected a valid integer"),
         ("width: 100\nheads: 3\n", "run.yaml: width (100) must be a multiple of heads (3)."),
         ("width: 36\nheads: 4\nmodel: llama\n", "must be even"),
-        ("a: [1\n", "this is not YAML"),
-        ("- 1\n", "a config is a mapping"),
+        ("a: [1\n", "run.yaml:2: not YAML: while parsing a flow sequence"),
+        ("- 1\n", "run.yaml:1: not a config. Expected a mapping of field: value. Got a list."),
     ],
 )
 def test_names_file_line_and_field(tmp_path: Path, text: str, sentence: str) -> None:
@@ -49,7 +49,7 @@ def test_names_the_flag() -> None:
 
 
 def test_a_missing_file_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"no-such.yaml: this config file cannot be read"):
+    with pytest.raises(ConfigError, match=r"no-such.yaml: this file cannot be read"):
         load_config({}, Path("no-such.yaml"))
 
 

@@ -101,7 +101,7 @@ WRONG_VALUES = [
     (
         "rules:\n- fwd: {}\n  match:\n    op: [linear, liner]\n",
         '4: rules[0].match.op: "liner" is not an op. Did you mean "linear"? Known: linear, conv1d, conv2d, conv3d, '
-        "conv_transpose1d, conv_transpose2d, conv_transpose3d, matmul, embedding.",
+        "conv_transpose1d, conv_transpose2d, conv_transpose3d, matmul.",
     ),
     ("rules:\n- match: {op: []}\n  fwd: {}\n", "2: rules[0].match.op: not an op or a list of them. Got []."),
     (
@@ -232,7 +232,7 @@ NOT_YAML = [
     ("name: &a [*a]\n", "1: name[0]: an alias that contains itself."),
     (
         "name: a\nsource: !!python/object:os.system 3\n",
-        "2: not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'.",
+        "2: !!python/object:os.system is read as a tag, which names a type. Try the value without it.",
     ),
     ("name: a\n---\nname: b\n", "2: not YAML: expected a single document in the stream but found another document."),
 ]
@@ -257,7 +257,6 @@ def test_an_error_is_a_sentence_with_its_line(folder: Path, kind: type[LpError],
     [
         (b"", "policy.yaml: not a policy. Expected a mapping of keys such as rules. Got an empty file."),
         (b"name: \xff\n", "policy.yaml: not UTF-8 text. Got byte 0xff."),
-        (b"source: 2020-99-99\n", "policy.yaml: not YAML: month must be in 1..12."),
     ],
 )
 def test_what_has_no_line_names_the_file(folder: Path, content: bytes, sentence: str) -> None:
