@@ -80,7 +80,7 @@ def _check_events(text: str, shown: str) -> None:
     """Depth, tags and lengths of numbers, from the parser's events: nothing is built yet."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        where = f"{shown}:{event.start_mark.line + 1}"
+        where = f"{shown}:{event.start_mark.line + 1}" if event.start_mark else shown
         tag = getattr(event, "tag", None)
         if tag is not None and tag != "!":
             short = re.sub(r"^tag:yaml.org,2002:", "!!", tag)
