@@ -17,7 +17,7 @@ from runtime.errors import NotSupported
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
-from runtime.ops.layer import contraction_of, parse_geometry
+from runtime.ops.plan import contraction_of, parse_geometry
 from runtime.ops.sum_scales import slot_name, why_not_scaled
 
 

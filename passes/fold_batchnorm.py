@@ -25,7 +25,7 @@ from passes.ir.program import AFFINE, FOLDED, INPUT_AFFINE, SPEC, WEIGHT, Progra
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
-from runtime.ops.layer import parse_geometry
+from runtime.ops.plan import parse_geometry
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, Unreadable
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.layer import print_geometry
+from runtime.ops.plan import print_geometry
 
 SITE_KEY = "lp_site"
 """Key of `node.meta["custom"]`: the name of the leaf whose forward made the node."""

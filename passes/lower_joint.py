@@ -24,7 +24,9 @@ from passes.ir.gemm_nodes import GemmNode
 from passes.joint_products import JointSite, Product
 from runtime.kernels.dispatch import Choice, GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
-from runtime.ops.layer import GemmPlan, Operand, cast, has_free_scales, with_scales
+from runtime.ops.layer import cast
+from runtime.ops.plan import GemmPlan
+from runtime.ops.products import Operand, has_free_scales, with_scales
 
 aten: Any = torch.ops.aten
 lp: Any = torch.ops.lp

@@ -42,7 +42,7 @@ from passes.manager import Pass
 from runtime.errors import PassError
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OPS
-from runtime.ops.layer import storage_dtype
+from runtime.ops.storage import storage_dtype
 from runtime.ops.types import TensorType
 
 _GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS["lp.dequantize"].run

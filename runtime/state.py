@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
 from runtime.errors import LpError
+from runtime.numerics.random import signed_seed
 from runtime.quantize.kept_casts import Constants
 
 
@@ -55,29 +56,35 @@ class RunState:
         seen = self.overflow
         self.overflow = beyond | (seen.to(beyond.device, non_blocking=True) if isinstance(seen, Tensor) else seen)
 
-    def stream(self, site: int, slot: int) -> int:
-        """A 48-bit stream number that no two (rank, micro-batch, site, operand slot) share: 16 + 10 + 18 + 4 bits.
+    @property
+    def clock(self) -> tuple[int, int, int, int]:
+        """(seed, rank, step, micro-batch) as ops carry them, the seed as a signed number of 64 bits."""
+        return signed_seed(self.seed), self.rank, self.step, self.micro_batch
 
-        Raises LpError where a part does not fit: 1024 forward passes without a step mean that nobody calls
-        advance(model).
-        """
-        number = 0
-        for name, value, bits in (
-            ("rank", self.rank, 16),
-            ("micro_batch", self.micro_batch, 10),
-            ("site", site, 18),
-            ("slot", slot, 4),
-        ):
-            if not 0 <= value < 1 << bits:
-                hint = "advance(model) after each optimizer step" if name == "micro_batch" else ""
-                raise LpError(
-                    f"{name} has no stochastic stream left",
-                    expected=f"less than {1 << bits}",
-                    got=str(value),
-                    hint=hint,
-                )
-            number = number * (1 << bits) + value
-        return number
+    def stream(self, site: int, slot: int) -> int:
+        """The stream of one cast or sum of this forward; `stream_number`."""
+        return stream_number(self.rank, self.micro_batch, site, slot)
+
+
+def stream_number(rank: int, micro_batch: int, site: int, slot: int) -> int:
+    """A 48-bit stream number that no two (rank, micro-batch, site, operand slot) share: 16 + 10 + 18 + 4 bits.
+
+    Raises LpError where a part does not fit: 1024 forward passes without a step mean that nobody calls advance(model).
+    """
+    number = 0
+    for name, value, bits in (
+        ("rank", rank, 16),
+        ("micro_batch", micro_batch, 10),
+        ("site", site, 18),
+        ("slot", slot, 4),
+    ):
+        if not 0 <= value < 1 << bits:
+            hint = "advance(model) after each optimizer step" if name == "micro_batch" else ""
+            raise LpError(
+                f"{name} has no stochastic stream left", expected=f"less than {1 << bits}", got=str(value), hint=hint
+            )
+        number = number * (1 << bits) + value
+    return number
 
 
 def find_state(key: int) -> RunState | None:

@@ -18,7 +18,7 @@ from passes.ir.program import REPEATED, SITE, Program
 from passes.ir.types import META
 from runtime.numerics.specs import ROLES, Role
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.layer import parse_geometry
+from runtime.ops.plan import parse_geometry
 
 Lengths = dict[Role, int]
 

@@ -20,7 +20,7 @@ from torch import fx
 from passes.ir.program import WEIGHT
 from runtime.ops.contractions import ConvGeometry, linear_kn
 from runtime.ops.einsum import why_no_product
-from runtime.ops.layer import print_geometry
+from runtime.ops.plan import print_geometry
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from runtime.kernels import cuda, torch_native
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.dispatch import Choice, Fidelity
 from runtime.numerics import reference_gemm as reference
-from runtime.ops.layer import METHODS
+from runtime.ops.plan import METHODS
 
 
 def wrong_device(text: str) -> str:

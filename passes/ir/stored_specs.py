@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
-from runtime.ops.layer import contraction_of, parse_geometry
+from runtime.ops.plan import contraction_of, parse_geometry
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@
     gelu-tanh   y Phi(y), by tanh      y
 
 silu, tanh and sigmoid are not here: their time goes into computing, and not into the pass over memory that a part of a
-product saves (benchmarks/fusion.py). Forward writes in place wherever nothing needs what it overwrites.
+product saves (benchmarks/fusion.py). Inside of a torch op they write in place, where nothing needs what they overwrite.
 """
 
 import torch
@@ -26,22 +26,23 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
 
 
 def add_and_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu?(y + residual), written into y, which nothing else may hold; a new tensor under torch.compile."""
-    if torch.compiler.is_compiling():
-        y = y if residual is None else y + residual
-        return torch.relu(y) if relu else y
+    """relu?(y + residual), written into y, which nothing else may hold: inside of a torch op."""
     y = y if residual is None else y.add_(residual)
     return torch.relu_(y) if relu else y
 
 
-def finish_with(y: Tensor, residual: Tensor | None, activation: str, keeps: bool) -> tuple[Tensor, Tensor | None]:
-    """The activation of y + residual, and what its backward needs where it `keeps` that. y may be overwritten."""
-    y = add_and_relu(y, residual, activation == "relu")
+def overwrite_with(y: Tensor, activation: str) -> Tensor:
+    """The activation of y, which nothing else may hold, in its place; relu is done by `add_and_relu`."""
     if activation in ("", "relu"):
-        return y, y if activation and keeps else None
-    if keeps or torch.compiler.is_compiling():
-        return F.gelu(y, approximate=_FORMS[activation]), y
-    return torch.ops.aten.gelu.out(y, approximate=_FORMS[activation], out=y), None
+        return y
+    return torch.ops.aten.gelu.out(y, approximate=_FORMS[activation], out=y)
+
+
+def needed_by(activation: str, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(activation of y, what its backward needs), y being kept where it is that; of relu y is the result already."""
+    if activation in ("", "relu"):
+        return y, y if activation else None
+    return F.gelu(y, approximate=_FORMS[activation]), y
 
 
 def activation_grad(dz: Tensor, needed: Tensor | None, activation: str) -> Tensor:

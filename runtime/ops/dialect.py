@@ -30,18 +30,9 @@ from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
-from runtime.ops.layer import (
-    KINDS,
-    METHODS,
-    GemmPlan,
-    Operand,
-    check_transforms,
-    contraction_of,
-    parse_geometry,
-    print_geometry,
-    run_gemm,
-    to_grid,
-)
+from runtime.ops.layer import check_transforms, run_gemm, to_grid
+from runtime.ops.plan import KINDS, METHODS, GemmPlan, contraction_of, parse_geometry, print_geometry
+from runtime.ops.products import Operand
 from runtime.ops.sum_scales import why_not_scaled
 from runtime.ops.types import (
     VALUE,
@@ -148,7 +139,7 @@ def gemm(
     activation: str = "",
 ) -> Tensor:
     """One GEMM site, forward and backward, and what follows it. Returns activation(y + residual) in the dtype of lhs;
-    see runtime.ops.layer for the arithmetic. With a `lifetime`, rhs is a weight whose cast for BWD is kept.
+    see runtime.ops.products for the arithmetic. With a `lifetime`, rhs is a weight whose cast for BWD is kept.
 
     Without `grad_lhs` there is no GRAD: backward raises.
     """

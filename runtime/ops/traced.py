@@ -2,8 +2,7 @@
 
     lp::scale, lp::quantize, lp::gemm    one node each in the graph of a frontend. They are composite: below it, casts
                                          become operations that a compiler fuses, and a GEMM its three roles
-    lp::fwd, lp::bwd, lp::grad           one multiplication each, opaque: the kernels of the eager path, so that the
-                                         bits are the same. Their arguments name the site and the role
+    lp::fwd, lp::bwd, lp::grad           one multiplication each, opaque, the ops of eager code (products.py)
     lp::cast_gradient                    a cast that stays opaque: of a gradient whose overflow is watched
 
 A role that runs as torch's own op in the tensor's dtype (`as_is`) is traced into that op.
@@ -16,20 +15,21 @@ sum is stochastic, since numbers become guards; and the key of the RunState whos
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from runtime.kernels.cast.scales import compute_scale
-from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, Role
+from runtime.kernels.torch_ops import declare
+from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import layer as gemms
-from runtime.ops.layer import CAST_NAMES, GemmPlan, Operand
-from runtime.ops.opaque import clock_of
+from runtime.ops.layer import CAST_NAMES
+from runtime.ops.plan import GemmPlan
+from runtime.ops.products import NO_CLOCK, Operand
+from runtime.ops.storage import storage_dtype
 from runtime.state import RunState, find_state
 
 
@@ -41,7 +41,7 @@ def scale(x: Tensor, spec: str) -> Tensor:
 
 def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, site: int, slot: int) -> Tensor:
     """lp.quantize in a graph that is compiled."""
-    result: Tensor = torch.ops.lp.quantize(x, s, clock_of(state, spec), spec, site, slot, _code())
+    result: Tensor = torch.ops.lp.quantize(x, s, _clock(state, _draws(spec)), spec, site, slot, _code())
     return result
 
 
@@ -56,7 +56,7 @@ def gemm(
         rhs,
         bias,
         list(casts),
-        clock_of(state, spec),
+        _clock(state, _layer_draws(spec)),
         key,
         kind,
         spec,
@@ -82,6 +82,23 @@ def _digest_of_sources() -> str:
     for source in sorted(root.rglob("*.py")):
         digest.update(source.relative_to(root).as_posix().encode() + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _clock(state: RunState | None, is_stochastic: bool) -> tuple[int, ...]:
+    """Zeros where nothing is stochastic: what is read becomes a guard."""
+    return state.clock if state is not None and is_stochastic else NO_CLOCK
+
+
+@torch.compiler.assume_constant_result
+def _draws(spec: str) -> bool:
+    return QuantSpec.parse(spec).rounding == "stochastic"
+
+
+@torch.compiler.assume_constant_result
+def _layer_draws(spec: str) -> bool:
+    layer = LayerSpec.parse(spec)
+    roles = (layer.fwd, layer.bwd, layer.grad)
+    return any("stochastic" in (role.lhs.rounding, role.rhs.rounding, role.accumulator.mode) for role in roles)
 
 
 def _state(clock: Sequence[int], key: int = -1) -> RunState:
@@ -115,57 +132,6 @@ def _gemm(
     return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), plan, residual, activation)
 
 
-def _operands(
-    role: Role, tensors: Sequence[Tensor | None], kind: str, spec: str, methods: str, site: int, geometry: str
-) -> tuple[GemmPlan, Operand, Operand]:
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    numbers: GemmSpec = plan.spec.role(role)
-    a, a_scale, b, b_scale = tensors
-    assert a is not None
-    assert b is not None
-    return plan, Operand(a, a_scale, numbers.lhs), Operand(b, b_scale, numbers.rhs)
-
-
-def _fwd(
-    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    plan, a, b = _operands("fwd", (x, x_scale, w, w_scale), kind, spec, methods, site, geometry)
-    return gemms.multiply_fwd(plan, a, b, bias, _state(clock)).to(dtype).contiguous()
-
-
-def _fwd_shape(
-    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    y = plan.contraction.native(x.to(dtype), w.to(dtype), None)
-    return x.new_empty(y.shape, dtype=dtype)
-
-
-def _bwd(
-    dy: Tensor, dy_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    plan, a, b = _operands("bwd", (dy, dy_scale, w, w_scale), kind, spec, methods, site, geometry)
-    return gemms.multiply_bwd(plan, a, b, torch.Size(shape), _state(clock)).to(dtype).contiguous()
-
-
-def _grad(
-    dy: Tensor, dy_scale: Tensor | None, x: Tensor, x_scale: Tensor | None, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    plan, a, b = _operands("grad", (dy, dy_scale, x, x_scale), kind, spec, methods, site, geometry)
-    return gemms.multiply_grad(plan, a, b, torch.Size(shape), _state(clock)).to(dtype).contiguous()
-
-
-def _shape_of_gradient(
-    dy: Tensor, dy_scale: Tensor | None, other: Tensor, other_scale: Tensor | None, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return dy.new_empty(shape, dtype=dtype)
-
-
 def _cast_gradient(
     dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
 ) -> tuple[Tensor, Tensor]:
@@ -183,40 +149,26 @@ def _cast_gradient_shape(
     dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
 ) -> tuple[Tensor, Tensor]:
     parsed = QuantSpec.parse(spec)
-    dtype = dy.dtype if parsed.is_identity else gemms.storage_dtype(parsed.format)
+    dtype = dy.dtype if parsed.is_identity else storage_dtype(parsed.format)
     grid = dy.new_empty(dy.shape, dtype=torch.float32 if parsed.is_block else dtype)
     scale = compute_scale(dy, parsed) if parsed.has_scale else None
     return grid, dy.new_empty((), dtype=torch.float32) if scale is None else scale
 
 
 _SITE = "str kind, str spec, str methods, int site, str geometry"
-_ROLE = f"{_SITE}, SymInt[] clock, ScalarType dtype"
-_OPS = Library("lp", "FRAGMENT")
-_COMPOSITE: dict[str, Callable[..., Any]] = {
-    "scale(Tensor x, str spec, str code) -> Tensor": _scale,
-    "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor": _quantize,
+declare("scale(Tensor x, str spec, str code) -> Tensor", _scale, fake=None)
+declare(
+    "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor",
+    _quantize, fake=None,
+)  # fmt: skip
+declare(
     f"gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, {_SITE}, Tensor? residual, "
-    "str activation, str code) -> Tensor": _gemm,
-}
-_OPAQUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    f"fwd(Tensor x, Tensor? x_scale, Tensor w, Tensor? w_scale, Tensor? bias, {_ROLE}) -> Tensor": (_fwd, _fwd_shape),
-    f"bwd(Tensor dy, Tensor? dy_scale, Tensor w, Tensor? w_scale, SymInt[] shape, {_ROLE}) -> Tensor": (
-        _bwd,
-        _shape_of_gradient,
-    ),
-    f"grad(Tensor dy, Tensor? dy_scale, Tensor x, Tensor? x_scale, SymInt[] shape, {_ROLE}) -> Tensor": (
-        _grad,
-        _shape_of_gradient,
-    ),
-    "cast_gradient(Tensor dy, str spec, SymInt[] clock, int key, int site, int slot) -> (Tensor, Tensor)": (
-        _cast_gradient,
-        _cast_gradient_shape,
-    ),
-}
-for _schema, _run in _COMPOSITE.items():
-    _OPS.define(_schema)
-    _OPS.impl(_schema.partition("(")[0], _run, "CompositeImplicitAutograd")
-for _schema, (_run, _fake) in _OPAQUE.items():
-    _OPS.define(_schema)
-    _OPS.impl(_schema.partition("(")[0], _run, "CompositeExplicitAutograd")
-    register_fake(f"lp::{_schema.partition('(')[0]}", _fake, lib=_OPS)
+    "str activation, str code) -> Tensor",
+    _gemm,
+    fake=None,
+)
+declare(
+    "cast_gradient(Tensor dy, str spec, SymInt[] clock, int key, int site, int slot) -> (Tensor, Tensor)",
+    _cast_gradient,
+    fake=_cast_gradient_shape,
+)

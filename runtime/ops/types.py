@@ -21,7 +21,8 @@ import torch
 
 from runtime.numerics.scaling import scale_shape
 from runtime.numerics.specs import QuantSpec
-from runtime.ops.layer import contraction_of, parse_geometry, storage_dtype
+from runtime.ops.plan import contraction_of, parse_geometry
+from runtime.ops.storage import storage_dtype
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.contractions import ConvGeometry
 from runtime.ops.dialect import OPS
-from runtime.ops.layer import print_geometry
+from runtime.ops.plan import print_geometry
 from runtime.state import RunState
 
 _GEMM, _QUANTIZE = OPS["lp.gemm"].run, OPS["lp.quantize"].run

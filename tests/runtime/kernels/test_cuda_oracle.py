@@ -23,7 +23,8 @@ from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.ops import layer as gemms
-from runtime.ops.layer import GemmPlan, cast
+from runtime.ops.layer import cast
+from runtime.ops.plan import GemmPlan
 from runtime.state import RunState
 
 SPECS = ["e4m3 stochastic row/amax", "dlfloat16", "nf4", "nf4 stochastic", "int8 nearest_even tensor/pow2"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from runtime.kernels.dispatch import GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.activations import ACTIVATIONS
-from runtime.ops.layer import GemmPlan, cast, run_gemm
+from runtime.ops.layer import cast, run_gemm
+from runtime.ops.plan import GemmPlan
 from runtime.state import RunState
 from tests.runtime.ops.test_layer import OPERATIONS, _layer
 

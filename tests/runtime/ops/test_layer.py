@@ -19,7 +19,8 @@ from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale, expand_scale
 from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec, QuantSpec, Rounding
 from runtime.ops.contractions import ConvGeometry, linear_kn
-from runtime.ops.layer import GemmPlan, cast, parse_geometry, print_geometry, run_gemm
+from runtime.ops.layer import cast, run_gemm
+from runtime.ops.plan import GemmPlan, parse_geometry, print_geometry
 from runtime.state import RunState
 from tests.runtime.ops.test_matrix_product import exact_sums
 

@@ -1,0 +1,93 @@
+"""Plan: everything about one GEMM site that does not change from call to call, and the text that says it."""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from runtime.kernels.dispatch import EMULATED
+from runtime.numerics.specs import ROLES, LayerSpec, Role
+from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul
+from runtime.ops.im2col import unfolded
+
+Attributes = tuple[str, str, str, int, str]
+"""Those of an lp.gemm node: kind, spec, methods, site, geometry."""
+KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
+METHODS = (
+    *("as_is", "fp32", "bf16", "int8"),
+    *("cpu_bf16", "cpu_int8"),
+    *("cuda_fp8", "cuda_bf16", "cuda_fp16", "cuda_int8"),
+    *EMULATED,
+)
+"""What `methods` may name, of the backends of runtime/kernels/dispatch.py."""
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """Everything about one site that does not change from call to call. `methods` are those of the chosen backends,
+    by role.
+    """
+
+    kind: str
+    spec: LayerSpec
+    methods: tuple[str, str, str]
+    site: int
+    geometry: ConvGeometry | None = None
+    lifetime: str = ""
+    """Of BWD's cast of a weight, where it is kept (runtime/quantize/kept_casts.py)."""
+
+    @property
+    def contraction(self) -> AbstractContraction:
+        return contraction_of(self.kind, self.geometry)
+
+    def contraction_of(self, role: Role) -> AbstractContraction:
+        """What lays out the GEMM of one role: a convolution that rounds as it adds is unfolded."""
+        if self.geometry is not None and self.method(role) in EMULATED:
+            return unfolded(self.geometry)
+        return self.contraction
+
+    def method(self, role: Role) -> str:
+        return self.methods[ROLES.index(role)]
+
+    @cached_property
+    def stochastic_sums(self) -> frozenset[Role]:
+        """The roles whose sums draw random bits."""
+        return frozenset(role for role in ROLES if self.spec.role(role).accumulator.mode == "stochastic")
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What `parse` reads."""
+        geometry = print_geometry(self.geometry) if self.geometry else ""
+        return self.kind, str(self.spec), ",".join(self.methods), self.site, geometry
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(kind: str, spec: str, methods: str, site: int, geometry: str, lifetime: str = "") -> "GemmPlan":
+        """From the attributes of an lp.gemm node. A geometry reads `stride=1,1 padding=0,0 dilation=1,1 groups=1`."""
+        fwd, bwd, grad = methods.split(",")
+        return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry), lifetime)
+
+
+def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:
+    """The contraction of a kind of KINDS, or the convolution of this geometry."""
+    return KINDS[kind] if geometry is None else Conv(geometry)
+
+
+def parse_geometry(text: str) -> ConvGeometry | None:
+    if not text:
+        return None
+    fields = {
+        key: tuple(int(n) for n in value.split(",")) for key, _, value in (part.partition("=") for part in text.split())
+    }
+    groups, more = fields["groups"][0], fields.get("output_padding", ())
+    return ConvGeometry(fields["stride"], fields["padding"], fields["dilation"], groups, more)
+
+
+def print_geometry(geometry: ConvGeometry) -> str:
+    rows = {
+        "stride": geometry.stride,
+        "padding": geometry.padding,
+        "dilation": geometry.dilation,
+        "groups": (geometry.groups,),
+    }
+    if geometry.is_transposed:
+        rows["output_padding"] = geometry.output_padding
+    return " ".join(f"{key}={','.join(map(str, value))}" for key, value in rows.items())

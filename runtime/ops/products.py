@@ -1,0 +1,415 @@
+"""Products: each GEMM of a layer, with all that follows it, as one torch op a role.
+
+    lp::fwd    y = activation(out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias + residual)
+    lp::bwd    dx = dy . w, in the shape of x
+    lp::grad   dw = dy . x, in the shape of w
+
+A scale that varies along the sum is multiplied into the values before it: exactly if it is a power of two, else once
+rounded to fp32 (scales per block, and per channel of a convolution's weight in BWD), which only fp32 sums allow.
+
+Eager layers, compiled code and the joint front end call the same three, so their bits are the same. Scales, bias,
+residual and relu are one pass over y where that is fp32 (runtime/kernels/cpu/epilogue.py); what is written in place is
+written inside of the op, which returns nothing that anyone else has seen. A result is contiguous, that of a convolution
+channels-last where an operand is. FLOPs: two for a multiply-add of the geometry, whatever the kernel does.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from runtime.kernels.cast.grid import fast_to_grid
+from runtime.kernels.cpu import gemm as cpu_gemm
+from runtime.kernels.cpu.epilogue import finish
+from runtime.kernels.dispatch import multiplier
+from runtime.kernels.torch_native import DTYPES
+from runtime.kernels.torch_ops import declare
+from runtime.numerics.free_axes import Side
+from runtime.numerics.reference_gemm import NO_KEY, RandomKey
+from runtime.numerics.scaling import expand_scale
+from runtime.numerics.specs import ROLES, GemmSpec, QuantSpec, Role
+from runtime.ops.activations import add_and_relu, overwrite_with
+from runtime.ops.contractions import ConvGeometry, Multiply
+from runtime.ops.plan import GemmPlan, parse_geometry
+from runtime.ops.storage import storage_dtype
+from runtime.ops.sum_scales import varies_along_sum
+from runtime.state import RunState, stream_number
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Grid values and the scale that gives them back their size: `value == grid * expand(scale)`. scale None is 1."""
+
+    grid: Tensor
+    scale: Tensor | None
+    spec: QuantSpec
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        return self.grid, self.scale
+
+
+def multiply(
+    role: Role, plan: GemmPlan, a: Operand, b: Operand, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    state: RunState | None, residual: Tensor | None = None, activation: str = "",
+) -> Tensor:  # fmt: skip
+    """One role as one op. rest: FWD's bias, else the shape of the result, which is in `dtype`."""
+    call = (*a.pair, *b.pair, rest, *plan.attributes, clock_of(state, plan, role), dtype)
+    if role != "fwd":
+        gradient: Tensor = _CALLS[role](*call)
+        return gradient
+    y: Tensor = _CALLS[role](*call, residual, activation)
+    return y
+
+
+def clock_of(state: RunState | None, plan: GemmPlan, role: Role) -> tuple[int, ...]:
+    """(seed, rank, step, micro-batch) where sums are stochastic, else zeros: what compiled code reads is guarded."""
+    return NO_CLOCK if state is None or role not in plan.stochastic_sums else state.clock
+
+
+def multiply_traced(
+    role: Role, plan: GemmPlan, a: Operand, b: Operand, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    state: RunState | None,
+) -> Tensor:  # fmt: skip
+    """One role as compiled code has it: the opaque product, and its scales in operations that fuse with what follows.
+    rest: FWD's bias, else the shape of the result, which is in `dtype`.
+    """
+    if not has_free_scales(plan, role, a, b):
+        return multiply(role, plan, a, b, rest, dtype, state)
+    bare = rest if role != "fwd" else None
+    left, right = replace(a, scale=None), replace(b, scale=None)
+    y = multiply(role, plan, left, right, bare, torch.float32, state)
+    bias = rest if isinstance(rest, Tensor) else None
+    return with_scales(role, plan, y, a.scale, b.scale, bias).to(dtype)
+
+
+def own(y: Tensor) -> Tensor:
+    """y, not as a view of the matrix that it was computed as, which nothing else holds: a caller may write into it."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return owned
+
+
+def has_free_scales(plan: GemmPlan, role: Role, a: Operand, b: Operand) -> bool:
+    """Whether all that is left to do after the product of a linear layer is to multiply by scales and add the bias."""
+    if plan.kind not in ("linear", "linear_kn") or plan.spec.role(role).out != "fp32" or a.scale is b.scale is None:
+        return False
+    sides: tuple[tuple[Side, Operand], ...] = (("lhs", a), ("rhs", b))
+    return not any(varies_along_sum(plan.contraction, role, side, each.spec) for side, each in sides)
+
+
+def with_scales(
+    role: Role, plan: GemmPlan, y: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """A product without scales, times those of its rows and of its columns in the order of eager code, plus bias."""
+    rows, columns = a_scale, b_scale
+    if role == "grad" and plan.contraction.grad_rows == "rhs":
+        rows, columns = b_scale, a_scale
+    if rows is not None:
+        y = y * (rows if rows.dim() == 0 else rows.reshape(*y.shape[:-1], 1))
+    if columns is not None:
+        y = y * (columns if columns.dim() == 0 else columns.reshape(-1))
+    return y if bias is None else y + bias
+
+
+def multiply_fwd(
+    plan: GemmPlan,
+    x: Operand,
+    w: Operand,
+    bias: Tensor | None,
+    key: RandomKey,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """FWD with what follows it, in the dtype that the method gives."""
+    spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction_of("fwd")
+    x, w = _foldable(plan, "fwd", x, w)
+    unscaled = x.scale is None and w.scale is None
+    if method in ("as_is", "fp32") and unscaled and spec.out == "fp32":
+        y = kind.native(
+            _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
+        )
+        return add_and_relu(y, residual, relu)
+    if method == "cpu_bf16" and unscaled and spec.out == "fp32":
+        add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
+        return add_and_relu(kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias), residual, relu)
+    if plan.geometry is not None:
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, key))
+        if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
+            return _finish_conv(plan.geometry, y, x.scale, w.scale, bias, residual, relu)
+        y = _scaled(y, x.scale, _per_channel(w.scale, plan.geometry))
+    else:
+        is_one_pass = spec.out == "fp32" and plan.kind != "matmul"
+        after = (bias, residual, relu) if is_one_pass else (None, None, False)
+        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, key, after=after))
+        if is_one_pass:
+            return y
+    y = _round_out(y, spec, method)
+    if bias is not None:
+        y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
+    return add_and_relu(y, residual, relu)
+
+
+def _finish_conv(
+    geometry: ConvGeometry,
+    y: Tensor,
+    s: Tensor | None,
+    t: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """y (N, C, ...), or (C, ...), times two numbers plus a bias per channel: rows are the channels of each sample."""
+    num_channels = y.shape[-1 - len(geometry.stride)]
+    rows = y.view(-1, y.shape[-len(geometry.stride) :].numel())
+    per_row = None if bias is None else bias.repeat(rows.shape[0] // max(num_channels, 1)).view(-1, 1)
+    summand = None if residual is None else residual.reshape(rows.shape)
+    return finish(rows, s, t, per_row, summand, relu).view(y.shape)
+
+
+def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, key: RandomKey) -> Tensor:
+    spec, method = plan.spec.bwd, plan.method("bwd")
+    dy, w = _foldable(plan, "bwd", dy, w)
+    lhs, rhs = _load(dy.grid, method), _load(w.grid, method)
+    dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, _product(plan, "bwd", dy, w, key))
+    return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
+
+
+def multiply_grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size, key: RandomKey) -> Tensor:
+    spec, method = plan.spec.grad, plan.method("grad")
+    dy, x = _foldable(plan, "grad", dy, x)
+    multiply = _product(plan, "grad", dy, x, key, is_swapped=plan.contraction.grad_rows == "rhs")
+    dw = plan.contraction_of("grad").grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, multiply)
+    return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, method)
+
+
+def _load(grid: Tensor, method: str) -> Tensor:
+    """Grid values in a dtype that the method multiplies; exact either way."""
+    if method == "as_is":
+        return grid
+    if method == "cpu_bf16":  # it reads fp32 too: block values below bf16's range
+        return grid if grid.dtype in cpu_gemm.DTYPES else grid.bfloat16()
+    dtype = DTYPES.get(method, torch.float32)
+    return _as_int8(grid) if dtype == torch.int8 else grid.to(dtype)
+
+
+def _as_int8(grid: Tensor) -> Tensor:
+    """In int8, or in the floating-point dtype that holds a NaN too, which the product looks for."""
+    if grid.dtype == torch.int8 or grid.is_cuda or bool(grid.isnan().any()):
+        return grid
+    return grid.to(torch.int8)
+
+
+def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:
+    if spec.out == "fp32" or method == spec.out:
+        return y
+    return fast_to_grid(y.float(), QuantSpec.parse(spec.out), None, dtype=storage_dtype(spec.out))
+
+
+def _per_channel(scale: Tensor | None, geometry: ConvGeometry) -> Tensor | None:
+    """A weight's scale, (C, 1, ..., 1) or (), made to broadcast against the channels of (N, C, ...) and of (C, ...)."""
+    return scale if scale is None or scale.dim() == 0 else scale.reshape(-1, *(1,) * len(geometry.stride))
+
+
+def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
+    for scale in scales:
+        y = y if scale is None else y * scale
+    return y
+
+
+def _product(
+    plan: GemmPlan,
+    role: Role,
+    lhs: Operand,
+    rhs: Operand,
+    key: RandomKey,
+    is_swapped: bool = False,
+    after: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
+) -> Multiply:
+    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows. `after`:
+    bias, residual and whether a relu comes.
+    """
+    bias, residual, relu = after
+    spec = plan.spec.role(role)
+    rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
+    if is_swapped:
+        spec = replace(spec, lhs=spec.rhs, rhs=spec.lhs)
+    multiply = multiplier(plan.method(role), spec, key)
+    if plan.geometry is not None or (rows.scale is columns.scale is bias is residual is None and not relu):
+        return multiply  # the result of a conv is scaled
+    batched = plan.kind == "matmul"
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        y = multiply(a, b)
+        summand = None if residual is None else residual.reshape(y.shape)
+        return finish(y, _along(rows, "row", batched), _along(columns, "column", batched), bias, summand, relu)
+
+    return run
+
+
+def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:
+    """The operand's free scale, laid along the rows or the columns of a product."""
+    scale = operand.scale
+    if scale is None or scale.dim() == 0:
+        return scale
+    if not batched:
+        return scale.reshape((-1, 1) if axis == "row" else (1, -1))
+    assert operand.spec.scale is not None
+    return scale if operand.spec.scale.granularity == axis else scale.transpose(-1, -2)
+
+
+def _foldable(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
+    """Multiply into the grid values any scale that varies along the sum, as the head of this file says."""
+    sides: tuple[tuple[Side, Operand], ...] = (("lhs", lhs), ("rhs", rhs))
+    folded = []
+    for side, operand in sides:
+        if operand.scale is not None and varies_along_sum(plan.contraction, role, side, operand.spec):
+            value = operand.grid.float() * expand_scale(operand.scale, operand.grid.shape, operand.spec)
+            operand = replace(operand, grid=value, scale=None)
+        folded.append(operand)
+    return folded[0], folded[1]
+
+
+def _key(plan: GemmPlan, role: Role, clock: Sequence[int]) -> RandomKey:
+    if role not in plan.stochastic_sums:
+        return NO_KEY
+    seed, rank, step, micro_batch = clock
+    return RandomKey(seed, step, stream_number(rank, micro_batch, plan.site, _ACCUMULATE[role]))
+
+
+def _operands(
+    role: Role, tensors: Sequence[Tensor | None], kind: str, spec: str, methods: str, site: int, geometry: str
+) -> tuple[GemmPlan, Operand, Operand]:
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    numbers = plan.spec.role(role)
+    a, a_scale, b, b_scale = tensors
+    assert a is not None
+    assert b is not None
+    return plan, Operand(a, a_scale, numbers.lhs), Operand(b, b_scale, numbers.rhs)
+
+
+def _fwd(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+    residual: Tensor | None = None, activation: str = "",
+) -> Tensor:  # fmt: skip
+    plan, a, b = _operands("fwd", (x, x_scale, w, w_scale), kind, spec, methods, site, geometry)
+    key, relu = _key(plan, "fwd", clock), activation == "relu"
+    if dtype == torch.float32 and plan.spec.fwd.out == "fp32":
+        y = multiply_fwd(plan, a, b, bias, key, residual, relu)
+    else:
+        y = add_and_relu(multiply_fwd(plan, a, b, bias, key).to(dtype), residual, relu)
+    return _laid_out(overwrite_with(y, activation), _layout(plan, x, w))
+
+
+def _fwd_shape(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+    residual: Tensor | None = None, activation: str = "",
+) -> Tensor:  # fmt: skip
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    y = plan.contraction.native(x.to(dtype), w.to(dtype), None)
+    return _new(x, y.shape, dtype, _layout(plan, x, w))
+
+
+def _bwd(
+    dy: Tensor, dy_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan, a, b = _operands("bwd", (dy, dy_scale, w, w_scale), kind, spec, methods, site, geometry)
+    dx = multiply_bwd(plan, a, b, torch.Size(shape), _key(plan, "bwd", clock)).to(dtype)
+    return _laid_out(dx, _layout(plan, dy, w))
+
+
+def _grad(
+    dy: Tensor, dy_scale: Tensor | None, x: Tensor, x_scale: Tensor | None, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan, a, b = _operands("grad", (dy, dy_scale, x, x_scale), kind, spec, methods, site, geometry)
+    dw = multiply_grad(plan, a, b, torch.Size(shape), _key(plan, "grad", clock)).to(dtype)
+    return _laid_out(dw, _layout(plan, dy, x))
+
+
+def _shape_of_gradient(
+    dy: Tensor, dy_scale: Tensor | None, other: Tensor, other_scale: Tensor | None, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    return _new(dy, shape, dtype, _layout(plan, dy, other))
+
+
+def _layout(plan: GemmPlan, a: Tensor, b: Tensor) -> torch.memory_format:
+    """Channels-last where torch's convolution would give that: an operand is, and a channel dim is there."""
+    if plan.geometry is not None and a.dim() == b.dim() == 2 + len(plan.geometry.stride) >= 4:
+        wanted = torch.channels_last if a.dim() == 4 else torch.channels_last_3d
+        if wanted in (suggest_memory_format(a), suggest_memory_format(b)):
+            return wanted
+    return torch.contiguous_format
+
+
+def _laid_out(y: Tensor, layout: torch.memory_format) -> Tensor:
+    return own(y.contiguous(memory_format=layout))
+
+
+def _new(like: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=layout)
+
+
+def _fwd_flops(
+    x: Sequence[int], x_scale: Any, w: Sequence[int], w_scale: Any, bias: Any,
+    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Any, dtype: Any,
+    residual: Any = None, activation: str = "", *, out_shape: Sequence[int],
+) -> int:  # fmt: skip
+    return _flops(geometry, x, w, out_shape)
+
+
+def _bwd_flops(
+    dy: Sequence[int], dy_scale: Any, w: Sequence[int], w_scale: Any, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, *_: Any, out_shape: Sequence[int],
+) -> int:  # fmt: skip
+    return _flops(geometry, shape, w, dy)
+
+
+def _grad_flops(
+    dy: Sequence[int], dy_scale: Any, x: Sequence[int], x_scale: Any, shape: Sequence[int],
+    kind: str, spec: str, methods: str, site: int, geometry: str, *_: Any, out_shape: Sequence[int],
+) -> int:  # fmt: skip
+    return _flops(geometry, x, shape, dy)
+
+
+def _flops(geometry: str, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> int:
+    """Of one role, 2 a multiply-add: all three have the same. A convolution has one of w at every position of y, a
+    transposed one at every position of x.
+    """
+    conv = parse_geometry(geometry)
+    if conv is None:
+        return 2 * math.prod(y) * x[-1]
+    positions, num_dims = x if conv.is_transposed else y, len(conv.stride)
+    batch = positions[0] if len(positions) == num_dims + 2 else 1
+    return 2 * batch * math.prod(positions[-num_dims:]) * math.prod(w)
+
+
+NO_CLOCK = (0, 0, 0, 0)
+_ACCUMULATE: dict[Role, int] = {"fwd": 7, "bwd": 8, "grad": 9}
+"""Slots of the random streams; those of casts are below."""
+_ROLE = "str kind, str spec, str methods, int site, str geometry, SymInt[] clock, ScalarType dtype"
+declare(
+    f"fwd(Tensor x, Tensor? x_scale, Tensor w, Tensor? w_scale, Tensor? bias, {_ROLE}, Tensor? residual=None, "
+    'str activation="") -> Tensor',
+    _fwd, fake=_fwd_shape, flops=_fwd_flops,
+)  # fmt: skip
+declare(
+    f"bwd(Tensor dy, Tensor? dy_scale, Tensor w, Tensor? w_scale, SymInt[] shape, {_ROLE}) -> Tensor",
+    _bwd, fake=_shape_of_gradient, flops=_bwd_flops,
+)  # fmt: skip
+declare(
+    f"grad(Tensor dy, Tensor? dy_scale, Tensor x, Tensor? x_scale, SymInt[] shape, {_ROLE}) -> Tensor",
+    _grad, fake=_shape_of_gradient, flops=_grad_flops,
+)  # fmt: skip
+_CALLS = {role: getattr(torch.ops.lp, role).default for role in ROLES}
