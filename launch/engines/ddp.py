@@ -63,9 +63,9 @@ class DdpEngine(AbstractEngine):
         self._ddp.zero_grad()
         return norm
 
-    def uncompressed_bytes(self, itemsize: int) -> int:
+    def uncompressed_bytes(self, dtype: torch.dtype) -> int:
         shapes = [parameter.shape for parameter in self._parameters]
-        return ledger.predict_all_reduce(shapes, itemsize, None, self._world.size).total
+        return ledger.predict_all_reduce(shapes, dtype, None, self._world.size).total
 
     def save(self, folder: Path) -> None:
         if not self._world.is_first:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from launch.engines.engine import AbstractEngine
@@ -65,13 +66,13 @@ class DeepSpeedEngine(AbstractEngine):
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def uncompressed_bytes(self, itemsize: int) -> int:
+    def uncompressed_bytes(self, dtype: torch.dtype) -> int:
         stage, size = self._config.zero_stage, self._world.size
         reductions = self._config.grad_accumulation if stage >= 2 else 1  # ZeRO-2 and 3 reduce every micro-batch
         if stage == 3:
-            once = ledger.predict_reduce_scatter(self._shapes, itemsize, None, size, self._world.rank)
+            once = ledger.predict_reduce_scatter(self._shapes, dtype, None, size, self._world.rank)
         else:
-            once = ledger.predict_all_reduce(self._shapes, itemsize, None, size)
+            once = ledger.predict_all_reduce(self._shapes, dtype, None, size)
         return once.total * reductions
 
     def save(self, folder: Path) -> None:

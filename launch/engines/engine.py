@@ -1,4 +1,4 @@
-"""Engine: what holds the replicas of a model together. One interface, two final classes, one function that picks.
+"""Engine: what holds the replicas of a model together. One interface; the engines are in registry.py.
 
 forward -> backward (reduces gradients) -> step (clips, updates) ; save and load write and read this rank's share
 """
@@ -7,8 +7,12 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from launch.training.config import RunConfig
+from launch.training.world import World
+from runtime.collectives.codec import WireSpec
 from runtime.collectives.counter import WireCounter
 
 
@@ -17,6 +21,10 @@ class AbstractEngine(ABC):
 
     Loss scaling is not an engine's business: the gradients it reduces and clips are unscaled already.
     """
+
+    @abstractmethod
+    def __init__(self, model: nn.Module, config: RunConfig, wire: WireSpec | None, world: World) -> None:
+        """Takes the compiled model. `wire` None: gradients travel as they are, and are only counted."""
 
     @property
     @abstractmethod
@@ -48,8 +56,8 @@ class AbstractEngine(ABC):
         """
 
     @abstractmethod
-    def uncompressed_bytes(self, itemsize: int) -> int:
-        """Bytes this rank would send for gradients per step as `itemsize`-byte numbers, by the ledger."""
+    def uncompressed_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes this rank would send for gradients per step as numbers of `dtype`, by the ledger."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

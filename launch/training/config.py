@@ -5,11 +5,12 @@ defaults  <  the resumed checkpoint's config  <  --config run.yaml  <  flags
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from launch.engines.registry import ENGINES, known_engine
 from lpcompile.errors import LpError, did_you_mean, nearest_names
 from lpcompile.policy.yaml_read import read_mapping
 
@@ -66,7 +67,9 @@ class RunConfig(BaseModel):
 
     policy: str = Field(default="hfp8", description="Precision policy: a shipped name or a path to a policy file.")
     strict: bool = Field(default=False, description="Refuse to start if a GEMM would not run as the policy says.")
-    engine: Literal["deepspeed", "ddp"] = Field(default="deepspeed", description="What holds the replicas together.")
+    engine: Annotated[str, AfterValidator(known_engine)] = Field(
+        default="deepspeed", description=f"What holds the replicas together: {' or '.join(ENGINES)}."
+    )
     zero_stage: int = Field(default=2, ge=0, le=3, description="DeepSpeed only: what ZeRO shards.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: a GPU per rank where there are enough, else the CPU."

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from launch.engines.engine import AbstractEngine
+from launch.engines.registry import engine_class
 from launch.training import checkpoint
 from launch.training.config import ConfigError, RunConfig
 from launch.training.data import Corpus, load_corpus
@@ -256,8 +257,8 @@ class Run:
             gradient_bytes=sums.gradient_bytes,
             predicted_gradient_bytes=sums.predicted_gradient_bytes,
             wire_agrees=sums.wire_agrees,
-            gradient_bytes_fp32=self.engine.uncompressed_bytes(4),
-            gradient_bytes_bf16=self.engine.uncompressed_bytes(2),
+            gradient_bytes_fp32=self.engine.uncompressed_bytes(torch.float32),
+            gradient_bytes_bf16=self.engine.uncompressed_bytes(torch.bfloat16),
             total_bytes=sums.total_bytes,
             gemms=len(certificate.gemms),
             gemms_as_asked=sum(gemm.runs_as_policy_says for gemm in certificate.gemms),
@@ -287,14 +288,7 @@ def _agree_on_folder(config: RunConfig, policy: Policy, world: World) -> Path:
 
 
 def _build_engine(model: nn.Module, config: RunConfig, policy: Policy, world: World) -> AbstractEngine:
-    wire = _wire_spec(policy)
-    if config.engine == "ddp":
-        from launch.engines.ddp import DdpEngine
-
-        return DdpEngine(model, config, wire, world)
-    from launch.engines.deepspeed import DeepSpeedEngine  # here: deepspeed is optional
-
-    return DeepSpeedEngine(model, config, wire, world)
+    return engine_class(config.engine)(model, config, _wire_spec(policy), world)
 
 
 def _wire_spec(policy: Policy) -> WireSpec | None:

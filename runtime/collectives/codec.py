@@ -1,14 +1,19 @@
-"""Wire: what a gradient looks like while it travels.
+"""Codec: how gradients are written as bytes for the wire. One class a way of writing; a wire spec says which gradient
+goes by which.
 
-    one uint8 buffer:  | codes, 1 byte an element | scales, fp32, one a block |
-    value = code * scale        scale = amax(block) / max(format), 1 for a block of zeros
+    BlockCodec    | codes, 1 byte an element | scales, fp32, one a block |
+                  value = code * scale        scale = amax(block) / max(format), 1 for a block of zeros
+    PlainCodec    the bytes of the dtype it has
 
-Shape letters: N elements, B blocks, K elements of a block.
+A message is the lanes one behind the other, each written by its codec. Shape letters: N elements, B blocks, K elements
+of a block.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +22,96 @@ from runtime.errors import WireError
 from runtime.kernels.cast.public import decode, encode
 from runtime.numerics.formats import get_format
 
+Kind = Literal["gradient_compressed", "gradient_full"]
+
+
+class Codec(ABC):
+    """A way to write a flat run of N values. Codecs are values: equal ones write the same bytes."""
+
+    kind: ClassVar[Kind]
+    """As what its bytes are counted."""
+
+    @abstractmethod
+    def nbytes(self, numel: int) -> int:
+        """Bytes of `numel` values, no padding."""
+
+    @abstractmethod
+    def encode(self, x_N: Tensor) -> Tensor:
+        """x as uint8. Invariant: `encode(x).numel() == nbytes(x.numel())`."""
+
+    @abstractmethod
+    def decode(self, buffer: Tensor, numel: int) -> Tensor:
+        """The fp32 values of what `encode` wrote for `numel` values. Raises WireError for another length."""
+
+
+@dataclass(frozen=True)
+class PlainCodec(Codec):
+    """Full precision: the bytes as they are."""
+
+    kind: ClassVar[Kind] = "gradient_full"
+    dtype: torch.dtype
+
+    def nbytes(self, numel: int) -> int:
+        return numel * self.dtype.itemsize
+
+    def encode(self, x_N: Tensor) -> Tensor:
+        return x_N.to(self.dtype).contiguous().view(torch.uint8)
+
+    def decode(self, buffer: Tensor, numel: int) -> Tensor:
+        _check_length(buffer, numel, self)
+        return buffer.clone().view(self.dtype).float()  # clone: a view of wider elements starts at a multiple of theirs
+
+
+@dataclass(frozen=True)
+class BlockCodec(Codec):
+    """An 8-bit format, scaled block by block.
+
+    scale = amax(block) / max(format), not below 2^-126 so that it never flushes to zero; code = format(x / scale). The
+    ragged last block is scaled by what it holds, as if padded with zeros. NaN or Inf in a block makes its scale NaN or
+    Inf, so the whole block comes back non-finite and the others intact. Decoded, a finite x differs from itself by at
+    most half an ulp of the format, or half the format's smallest step times the scale.
+    """
+
+    kind: ClassVar[Kind] = "gradient_compressed"
+    format: str = "e4m3"
+    block: int = 256
+
+    def nbytes(self, numel: int) -> int:
+        """One a code, four a block."""
+        return numel + 4 * -(-numel // self.block)
+
+    def encode(self, x_N: Tensor) -> Tensor:
+        if x_N.dim() != 1 or not x_N.is_floating_point():
+            raise WireError(
+                "a codec takes one flat tensor", expected="1 dim of floats", got=f"{x_N.dim()} dims of {x_N.dtype}"
+            )
+        x_N = x_N.float().contiguous()
+        buffer = torch.empty(self.nbytes(x_N.numel()), dtype=torch.uint8, device=x_N.device)
+        codes_N = buffer[: x_N.numel()]
+        scales: list[Tensor] = []
+        for codes_BK, x_BK in zip(_blocks(codes_N, self.block), _blocks(x_N, self.block)):
+            scale_B1 = _block_scales(x_BK, self.format)
+            _encode_into(codes_BK, x_BK / scale_B1, self.format)
+            scales.append(scale_B1.flatten())
+        if scales:
+            buffer[x_N.numel() :] = torch.cat(scales).view(torch.uint8)
+        return buffer
+
+    def decode(self, buffer: Tensor, numel: int) -> Tensor:
+        """code * scale, rounded once to fp32."""
+        _check_length(buffer, numel, self)
+        x_N = _decode(buffer[:numel], self.format)
+        scale_B = buffer[numel:].clone().view(torch.float32)  # clone: an fp32 view starts at a multiple of 4 bytes
+        start = 0
+        for x_BK in _blocks(x_N, self.block):
+            x_BK.mul_(scale_B[start : start + len(x_BK), None])
+            start += len(x_BK)
+        return x_N
+
 
 @dataclass(frozen=True)
 class WireSpec:
-    """How gradients are written for the wire: an 8-bit format, scaled block by block."""
+    """Which gradients are compressed, and how: what a policy's `wire` section says."""
 
     format: str = "e4m3"
     """Number format of the codes; 8 bits, so that one element is one byte."""
@@ -41,71 +132,41 @@ class WireSpec:
         if self.block < 1:
             raise WireError("a block has no elements", where="WireSpec.block", expected=">= 1", got=str(self.block))
 
+    @property
+    def compressor(self) -> Codec:
+        """The codec of what is compressed."""
+        return BlockCodec(self.format, self.block)
+
     def compresses(self, shape: Sequence[int]) -> bool:
         """True if a gradient of this shape travels as codes, False if in full precision."""
         return len(shape) > 1 and torch.Size(shape).numel() >= self.min_numel
 
-
-def packed_bytes(numel: int, spec: WireSpec) -> int:
-    """Bytes of `pack` for `numel` elements: one a code, four a block, the last block perhaps ragged; no padding."""
-    return numel + 4 * -(-numel // spec.block)
-
-
-def pack(x_N: Tensor, spec: WireSpec) -> Tensor:
-    """fp32 values to one uint8 buffer: codes, then the fp32 scales of their blocks.
-
-    scale = amax(block) / max(format), not below 2^-126 so that it never flushes to zero; code = format(x / scale).
-    The ragged last block is scaled by what it holds, as if padded with zeros.
-    NaN or Inf in a block makes its scale NaN or Inf, so the whole block comes back non-finite and the others intact.
-
-    Invariants: `pack(x, spec).nbytes == packed_bytes(x.numel(), spec)`; unpacked, a finite x differs from itself by at
-    most half an ulp of the format, or half the format's smallest step times the scale.
-    """
-    if x_N.dtype != torch.float32 or x_N.dim() != 1:
-        raise WireError(
-            "pack takes one flat tensor", expected="1 dim of float32", got=f"{x_N.dim()} dims of {x_N.dtype}"
-        )
-    buffer = torch.empty(packed_bytes(x_N.numel(), spec), dtype=torch.uint8, device=x_N.device)
-    codes_N = buffer[: x_N.numel()]
-    scales: list[Tensor] = []
-    for codes_BK, x_BK in zip(_blocks(codes_N, spec), _blocks(x_N, spec)):
-        scale_B1 = _block_scales(x_BK, spec)
-        _encode_into(codes_BK, x_BK / scale_B1, spec.format)
-        scales.append(scale_B1.flatten())
-    if scales:
-        buffer[x_N.numel() :] = torch.cat(scales).view(torch.uint8)
-    return buffer
+    def codec(self, shape: Sequence[int], dtype: torch.dtype) -> Codec:
+        """By which codec a gradient of this shape travels; `dtype` is the one of full precision."""
+        return self.compressor if self.compresses(shape) else PlainCodec(dtype)
 
 
-def unpack(buffer: Tensor, numel: int, spec: WireSpec) -> Tensor:
-    """The fp32 values of a `pack` buffer of `numel` elements: code * scale, rounded once to fp32."""
-    if buffer.dtype != torch.uint8 or buffer.numel() != packed_bytes(numel, spec):
+def _check_length(buffer: Tensor, numel: int, codec: Codec) -> None:
+    if buffer.dtype != torch.uint8 or buffer.numel() != codec.nbytes(numel):
         raise WireError(
             "not a packed buffer",
-            expected=f"{packed_bytes(numel, spec)} bytes of uint8 for {numel} elements",
+            expected=f"{codec.nbytes(numel)} bytes of uint8 for {numel} elements",
             got=f"{buffer.numel()} elements of {buffer.dtype}",
         )
-    x_N = _decode(buffer[:numel], spec.format)
-    scale_B = buffer[numel:].clone().view(torch.float32)  # clone: an fp32 view must start at a multiple of 4 bytes
-    start = 0
-    for x_BK in _blocks(x_N, spec):
-        x_BK.mul_(scale_B[start : start + len(x_BK), None])
-        start += len(x_BK)
-    return x_N
 
 
-def _blocks(x_N: Tensor, spec: WireSpec) -> Iterator[Tensor]:
+def _blocks(x_N: Tensor, block: int) -> Iterator[Tensor]:
     """Views of x: the whole blocks as one [B, K] matrix, then the ragged end as one row."""
-    whole = x_N.numel() // spec.block * spec.block
+    whole = x_N.numel() // block * block
     if whole:
-        yield x_N[:whole].view(-1, spec.block)
+        yield x_N[:whole].view(-1, block)
     if whole < x_N.numel():
         yield x_N[whole:].view(1, -1)
 
 
-def _block_scales(x_BK: Tensor, spec: WireSpec) -> Tensor:
+def _block_scales(x_BK: Tensor, format: str) -> Tensor:
     amax_B1 = x_BK.abs().amax(1, keepdim=True)
-    scale_B1 = (amax_B1 / get_format(spec.format).max).clamp_min(torch.finfo(torch.float32).tiny)
+    scale_B1 = (amax_B1 / get_format(format).max).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax_B1 == 0, 1.0, scale_B1)
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 Kind = Literal["gradient_compressed", "gradient_full", "parameter_gather", "other"]
+Message = Sequence[tuple[Kind, Tensor]]
+"""What one rank sends to another: the parts of it, and as what they count."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,17 @@ class WireCounter:
         """File `nbytes` that the ledger predicts for the collective about to run."""
         self._predicted[kind] += nbytes
 
-    def all_to_all(self, parts: Mapping[Kind, Sequence[Tensor]], rank: int) -> None:
-        """One all-to-all: parts[kind][d] goes to rank d, what goes to `rank` itself does not travel."""
+    def all_to_all(self, messages: Sequence[Message], rank: int) -> None:
+        """One all-to-all: messages[d] goes to rank d, what goes to `rank` itself does not travel."""
         self._calls += 1
-        for kind, chunks in parts.items():
-            self._counted[kind] += sum(chunk.nbytes for owner, chunk in enumerate(chunks) if owner != rank)
+        for owner, message in enumerate(messages):
+            for kind, part in message if owner != rank else ():
+                self._counted[kind] += part.nbytes
 
-    def all_gather(self, parts: Mapping[Kind, Tensor], world: int) -> None:
+    def all_gather(self, message: Message, world: int) -> None:
         """One all-gather of this rank's shard, all parts in one message to each of the others."""
         self._calls += 1
-        for kind, shard in parts.items():
+        for kind, shard in message:
             self._counted[kind] += shard.nbytes * (world - 1)
 
     def all_reduce(self, kind: Kind, tensor: Tensor, world: int) -> None:

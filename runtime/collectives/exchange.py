@@ -1,12 +1,8 @@
-"""Exchange: sums over ranks in which what travels is 8 bits wide and what is added is fp32.
+"""Exchange: sums over ranks in which what travels is written by codecs and what is added is fp32.
 
-    W = 1   nothing happens
-    W = 2   all-gather pack(x); sum                                                          one rounding
-    W > 2   all-to-all pack(chunk); sum my chunk; all-gather pack(sum)                       two roundings
-
-The sum is in fp32 and in the order of the ranks, and a rank decodes its own part from the wire too: all end with the
-same bits. A message is | packed | full |: what travels in full precision rides behind the codes, in the same buffer.
-Only uint8 goes to the backend, because gloo refuses float8.
+A message is the lanes of one rank, each written by its codec, one behind the other in one uint8 buffer; only uint8 goes
+to the backend, because gloo refuses float8. The sum is in fp32 and in the order of the ranks, and a rank decodes its
+own part from the wire too: all end with the same bits. By which collectives is the topology's to say.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +13,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.collectives.codec import WireSpec, pack, packed_bytes, unpack
-from runtime.collectives.counter import Kind, WireCounter
+from runtime.collectives.agree import check_agreement
+from runtime.collectives.codec import Codec, Kind, PlainCodec, WireSpec
+from runtime.collectives.counter import WireCounter
+from runtime.collectives.topology import Step, Topology, flat
 from runtime.errors import WireError
 
 Tamper = Callable[[list[Tensor]], list[Tensor]]
 """A test's hand on the wire: gets this rank's uint8 messages, one for each destination, and returns what is sent."""
+
+
+class Lane(NamedTuple):
+    """Flat values that travel by one codec. Sums come back in the same lanes, as fp32."""
+
+    codec: Codec
+    flat: Tensor
+
+
+Lanes = Sequence[Lane]
+"""A message as values; the codecs, their order and the sizes are equal on all ranks."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Over which wire an exchange goes."""
+
+    topology: Topology
+    group: dist.ProcessGroup | None = None
+    """The ranks that take part; None: all."""
+    counter: WireCounter | None = None
+    """Counts what is sent."""
+    check: bool = False
+    """Ranks compare what they are about to exchange, and raise WireError where it differs; a collective more."""
+    tamper: Tamper | None = None
+    """Tests only."""
+
+    @property
+    def world(self) -> int:
+        return self.topology.world
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return dist.get_rank(self.group)
+
+
+def open_link(
+    group: dist.ProcessGroup | None = None,
+    counter: WireCounter | None = None,
+    check: bool = False,
+    tamper: Tamper | None = None,
+) -> Link:
+    """A link among the ranks of a group, all alike. WireError if this rank is not in it."""
+    return Link(flat(group), group, counter, check, tamper)
 
 
 @torch.no_grad()
@@ -34,20 +77,28 @@ def all_reduce(
     block: int = 256,
     average: bool = False,
     op: Any = dist.ReduceOp.SUM,
+    check: bool = False,
 ) -> Tensor:
     """Sum `tensor` over the group in place, and return it; `average` divides the fp32 sum by the world size.
 
-    fp32, bf16 or fp16, any shape. Relative error of N(0, 1) data, e4m3: 0.025 on 2 ranks, 0.035 on 4. A tensor of less
-    than 1024 elements travels in its own dtype. The result has the same bits on every rank. NaN or Inf in a block of
-    `block` elements makes that block non-finite on every rank and leaves the others alone. Raises WireError for another
-    op or dtype.
+    fp32, bf16 or fp16, any shape and strides. Relative error of N(0, 1) data, e4m3: 0.025 on 2 ranks, 0.035 on 4. A
+    tensor of less than 1024 elements travels in its own dtype. The result has the same bits on every rank. NaN or Inf
+    in a block of `block` elements makes that block non-finite on every rank and leaves the others alone. `check`: ranks
+    first compare sizes, format and block, for debugging. Raises WireError for another op or dtype, for a tensor whose
+    elements share memory, and, with `check`, on every rank where ranks disagree.
     """
-    link = Link(WireSpec(format, block), group)
-    _check(tensor, op)
+    link, spec = open_link(group, check=check), WireSpec(format, block)
+    _check_tensor(tensor, op)
+    if _shares_memory(tensor):
+        raise WireError(
+            "elements of this tensor share memory, so that no sum can be written to it",
+            where="all_reduce",
+            got=f"shape {tuple(tensor.shape)} with strides {tensor.stride()}",
+            hint="tensor.contiguous(), and the result of it",
+        )
     if link.world > 1:
-        total = all_reduce_lanes(_single_lane(tensor.reshape(-1), tensor.numel(), link.spec), link)
-        total_N = torch.cat(total)
-        tensor.copy_((total_N / link.world if average else total_N).view_as(tensor))
+        (total,) = all_reduce_lanes([_lane(tensor.reshape(-1), tensor.numel(), spec)], link)
+        tensor.copy_((total.flat / link.world if average else total.flat).view(tensor.shape))
     return tensor
 
 
@@ -61,12 +112,13 @@ def reduce_scatter(
     block: int = 256,
     average: bool = False,
     op: Any = dist.ReduceOp.SUM,
+    check: bool = False,
 ) -> Tensor:
     """Fill `output` with the sum over ranks of their inputs[my rank], and return it; one rounding to the wire format.
 
     `inputs`: one tensor of W * output.numel() elements, or W tensors of output.numel() elements. Else as `all_reduce`.
     """
-    link = Link(WireSpec(format, block), group)
+    link, spec = open_link(group, check=check), WireSpec(format, block)
     chunks = inputs.reshape(-1).chunk(link.world) if isinstance(inputs, Tensor) else inputs
     if len(chunks) != link.world or any(chunk.numel() != output.numel() for chunk in chunks):
         raise WireError(
@@ -76,53 +128,22 @@ def reduce_scatter(
             got=" + ".join(str(chunk.numel()) for chunk in chunks),
         )
     for tensor in (output, *chunks):
-        _check(tensor, op)
+        _check_tensor(tensor, op)
+    if _shares_memory(output):
+        raise WireError(
+            "elements of the output share memory, so that no sum can be written to it",
+            where="reduce_scatter",
+            got=f"shape {tuple(output.shape)} with strides {output.stride()}",
+            hint="an output of its own, as torch.empty makes",
+        )
     if link.world == 1:
-        return output.copy_(chunks[0].view_as(output))
+        return output.copy_(chunks[0].reshape(output.shape))
     numel = output.numel() * link.world
-    total = reduce_to_owners([_single_lane(chunk.reshape(-1), numel, link.spec) for chunk in chunks], link)
-    total_N = torch.cat(total)
-    return output.copy_((total_N / link.world if average else total_N).view_as(output))
+    (total,) = reduce_to_owners([[_lane(chunk.reshape(-1), numel, spec)] for chunk in chunks], link)
+    return output.copy_((total.flat / link.world if average else total.flat).view(output.shape))
 
 
-class Lanes(NamedTuple):
-    """Flat gradients by how they travel; either may be empty. Sums come back in the same lanes, as fp32."""
-
-    compressed: Tensor
-    """Travels packed: fp32, bf16 or fp16."""
-    full: Tensor
-    """Travels as the bytes it is; equal dtype on all ranks."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Over which wire an exchange goes."""
-
-    spec: WireSpec
-    """Format of the codes."""
-    group: dist.ProcessGroup | None = None
-    """The ranks that take part; None: all."""
-    counter: WireCounter | None = None
-    """Counts what is sent."""
-    tamper: Tamper | None = None
-    """Tests only."""
-
-    @property
-    def world(self) -> int:
-        """Ranks in the group; 1 without torch.distributed."""
-        if not dist.is_initialized():
-            return 1
-        if (world := dist.get_world_size(self.group)) < 1:
-            raise WireError("this rank is not in the process group", hint="calling the collective on its members only")
-        return world
-
-    @property
-    def rank(self) -> int:
-        """This rank's number in the group."""
-        return dist.get_rank(self.group)
-
-
-def all_reduce_lanes(lanes: Lanes, link: Link) -> Lanes:
+def all_reduce_lanes(lanes: Lanes, link: Link) -> list[Lane]:
     """The sum of the lanes over ranks, in fp32, the same bits on every rank. World size above 1."""
     pending = start_all_reduce(lanes, link)
     if pending.future:
@@ -138,135 +159,168 @@ class Pending:
     """
 
     future: "torch.futures.Future[Any] | None"
-    finish: Callable[[], Lanes]
+    finish: Callable[[], list[Lane]]
 
 
 def start_all_reduce(lanes: Lanes, link: Link) -> Pending:
-    """Begin `all_reduce_lanes`. Asynchronous on 2 ranks, where it is one collective; on more it runs to its end.
+    """Begin `all_reduce_lanes`. Asynchronous where it is one collective; else it runs to its end.
 
-    A callback may not start the second collective of W > 2: callbacks of two buckets run in any order, and a different
-    order on another rank is a deadlock.
+    A callback may not start the second collective of several: callbacks of two buckets run in any order, and a
+    different order on another rank is a deadlock.
     """
-    if link.world == 2:
-        work, received = _start_all_gather(_write(lanes, link.spec), link)
-        sizes = (lanes.compressed.numel(), lanes.full.numel(), lanes.full.dtype)
-        return Pending(work.get_future(), lambda: _sum(received, *sizes, link.spec))
-    mine = reduce_to_owners(_chunks(lanes, link.world), link)
-    gathered = _write(Lanes(mine.compressed, mine.full.to(lanes.full.dtype)), link.spec)
-    work, received = _start_all_gather(gathered, link)
-    work.wait()
-    sizes = (mine.compressed.numel(), mine.full.numel(), lanes.full.dtype)
-    parts = [_read(message, *sizes, link.spec) for message in received]
-    total = Lanes(
-        torch.cat([part.compressed for part in parts])[: lanes.compressed.numel()],
-        torch.cat([part.full for part in parts])[: lanes.full.numel()],
-    )
+    if link.check:
+        check_agreement([(str(lane.codec), lane.flat.numel()) for lane in lanes], "all_reduce", link.group)
+    steps = link.topology.all_reduce()
+    if [step.name for step in steps] == ["gather_and_sum"]:
+        work, received = _start_gather(lanes, steps[0], link)
+        return Pending(work.get_future(), lambda: _sum(received, lanes))
+    sizes = [lane.flat.numel() for lane in lanes]
+    for step in steps:
+        if step.name == "scatter":
+            lanes = _scatter(_cut(lanes, step.world), step, link)
+        else:
+            lanes = _gather(lanes, step, link)
+    total = [Lane(lane.codec, lane.flat[:size]) for lane, size in zip(lanes, sizes)]
     return Pending(None, lambda: total)
 
 
-def reduce_to_owners(owned: Sequence[Lanes], link: Link) -> Lanes:
+def reduce_to_owners(owned: Sequence[Lanes], link: Link) -> list[Lane]:
     """Rank d gets the sum over ranks of their `owned[d]`, in fp32: one all-to-all, one rounding.
 
-    The parts may differ in size, but owned[d] has the same sizes on all ranks. World size above 1.
+    The parts may differ in size, but owned[d] has the same lanes and sizes on all ranks. World size above 1.
     """
-    mine = owned[link.rank]
-    received = _all_to_all([_write(lanes, link.spec) for lanes in owned], link)
-    return _sum(received, mine.compressed.numel(), mine.full.numel(), mine.full.dtype, link.spec)
+    if link.check:
+        sizes = [(f"to rank {d}: {lane.codec}", lane.flat.numel()) for d, part in enumerate(owned) for lane in part]
+        check_agreement(sizes, "reduce_scatter", link.group)
+    return _scatter(owned, Step("scatter", link.world, link.group), link)
 
 
-def flatten(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The tensors one behind the other as a flat one; of none, an empty one of `like`'s dtype and device."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else like.new_empty(0)
+class Bundle:
+    """Gradients, or slices of them, by the codec they travel by. `fill` puts back the sum of what `lanes` gave."""
+
+    def __init__(self) -> None:
+        self._views: dict[Codec, list[Tensor]] = {}
+
+    def add(self, codec: Codec, view: Tensor) -> None:
+        """One more; its values are changed by `fill`."""
+        self._views.setdefault(codec, []).append(view)
+        self._views = dict(sorted(self._views.items(), key=lambda each: each[0].kind))  # codes first, on every rank
+
+    @property
+    def numels(self) -> dict[Codec, int]:
+        """How many values travel by each codec, which is what the ledger asks."""
+        return {codec: sum(view.numel() for view in views) for codec, views in self._views.items()}
+
+    def lanes(self) -> list[Lane]:
+        """The values, one behind the other."""
+        return [Lane(codec, torch.cat([view.reshape(-1) for view in views])) for codec, views in self._views.items()]
+
+    def fill(self, total: Lanes) -> None:
+        """Copy sums of the lanes back into the views, each in its dtype."""
+        for lane, views in zip(total, self._views.values(), strict=True):
+            for view, part in zip(views, lane.flat.split([view.numel() for view in views])):
+                view.copy_(part.view_as(view))
 
 
-def unflatten_into(tensors: Sequence[Tensor], flat_N: Tensor) -> None:
-    """Copy what `flatten` put one behind the other back into the tensors, each in its dtype."""
-    for tensor, part in zip(tensors, flat_N.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(part.view_as(tensor))
+def _scatter(owned: Sequence[Lanes], step: Step, link: Link) -> list[Lane]:
+    mine = owned[dist.get_rank(step.group)]
+    received = _all_to_all([_write(lanes) for lanes in owned], step, link)
+    return _sum(received, mine)
 
 
-class _Message(NamedTuple):
-    """What one rank sends to another, as uint8."""
-
-    packed: Tensor
-    full: Tensor
-
-    def joined(self) -> Tensor:
-        return torch.cat(self)
+def _gather(lanes: Lanes, step: Step, link: Link) -> list[Lane]:
+    """The lanes of all ranks, side by side."""
+    work, received = _start_gather(lanes, step, link)
+    work.wait()
+    parts = [_read(message, lanes) for message in received]
+    return [Lane(lane.codec, torch.cat(flats)) for lane, *flats in zip(lanes, *parts)]
 
 
-def _write(lanes: Lanes, spec: WireSpec) -> _Message:
-    return _Message(pack(lanes.compressed.float(), spec), lanes.full.contiguous().view(torch.uint8))
+class _Written(NamedTuple):
+    """One lane as uint8, and as what it is counted."""
+
+    kind: Kind
+    bytes: Tensor
 
 
-def _read(message: Tensor, num_compressed: int, num_full: int, dtype: torch.dtype, spec: WireSpec) -> Lanes:
-    split = packed_bytes(num_compressed, spec)
-    full = message[split:].clone().view(dtype)  # clone: a view of wider elements must start at a multiple of their size
-    if full.numel() != num_full:
-        raise WireError("a message has the wrong length", expected=f"{num_full} elements", got=str(full.numel()))
-    return Lanes(unpack(message[:split], num_compressed, spec), full.float())
+def _write(lanes: Lanes) -> list[_Written]:
+    return [_Written(lane.codec.kind, lane.codec.encode(lane.flat)) for lane in lanes]
 
 
-def _sum(messages: Sequence[Tensor], num_compressed: int, num_full: int, dtype: torch.dtype, spec: WireSpec) -> Lanes:
+def _read(message: Tensor, lanes: Lanes) -> list[Tensor]:
+    """The fp32 values of a message whose lanes have the codecs and sizes of `lanes`."""
+    numels = [lane.flat.numel() for lane in lanes]
+    sizes = [lane.codec.nbytes(numel) for lane, numel in zip(lanes, numels)]
+    if sum(sizes) != message.numel():
+        raise WireError("a message has the wrong length", expected=f"{sum(sizes)} bytes", got=str(message.numel()))
+    return [lane.codec.decode(part, numel) for lane, part, numel in zip(lanes, message.split(sizes), numels)]
+
+
+def _sum(messages: Sequence[Tensor], lanes: Lanes) -> list[Lane]:
     """The fp32 sum in the order of the messages, which is the order of the ranks."""
-    total = _read(messages[0], num_compressed, num_full, dtype, spec)
+    totals = _read(messages[0], lanes)
     for message in messages[1:]:
-        lanes = _read(message, num_compressed, num_full, dtype, spec)
-        total.compressed.add_(lanes.compressed)
-        total.full.add_(lanes.full)
-    return total
+        for total, more in zip(totals, _read(message, lanes)):
+            total.add_(more)
+    return [Lane(lane.codec, total) for lane, total in zip(lanes, totals)]
 
 
-def _chunks(lanes: Lanes, world: int) -> list[Lanes]:
+def _cut(lanes: Lanes, world: int) -> list[list[Lane]]:
     """`world` equal parts of the lanes, padded with zeros: a stray value in the padding would spoil a block's scale."""
-    compressed, full = (_padded(lane, world).chunk(world) for lane in lanes)
-    return [Lanes(*parts) for parts in zip(compressed, full)]
+    parts = [_padded(lane.flat, world).chunk(world) for lane in lanes]
+    return [[Lane(lane.codec, flats[rank]) for lane, flats in zip(lanes, parts)] for rank in range(world)]
 
 
-def _padded(lane: Tensor, world: int) -> Tensor:
-    padding = -lane.numel() % world
-    return torch.nn.functional.pad(lane, (0, padding)) if padding else lane
+def _padded(flat: Tensor, world: int) -> Tensor:
+    padding = -flat.numel() % world
+    return torch.nn.functional.pad(flat, (0, padding)) if padding else flat
 
 
-def _start_all_gather(message: _Message, link: Link) -> tuple[Any, Sequence[Tensor]]:
+def _start_gather(lanes: Lanes, step: Step, link: Link) -> tuple[Any, Sequence[Tensor]]:
     """The collective's handle, and where the messages of all ranks will be, this one's included."""
-    parts: dict[Kind, Tensor] = {"gradient_compressed": message.packed, "gradient_full": message.full}
+    written = _write(lanes)
     if link.counter:
-        link.counter.all_gather(parts, link.world)
-    sent = message.joined()
+        link.counter.all_gather(written, step.world)
+    sent = _join(written)
     if link.tamper:
         (sent,) = link.tamper([sent])
-    received = torch.empty(sent.numel() * link.world, dtype=torch.uint8, device=sent.device)
-    work = _all_gather(received, sent, group=link.group, async_op=True)
-    return work, received.chunk(link.world)
+    received = torch.empty(sent.numel() * step.world, dtype=torch.uint8, device=sent.device)
+    work = _all_gather(received, sent, group=step.group, async_op=True)
+    return work, received.chunk(step.world) if sent.numel() else [received] * step.world
 
 
-def _all_to_all(messages: Sequence[_Message], link: Link) -> Sequence[Tensor]:
+def _all_to_all(messages: Sequence[Sequence[_Written]], step: Step, link: Link) -> Sequence[Tensor]:
     """The messages that the ranks had for this one, in their order, its own included."""
-    parts: dict[Kind, Sequence[Tensor]] = {
-        "gradient_compressed": [message.packed for message in messages],
-        "gradient_full": [message.full for message in messages],
-    }
+    rank = dist.get_rank(step.group)
     if link.counter:
-        link.counter.all_to_all(parts, link.rank)
-    sent = [message.joined() for message in messages]
+        link.counter.all_to_all(messages, rank)
+    sent = [_join(message) for message in messages]
     if link.tamper:
         sent = link.tamper(sent)
-    sizes, mine = [message.numel() for message in sent], sent[link.rank].numel()
-    received = torch.empty(mine * link.world, dtype=torch.uint8, device=sent[0].device)
-    dist.all_to_all_single(received, torch.cat(sent), [mine] * link.world, sizes, group=link.group)
-    return received.split(mine) if mine else [received] * link.world
+    sizes, mine = [message.numel() for message in sent], sent[rank].numel()
+    received = torch.empty(mine * step.world, dtype=torch.uint8, device=sent[0].device)
+    dist.all_to_all_single(received, torch.cat(sent), [mine] * step.world, sizes, group=step.group)
+    return received.split(mine) if mine else [received] * step.world
+
+
+def _join(written: Sequence[_Written]) -> Tensor:
+    return torch.cat([each.bytes for each in written]) if written else torch.empty(0, dtype=torch.uint8)
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
-def _single_lane(flat: Tensor, numel: int, spec: WireSpec) -> Lanes:
-    """All of it packed, or all of it in full precision if the whole tensor of `numel` elements is tiny."""
-    return Lanes(flat, flat[:0]) if numel >= spec.min_numel else Lanes(flat[:0], flat)
+def _lane(flat: Tensor, numel: int, spec: WireSpec) -> Lane:
+    """All of it compressed, or all of it in full precision if the whole tensor of `numel` elements is tiny."""
+    return Lane(spec.compressor if numel >= spec.min_numel else PlainCodec(flat.dtype), flat)
 
 
-def _check(tensor: Tensor, op: Any) -> None:
+def _shares_memory(tensor: Tensor) -> bool:
+    """Whether two elements of the tensor are one place in memory, as `expand` makes them."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _check_tensor(tensor: Tensor, op: Any) -> None:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise WireError(
             "this dtype does not go over the compressed wire",

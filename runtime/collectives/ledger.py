@@ -1,7 +1,7 @@
 """Ledger: the bytes a rank sends in a collective, predicted from shapes alone.
 
-    all-reduce, 8 bits     W = 2: packed(n)                              W > 2: 2 (W - 1) packed(ceil(n / W))
-    reduce-scatter, 8 bits        sum of packed(n_owner) over the other owners
+    all-reduce, 8 bits     W = 2: codec(n)                              W > 2: 2 (W - 1) codec(ceil(n / W))
+    reduce-scatter, 8 bits        sum of codec(n_owner) over the other owners
     all-reduce, ring       2 (W - 1) / W nbytes      reduce-scatter, ring   (W - 1) / W nbytes
     all-gather             (W - 1) shard             W = 1: nothing is sent
 
@@ -9,10 +9,18 @@ W is the world size, n elements. What travels in full precision beside the codes
 this file counts what was really handed to the collectives, and shares no code with it.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.collectives.codec import WireSpec, packed_bytes
+import torch
+
+from runtime.collectives.codec import Codec, WireSpec
+from runtime.collectives.topology import Flat, Topology
+
+Shapes = Sequence[Sequence[int]]
+Load = Mapping[Codec, int]
+"""How many elements of a bucket, or of one rank's part of it, travel by each codec."""
 
 
 @dataclass(frozen=True)
@@ -29,55 +37,47 @@ class Traffic:
         return self.compressed + self.full
 
 
-@dataclass(frozen=True)
-class Load:
-    """Elements of a bucket, or of one rank's part of it, by how they travel."""
+def predict_all_reduce(shapes: Shapes, dtype: torch.dtype, spec: WireSpec | None, over: Topology | int) -> Traffic:
+    """Bytes a rank sends to all-reduce one bucket of gradients of these shapes; `spec` None: as they are, by ring.
 
-    compressed: int = 0
-    full: int = 0
-
-    def nbytes(self, itemsize: int, spec: WireSpec) -> Traffic:
-        """Bytes when written once; `itemsize` is the bytes of a full-precision element."""
-        return Traffic(packed_bytes(self.compressed, spec), self.full * itemsize)
-
-
-def predict_all_reduce(shapes: Sequence[Sequence[int]], itemsize: int, spec: WireSpec | None, world: int) -> Traffic:
-    """Bytes a rank sends to all-reduce one bucket of gradients of these shapes; `spec` None: as they are, by ring."""
+    `dtype` is that of full precision; `over` the topology, or how many ranks lie flat.
+    """
+    topology = Flat(over) if isinstance(over, int) else over
     if spec is None:
-        numel = sum(_numel(shape) for shape in shapes)
-        return Traffic(full=predict_ring_all_reduce(numel * itemsize, world))
-    load = _load(shapes, spec)
-    if world > 2:
-        load = Load(-(-load.compressed // world), -(-load.full // world))
-    once, times = load.nbytes(itemsize, spec), {1: 0, 2: 1}.get(world, 2 * (world - 1))
-    return Traffic(once.compressed * times, once.full * times)
+        return Traffic(full=predict_ring_all_reduce(sum(map(_numel, shapes)) * dtype.itemsize, topology.world))
+    load: Load = _load(shapes, dtype, spec)
+    sent = Traffic()
+    for step in topology.all_reduce():
+        if step.name == "scatter":
+            load = {codec: -(-numel // step.world) for codec, numel in load.items()}
+        sent = _add(sent, _bytes_of(load), step.world - 1)
+        if step.name == "gather":
+            load = {codec: numel * step.world for codec, numel in load.items()}
+    return sent
 
 
-def predict_reduce_to_owners(owned: Sequence[Load], itemsize: int, spec: WireSpec, rank: int) -> Traffic:
+def predict_reduce_to_owners(owned: Sequence[Load], rank: int) -> Traffic:
     """Bytes `rank` sends when rank d gets the sum of `owned[d]`: one message to each other owner."""
-    sent = [load.nbytes(itemsize, spec) for owner, load in enumerate(owned) if owner != rank]
-    return Traffic(sum(part.compressed for part in sent), sum(part.full for part in sent))
+    sent = Traffic()
+    for owner, load in enumerate(owned):
+        sent = sent if owner == rank else _add(sent, _bytes_of(load))
+    return sent
 
 
-def predict_reduce_scatter(
-    shapes: Sequence[Sequence[int]], itemsize: int, spec: WireSpec | None, world: int, rank: int
-) -> Traffic:
+def predict_reduce_scatter(shapes: Shapes, dtype: torch.dtype, spec: WireSpec | None, world: int, rank: int) -> Traffic:
     """Bytes `rank` sends when each gradient is cut into `world` parts of ceil(n / world) elements, the last shorter.
 
     `spec` None: by ring, where each gradient is padded to `world` equal parts.
     """
     if spec is None:
         padded = sum(-(-_numel(shape) // world) * world for shape in shapes)
-        return Traffic(full=predict_ring_reduce_scatter(padded * itemsize, world))
-    owned = []
-    for owner in range(world):
-        compressed = full = 0
-        for shape in shapes:
-            part = -(-_numel(shape) // world)
-            numel = max(0, min(part, _numel(shape) - owner * part))
-            compressed, full = (compressed + numel, full) if spec.compresses(shape) else (compressed, full + numel)
-        owned.append(Load(compressed, full))
-    return predict_reduce_to_owners(owned, itemsize, spec, rank)
+        return Traffic(full=predict_ring_reduce_scatter(padded * dtype.itemsize, world))
+    owned: list[Counter[Codec]] = [Counter() for _ in range(world)]
+    for shape in shapes:
+        part = -(-_numel(shape) // world)
+        for owner, load in enumerate(owned):
+            load[spec.codec(shape, dtype)] += max(0, min(part, _numel(shape) - owner * part))
+    return predict_reduce_to_owners(owned, rank)
 
 
 def predict_ring_all_reduce(nbytes: int, world: int) -> int:
@@ -95,13 +95,24 @@ def predict_all_gather(shard_nbytes: int, world: int) -> int:
     return (world - 1) * shard_nbytes
 
 
-def _load(shapes: Sequence[Sequence[int]], spec: WireSpec) -> Load:
-    compressed = sum(_numel(shape) for shape in shapes if spec.compresses(shape))
-    return Load(compressed, sum(_numel(shape) for shape in shapes) - compressed)
+def _load(shapes: Shapes, dtype: torch.dtype, spec: WireSpec) -> Load:
+    load: Counter[Codec] = Counter()
+    for shape in shapes:
+        load[spec.codec(shape, dtype)] += _numel(shape)
+    return load
+
+
+def _bytes_of(load: Load) -> Traffic:
+    """Bytes of a load when written once."""
+    sent = Counter({"gradient_compressed": 0, "gradient_full": 0})
+    for codec, numel in load.items():
+        sent[codec.kind] += codec.nbytes(numel)
+    return Traffic(sent["gradient_compressed"], sent["gradient_full"])
+
+
+def _add(sent: Traffic, more: Traffic, times: int = 1) -> Traffic:
+    return Traffic(sent.compressed + times * more.compressed, sent.full + times * more.full)
 
 
 def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
+    return torch.Size(shape).numel()

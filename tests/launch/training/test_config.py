@@ -26,7 +26,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     [
         ("steps: 10\nlayrs: 2\n", 'run.yaml:2: layrs: "layrs" is not a field of a run. Did you mean "layers"?'),
         ("lr: 0.1\n\nlayers: 0\n", "run.yaml:3: layers: this value does not fit. Expected greater than or equal to 1."),
-        ("engine: fsdp\n", "run.yaml:1: engine: this value does not fit. Expected 'deepspeed' or 'ddp'. Got 'fsdp'."),
+        ("engine: fsdp\n", "run.yaml:1: engine: this value does not fit. Expected deepspeed or ddp. Got 'fsdp'."),
         ("width: wide\n", "run.yaml:1: width: this value does not fit. Expected a valid integer"),
         ("width: 100\nheads: 3\n", "run.yaml: width (100) must be a multiple of heads (3)."),
         ("width: 36\nheads: 4\nmodel: llama\n", "must be even"),

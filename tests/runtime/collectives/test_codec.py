@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.collectives.codec import WireSpec, pack, packed_bytes, unpack
+from runtime.collectives.codec import BlockCodec, PlainCodec, WireSpec
 from runtime.errors import WireError
 
 FORMATS = ["e4m3", "e5m2", "fp8-152", "hfp8-143", "int8", "e4m3-fnuz"]
 HALF_ULP = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp8-152": 2.0**-3, "hfp8-143": 2.0**-4, "e4m3-fnuz": 2.0**-4}
 
 
-def through(x: torch.Tensor, spec: WireSpec) -> torch.Tensor:
-    return unpack(pack(x, spec), x.numel(), spec)
+def through(x: torch.Tensor, codec: BlockCodec) -> torch.Tensor:
+    return codec.decode(codec.encode(x), x.numel())
 
 
 def spread(numel: int, seed: int = 0) -> torch.Tensor:
@@ -25,7 +25,7 @@ def spread(numel: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("numel", [0, 1, 255, 256, 257, 5003])
 def test_error_is_at_most_half_an_ulp_of_the_format(format: str, numel: int) -> None:
-    spec = WireSpec(format)
+    spec = BlockCodec(format)
     x = spread(numel)
     y = through(x, spec)
     assert y.shape == x.shape
@@ -40,7 +40,7 @@ def test_error_is_at_most_half_an_ulp_of_the_format(format: str, numel: int) -> 
 @pytest.mark.parametrize(("format", "dtype"), [("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)])
 def test_bytes_are_codes_then_scales(format: str, dtype: type) -> None:
     x = spread(600)
-    buffer = pack(x, WireSpec(format)).numpy()
+    buffer = BlockCodec(format).encode(x).numpy()
     blocks = [x.numpy()[start : start + 256] for start in (0, 256, 512)]
     scales = np.array([np.abs(block).max() / np.float32(ml_dtypes.finfo(dtype).max) for block in blocks], np.float32)
     assert buffer.size == 600 + 3 * 4
@@ -53,9 +53,9 @@ def test_bytes_are_codes_then_scales(format: str, dtype: type) -> None:
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 def test_a_special_spoils_its_own_block_only(format: str, special: float) -> None:
     x = spread(1000)
-    clean = through(x, WireSpec(format))
+    clean = through(x, BlockCodec(format))
     x[300] = special
-    y = through(x, WireSpec(format))
+    y = through(x, BlockCodec(format))
     assert not y[256:512].isfinite().any()
     assert torch.equal(y[:256], clean[:256])
     assert torch.equal(y[512:], clean[512:])
@@ -66,30 +66,30 @@ def test_every_code_decodes_as_ml_dtypes_says(format: str) -> None:
     dtype = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[format]
     codes = np.arange(256, dtype=np.uint8)
     buffer = torch.cat([torch.from_numpy(codes), torch.ones(1).view(torch.uint8)])
-    np.testing.assert_array_equal(unpack(buffer, 256, WireSpec(format)).numpy(), codes.view(dtype).astype(np.float32))
+    np.testing.assert_array_equal(BlockCodec(format).decode(buffer, 256).numpy(), codes.view(dtype).astype(np.float32))
 
 
 def test_zeros_have_scale_one_and_stay_zero() -> None:
-    buffer = pack(torch.zeros(512), WireSpec())
+    buffer = BlockCodec().encode(torch.zeros(512))
     assert torch.equal(buffer[512:].view(torch.float32), torch.ones(2))
-    assert torch.equal(through(torch.zeros(512), WireSpec()), torch.zeros(512))
+    assert torch.equal(through(torch.zeros(512), BlockCodec()), torch.zeros(512))
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-38, 3e38])
 def test_extreme_magnitudes_stay_finite(magnitude: float) -> None:
     x = torch.tensor([magnitude, -magnitude, 0.0, magnitude / 2])
-    y = through(x, WireSpec())
+    y = through(x, BlockCodec())
     assert y.isfinite().all()
     assert (y - x).abs().max() <= max(magnitude / 16, 2.0**-126 * 2**-9)
 
 
 def test_blocks_have_scales_of_their_own() -> None:
     x = torch.cat([torch.full((256,), 1e6), torch.full((256,), 1e-6)])
-    torch.testing.assert_close(through(x, WireSpec()), x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(through(x, BlockCodec()), x, rtol=1e-6, atol=0)
 
 
-def test_packed_bytes_counts_a_scale_for_the_ragged_block() -> None:
-    assert [packed_bytes(numel, WireSpec()) for numel in (0, 1, 256, 257)] == [0, 5, 260, 265]
+def test_nbytes_counts_a_scale_for_the_ragged_block() -> None:
+    assert [BlockCodec().nbytes(numel) for numel in (0, 1, 256, 257)] == [0, 5, 260, 265]
 
 
 @pytest.mark.parametrize("format", ["bf16", "e2m1", "int4"])
@@ -109,15 +109,31 @@ def test_refuses_an_empty_block() -> None:
         WireSpec(block=0)
 
 
-def test_refuses_what_is_not_flat_fp32() -> None:
-    for x in (torch.zeros(4, 4), torch.zeros(4, dtype=torch.bfloat16)):
+def test_refuses_what_is_not_flat_floats() -> None:
+    for x in (torch.zeros(4, 4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.complex64)):
         with pytest.raises(WireError, match="flat"):
-            pack(x, WireSpec())
+            BlockCodec().encode(x)
+
+
+def test_strided_values_are_written_as_they_stand() -> None:
+    x = spread(4000)[::2]
+    assert torch.equal(BlockCodec().encode(x), BlockCodec().encode(x.contiguous()))
+    assert torch.equal(PlainCodec(torch.float32).decode(PlainCodec(torch.float32).encode(x), 2000), x)
+
+
+def test_plain_bytes_come_back_as_they_were() -> None:
+    x = torch.tensor([1.0, -0.0, float("nan"), float("inf"), 3e-40])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        codec = PlainCodec(dtype)
+        assert torch.equal(codec.decode(codec.encode(x), 5).nan_to_num(7.0), x.to(dtype).float().nan_to_num(7.0))
+        assert codec.nbytes(5) == 5 * dtype.itemsize == codec.encode(x).numel()
+    with pytest.raises(WireError, match="not a packed buffer"):
+        PlainCodec(torch.float32).decode(torch.zeros(5, dtype=torch.uint8), 1)
 
 
 def test_refuses_a_buffer_of_another_length() -> None:
     with pytest.raises(WireError, match="not a packed buffer"):
-        unpack(pack(torch.zeros(300), WireSpec()), 301, WireSpec())
+        BlockCodec().decode(BlockCodec().encode(torch.zeros(300)), 301)
 
 
 def test_one_dimensional_and_tiny_gradients_do_not_compress() -> None:
@@ -126,3 +142,5 @@ def test_one_dimensional_and_tiny_gradients_do_not_compress() -> None:
     assert not spec.compresses((31, 33))
     assert not spec.compresses((100000,))
     assert not spec.compresses(())
+    assert spec.codec((32, 32), torch.bfloat16) == BlockCodec("e4m3", 256)
+    assert spec.codec((32,), torch.bfloat16) == PlainCodec(torch.bfloat16)

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from runtime.collectives import all_reduce, reduce_scatter
-from runtime.collectives.codec import WireSpec
+from runtime.collectives.codec import BlockCodec, PlainCodec, WireSpec
 from runtime.collectives.counter import WireCounter
-from runtime.collectives.exchange import Lanes, Link, all_reduce_lanes, reduce_to_owners
-from runtime.collectives.ledger import Load, predict_all_reduce, predict_reduce_to_owners
+from runtime.collectives.exchange import Lane, all_reduce_lanes, open_link, reduce_to_owners
+from runtime.collectives.ledger import predict_all_reduce, predict_reduce_to_owners
 from runtime.errors import WireError
 from tests.multiprocess import run_ranks
 
@@ -43,6 +43,7 @@ def exchange(rank: int, world: int) -> dict[str, Any]:
         "refused": _refused(),
         "tampered": _tampered(rank, world),
         "subgroup": _subgroup(rank),
+        "disagreements": _disagreements(rank, world),
     }
 
 
@@ -94,23 +95,30 @@ def _error_of_dtype(dtype: torch.dtype, rank: int, world: int) -> tuple[float, b
 
 def _strided(rank: int, world: int) -> float:
     xs = inputs(6400, world, seed=3)
+    total = torch.stack(xs).double().sum(0)
     y = xs[rank].clone().view(80, 80).t()
     all_reduce(y)
-    return relative(y, torch.stack(xs).double().sum(0).view(80, 80).t())
+    column, every_second = xs[rank].clone().view(3200, 2)[:, 0], xs[rank].clone()[::2]
+    halves = [all_reduce(column), all_reduce(every_second)]
+    scattered = reduce_scatter(torch.empty(3200 // world * 2)[::2], xs[rank][::2][: 3200 // world * world])
+    mine = total[::2][: 3200 // world * world].chunk(world)[rank]
+    worst = max(relative(half, total[::2]) for half in halves)
+    return max(relative(y, total.view(80, 80).t()), worst, relative(scattered, mine))
 
 
 def _traffic(rank: int, world: int) -> list[bool]:
     """Whether the ledger's bytes are the counter's, for an all-reduce and for owners of unequal parts."""
-    spec, counter = WireSpec(), WireCounter()
-    link = Link(spec, counter=counter)
-    all_reduce_lanes(Lanes(torch.randn(5003), torch.randn(77)), link)
-    predicted = predict_all_reduce([(5003, 1), (77,)], 4, spec, world)
+    spec, counter, full = WireSpec(), WireCounter(), PlainCodec(torch.float32)
+    link = open_link(counter=counter)
+    all_reduce_lanes([Lane(BlockCodec(), torch.randn(5003)), Lane(full, torch.randn(77))], link)
+    predicted = predict_all_reduce([(5003, 1), (77,)], torch.float32, spec, world)
     for kind, nbytes in (("gradient_compressed", predicted.compressed), ("gradient_full", predicted.full)):
         counter.expect(kind, nbytes)  # type: ignore[arg-type]
     first = counter.close_step()
-    owned = [Lanes(torch.randn(100 * owner), torch.randn(owner).bfloat16()) for owner in range(world)]
+    half = PlainCodec(torch.bfloat16)
+    owned = [[Lane(BlockCodec(), torch.randn(100 * d)), Lane(half, torch.randn(d))] for d in range(world)]
     reduce_to_owners(owned, link)
-    to_owners = predict_reduce_to_owners([Load(100 * owner, owner) for owner in range(world)], 2, spec, rank)
+    to_owners = predict_reduce_to_owners([{BlockCodec(): 100 * d, half: d} for d in range(world)], rank)
     second = counter.close_step()
     return [first.agrees, first.gradient == predicted.total, second.gradient == to_owners.total, second.calls == 1]
 
@@ -121,6 +129,8 @@ def _refused() -> list[str]:
         (torch.ones(4, dtype=torch.int32), dist.ReduceOp.SUM),
         (torch.ones(4, dtype=torch.float64), dist.ReduceOp.SUM),
         (torch.ones(4), dist.ReduceOp.MAX),
+        (torch.ones(1, 4).expand(3, 4), dist.ReduceOp.SUM),
+        (torch.ones(4, dtype=torch.complex64), dist.ReduceOp.SUM),
     ):
         try:
             all_reduce(tensor, op=op)
@@ -135,10 +145,10 @@ def _refused() -> list[str]:
 
 def _tampered(rank: int, world: int) -> bool:
     xs = inputs(4096, world, seed=4)
-    lanes = Lanes(xs[rank], torch.empty(0))
-    honest = all_reduce_lanes(lanes, Link(WireSpec()))
-    swapped = all_reduce_lanes(lanes, Link(WireSpec(), tamper=lambda sent: [message.flip(0) for message in sent]))
-    return torch.equal(honest.compressed, swapped.compressed)
+    lanes = [Lane(BlockCodec(), xs[rank])]
+    (honest,) = all_reduce_lanes(lanes, open_link())
+    (swapped,) = all_reduce_lanes(lanes, open_link(tamper=lambda sent: [message.flip(0) for message in sent]))
+    return torch.equal(honest.flat, swapped.flat)
 
 
 def _subgroup(rank: int) -> float:
@@ -193,7 +203,9 @@ def test_bytes_are_what_the_ledger_predicts(ranks: list[dict[str, Any]]) -> None
 
 
 def test_refuses_what_it_cannot_sum(ranks: list[dict[str, Any]]) -> None:
-    int_dtype, double, other_op, shape = ranks[0]["refused"]
+    int_dtype, double, other_op, expanded, complex_dtype, shape = ranks[0]["refused"]
+    assert "share memory" in expanded
+    assert "complex64" in complex_dtype
     assert "int32" in int_dtype
     assert "float64" in double
     assert "only sums" in other_op
@@ -222,3 +234,39 @@ def _raises(rank: int, world: int) -> None:
 def test_the_launcher_tells_which_rank_raised() -> None:
     with pytest.raises(AssertionError, match="rank 1 says no"):
         run_ranks(_raises, 2, timeout_s=30)
+
+
+def _disagreements(rank: int, world: int) -> list[str]:
+    """What `check` says of calls that differ between ranks, each with a call of all that agrees after it."""
+    sentences = []
+    for call in (
+        lambda: all_reduce(torch.ones(4096 + 16 * rank), check=True),
+        lambda: all_reduce(torch.ones(4096), "e4m3" if rank else "e5m2", check=True),
+        lambda: all_reduce(torch.ones(4096), block=128 << rank, check=True),
+        lambda: reduce_scatter(torch.empty(2048 + rank), torch.ones((2048 + rank) * world), check=True),
+        lambda: (
+            all_reduce(torch.ones(4096), check=True)
+            if rank
+            else reduce_scatter(torch.empty(2048), torch.ones(2048 * world), check=True)
+        ),
+    ):
+        try:
+            call()
+            sentences.append("")
+        except WireError as error:
+            sentences.append(str(error))
+        assert all_reduce(torch.ones(4096), check=True)[0] == world
+    return sentences
+
+
+def test_ranks_that_disagree_are_told_before_anything_is_sent(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        size, format, block, part, call = found["disagreements"]
+        assert "Expected 4096 values by BlockCodec(format='e4m3', block=256), as on rank 0" in size
+        assert f"rank 1 of {len(ranks)}" in size
+        assert "Got 4112 values" in size
+        assert "e5m2" in format
+        assert "block=128" in block
+        assert "2049" in part
+        assert "all_reduce" in call
+        assert "reduce_scatter" in call

@@ -95,7 +95,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
     ):
         model = TinyGPT()
         ddp, counter = DistributedDataParallel(model, bucket_cap_mb=1), WireCounter()
-        attach_ddp(ddp, spec, counter, tamper)
+        attach_ddp(ddp, spec, counter, tamper, check=name == "e5m2")
         optimizer = torch.optim.AdamW(ddp.parameters(), 2e-3)
         losses = []
         for step in range(num_steps):
@@ -109,7 +109,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
             counter.close_step()
             losses.append(loss.item())
         found[name] = {"losses": losses, "steps": counter.steps, "fingerprint": fingerprint(model)}
-    return found | {"single_bucket": _single_bucket(rank), "twice": _attached_twice()}
+    return found | {"single_bucket": _single_bucket(rank), "twice": _attached_twice(), "refused": _refusals()}
 
 
 def _single_bucket(rank: int) -> tuple[int, int]:
@@ -122,7 +122,9 @@ def _single_bucket(rank: int) -> tuple[int, int]:
         loss_of(ddp(tokens), targets).backward()
         counter.close_step()
     shapes = [parameter.shape for parameter in model.parameters()]
-    return counter.steps[-1].gradient, predict_all_reduce(shapes, 4, spec, torch.distributed.get_world_size()).total
+    return counter.steps[-1].gradient, predict_all_reduce(
+        shapes, torch.float32, spec, torch.distributed.get_world_size()
+    ).total
 
 
 def _attached_twice() -> str:
@@ -133,6 +135,29 @@ def _attached_twice() -> str:
     except WireError as error:
         return str(error)
     return ""
+
+
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.complex64))
+
+
+def _refusals() -> list[str]:
+    models = (
+        _Complex(),
+        nn.Sequential(nn.Embedding(64, 64, sparse=True)),
+        nn.Sequential(nn.EmbeddingBag(64, 64, sparse=True)),
+    )
+    sentences = []
+    for model in models:
+        for spec in (None, WireSpec()):
+            try:
+                attach_ddp(DistributedDataParallel(model), spec, WireCounter())
+                sentences.append("")
+            except WireError as error:
+                sentences.append(str(error))
+    return sentences
 
 
 @pytest.fixture(params=WORLDS)
@@ -187,3 +212,11 @@ def test_small_parameters_travel_in_full_precision(ranks: list[dict[str, Any]]) 
 
 def test_a_second_hook_is_refused(ranks: list[dict[str, Any]]) -> None:
     assert "no communication hook" in ranks[0]["twice"]
+
+
+def test_complex_and_sparse_gradients_are_refused(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        complex_1, complex_2, *sparse = found["refused"]
+        assert complex_1 == complex_2
+        assert "weight is complex" in complex_1
+        assert all("0 has sparse gradients" in sentence for sentence in sparse)
