@@ -22,8 +22,9 @@ def test_imports_point_downward() -> None:
 def test_deepspeed_and_triton_are_imported_in_one_place() -> None:
     assert {path.parent for path in SOURCES if _imports(path, "triton")} <= {ROOT / "runtime/kernels/triton"}
     assert [path for path in SOURCES if _imports(path, "deepspeed")] == []  # imported by name, in functions
-    by_name = [path.name for path in SOURCES if "importlib" in path.read_text() and "deepspeed" in path.read_text()]
-    assert by_name == ["deepspeed_library.py"]
+    attaching = (ROOT / "runtime/collectives/attach").glob("*.py")
+    assert [path.name for path in attaching if "import_module" in path.read_text()] == ["deepspeed_library.py"]
+    assert [path.name for path in SOURCES if 'import_module("deepspeed' in path.read_text()] == []
 
 
 def _imports(path: Path, names: str) -> bool:
