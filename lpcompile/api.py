@@ -31,6 +31,7 @@ from lpcompile.frontends.leaves.find import Leaf, Unreached, composite_forward, 
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolve import Policy, Resolution
 from lpcompile.policy.rules import Site
+from lpcompile.quantizers import install_quantizers, take_quantizers
 from lpcompile.reporting.checks import check_policy
 from lpcompile.sites import Recordings, build_program, find_sites, lost_sites, note_repeated, unit_name
 from passes.choose_accumulator import ChooseAccumulator
@@ -39,6 +40,9 @@ from passes.ir.program import HANDED, STATE, Program, Unit, num_op
 from passes.manager import Pass, parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.ops.dialect import OP_OF
+from runtime.quantize.learned.quantizer import Learned
+from runtime.quantize.store import STORE as QUANTIZERS
+from runtime.quantize.store import find_store
 from runtime.state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,11 +83,11 @@ def lpcompile(
     if JOINT in vars(model):
         raise LpError("this model has a joint front end", where="lpcompile", hint="remove_joint(model) first")
     args, kwargs = example_call(example_inputs, example_kwargs)
-    with recompiling(model):
+    with recompiling(model) as quantizers:
         captured = example_inputs is not None or example_kwargs is not None
         calls = record_call(model, args, kwargs, mode) if captured else Calls()
         state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
-        install_compiled(model, _compile(model, loaded, state, calls, mode, strict))
+        install_compiled(model, _compile(model, loaded, state, calls, mode, strict), quantizers)
     return model
 
 
@@ -105,16 +109,18 @@ def example_call(
 
 
 @contextmanager
-def recompiling(model: nn.Module) -> Iterator[None]:
-    """The model without what an earlier compilation installed, to be compiled anew; if that fails, with it again."""
+def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
+    """The model without what an earlier compilation installed, to be compiled anew; if that fails, with it again. Gives
+    the quantizers with state that it had.
+    """
     before = find_compiled(model)
     _refuse_parts(model, before)
     held = [(module, type(module), _installed(module)) for module in model.modules()]
     hooks = [(module, dict(module._forward_pre_hooks)) for module in model.modules() if COMPILED in vars(module)]
-    _take_away(model)
+    store, quantizers = find_store(model), _take_away(model)
     close_fast_paths(model)
     try:
-        yield
+        yield quantizers
     except BaseException:
         _take_away(model)
         for module, kind, values in held:
@@ -123,6 +129,8 @@ def recompiling(model: nn.Module) -> Iterator[None]:
         for module, by_key in hooks:
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks.update(by_key)
+        if store is not None:
+            model.add_module(QUANTIZERS, store)
         raise
     finally:
         reopen_fast_paths(model, compiled=_named_leaves(find_compiled(model)))
@@ -133,8 +141,8 @@ def _installed(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in (RECORD, MARK, STATE, COMPILED) if name in vars(module)}
 
 
-def _take_away(model: nn.Module) -> None:
-    """Give every module its own forward back."""
+def _take_away(model: nn.Module) -> dict[str, Learned]:
+    """Give every module its own forward back; the quantizers with state that the model had."""
     for module in model.modules():
         uninstall(module)
         hooks = module._forward_pre_hooks
@@ -142,6 +150,7 @@ def _take_away(model: nn.Module) -> None:
             del hooks[key]
         for name in _installed(module):
             del vars(module)[name]
+    return take_quantizers(model)
 
 
 def _refuse_parts(model: nn.Module, own: Compiled | None) -> None:
@@ -184,7 +193,7 @@ def capture_more(
     while find_compiled(root._modules.get("module")) is before:
         root = root._modules["module"]
     args, kwargs = example_call(example_inputs, example_kwargs)
-    with recompiling(root):
+    with recompiling(root) as quantizers:
         if [leaf.name for leaf in find_leaves(root)[0]] != [leaf.name for leaf in before.leaves]:
             raise LpError(
                 "the leaves of the model are no longer those that were compiled",
@@ -193,7 +202,8 @@ def capture_more(
                 hint="call capture_more before the model is wrapped or sharded",
             )
         calls = before.calls + record_call(root, args, kwargs, before.mode)
-        install_compiled(root, _compile(root, before.policy, before.state, calls, before.mode, before.strict))
+        again = _compile(root, before.policy, before.state, calls, before.mode, before.strict)
+        install_compiled(root, again, quantizers)
     return model
 
 
@@ -330,8 +340,10 @@ def _named_program(
     return program
 
 
-def install_compiled(model: nn.Module, compiled: Compiled) -> None:
-    """Give every leaf that a phase names, and every module whose graph a phase changed, its compiled forward."""
+def install_compiled(model: nn.Module, compiled: Compiled, quantizers: dict[str, Learned]) -> None:
+    """Give every leaf that a phase names, and every module whose graph a phase changed, its compiled forward; and the
+    model its quantizers with state, those of `quantizers` among them.
+    """
     modules = dict(model.named_modules())
     for path, parts in groupby(compiled.leaves, key=lambda leaf: leaf.path):
         _install_leaf(modules[path], list(parts), compiled)
@@ -353,6 +365,7 @@ def install_compiled(model: nn.Module, compiled: Compiled) -> None:
     else:
         compiled.state.constants.why_none = "no pass found one to keep"
     leave_warnings_once_out_of_graphs()
+    install_quantizers(model, compiled, quantizers)
     vars(model)[COMPILED] = compiled
 
 
@@ -412,7 +425,7 @@ def _keeps_constants(compiled: Compiled) -> bool:
 
 
 def _rounds_stochastically(compiled: Compiled) -> bool:
-    return any("stochastic" in str(spec) for phase in compiled.phases for spec in phase.program.specs.values())
+    return any(spec.is_stochastic for phase in compiled.phases for spec in phase.program.specs.values())
 
 
 def _is_touched(unit: Unit) -> bool:

@@ -69,7 +69,7 @@ def install_text(
     the text is not of this model.
     """
     program = parse_program(text, file)
-    with recompiling(model):
+    with recompiling(model) as quantizers:
         leaves, unreached = find_leaves(model)
         calls = _calls(model, example_inputs, example_kwargs, mode)
         _check_fits(program, build_program(model, leaves, calls.recordings, mode), file)
@@ -78,7 +78,7 @@ def install_text(
         resolution = Resolution({**program.specs}, {}, [])
         phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))
         compiled = Compiled(policy, state, sites, [phase], leaves, unreached, calls, mode, strict=False)
-        install_compiled(model, compiled)
+        install_compiled(model, compiled, quantizers)
     return model
 
 

@@ -97,7 +97,7 @@ def note_repeated(model: nn.Module, leaves: Sequence[Leaf], program: Program) ->
     """Mark the products that one forward runs several times and that a policy rounds stochastically: annotate refuses
     them, since streams are keyed by the site.
     """
-    sites = {name for name, spec in program.specs.items() if "stochastic" in str(spec)}
+    sites = {name for name, spec in program.specs.items() if spec.is_stochastic}
     repeated = repeated_modules(model, program.units.values()) if sites else set()
     paths = {leaf.name: leaf.path for leaf in leaves}
     for unit in program.units.values():

@@ -40,7 +40,7 @@ class Annotate(Pass):
                 assert not isinstance(gemm, Composite)  # by the condition "decomposed"
                 spec = as_stored(gemm, spec)
                 reason = refusal(gemm, spec, program.device)
-                if not reason and node.meta.get(REPEATED) and "stochastic" in str(spec):
+                if not reason and node.meta.get(REPEATED) and spec.is_stochastic:
                     reason = "one forward runs it several times: stochastic rounding would draw the same bits each time"
                 if reason:
                     program.refusals[site] = reason
@@ -68,6 +68,19 @@ def _dtype_of(node: object) -> torch.dtype | None:
     return None
 
 
+def _why_not_learned(spec: LayerSpec) -> str:
+    """Why a quantizer with state has no gradient to learn by; "" if each has, or there is none."""
+    for role, side, forward in (("bwd", "rhs", spec.fwd.rhs), ("grad", "rhs", spec.fwd.lhs)):
+        operand = getattr(spec.role(role), side)  # type: ignore[arg-type]
+        if operand.quantizer is not None and operand != forward:
+            return f"{role} {side}: {operand} learns by what FWD casts, {forward}; use one cast in both, or none here"
+    for role in ("bwd", "grad"):
+        operand = spec.role(role).lhs  # type: ignore[arg-type]
+        if operand.quantizer is not None:
+            return f"{role} lhs: {operand.quantizer.kind} learns by a gradient, and the cast of one has none"
+    return ""
+
+
 def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
     """Why nothing runs this GEMM as `spec`, which `as_stored` made, says; None if something does."""
     if isinstance(gemm, Unreadable):
@@ -79,6 +92,8 @@ def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | 
             return f"an operand is {dtype}, and only real numbers are cast"
     geometry = parse_geometry(gemm.geometry)
     contraction = contraction_of(gemm.kind, geometry)
+    if reason := _why_not_learned(spec):
+        return reason
     for role in ROLES:
         numbers = spec.role(role)
         if numbers.accumulator.is_open:

@@ -3,7 +3,7 @@
     lp.quantize(lp.dequantize(%q))           becomes  %q
     lp.quantize(relu(lp.quantize(%x)))       becomes  relu(lp.quantize(%x))
 
-Both casts have the same spec and no scale: a grid value is then its own cast, bit for bit, NaN and -0 too. With a scale
+Both casts have the same key and no scale: a grid value is then its own cast, bit for bit, NaN and -0 too. With a scale
 that is one node for both, q s / s rounds back to q only while q s is a normal number of fp32: `scaled=true` says so.
 
 The neighbour only: what lies between a cast and its inverse (a view, a relu) place-regions moves out of the way, for
@@ -16,11 +16,12 @@ from typing import ClassVar
 from torch import fx
 
 from passes.analysis.carried_ops import read_carried
+from passes.cast_keys import cast_key, cast_spec
 from passes.fed_leaves import QUANTIZE
 from passes.ir.program import Program, Unit
 from passes.manager import Pass
-from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OPS
+from runtime.quantize.qtensor import CastKey
 
 _DEQUANTIZE = OPS["lp.dequantize"].run
 
@@ -50,19 +51,20 @@ class CancelCasts(Pass):
 
     def _on_grid(self, program: Program, unit: Unit, cast: fx.Node) -> fx.Node | None:
         """What is the same as the cast, and there already."""
-        spec, (x, scale, _) = QuantSpec.parse(str(cast.kwargs["spec"])), cast.args
-        if spec.is_block or spec.rounding == "stochastic" or not isinstance(x, fx.Node):
+        key, (x, scale, _) = cast_key(cast), cast.args
+        spec = key.spec
+        if spec.is_block or key.is_drawn or not isinstance(x, fx.Node):
             return None  # blocks are scaled anew, and a stochastic cast is left to draw
-        if x.target is _DEQUANTIZE and x.kwargs["spec"] == str(spec) and x.args[1] is scale:
+        if x.target is _DEQUANTIZE and cast_spec(x) == spec and x.args[1] is scale:
             is_near = spec.rounding in ("nearest_even", "nearest_away")  # q s / s may lie a little below q
             return x.args[0] if scale is None or (self.scaled and is_near) else None  # type: ignore[return-value]
-        return x if scale is None and _holds_casts(program, unit, x, str(spec)) else None
+        return x if scale is None and _holds_casts(program, unit, x, key) else None
 
 
-def _holds_casts(program: Program, unit: Unit, node: fx.Node, spec: str) -> bool:
-    """Whether a value consists of casts of `spec`, contiguous as a cast is."""
+def _holds_casts(program: Program, unit: Unit, node: fx.Node, key: CastKey) -> bool:
+    """Whether a value consists of casts of this key, contiguous as a cast is."""
     if node.target is QUANTIZE:
-        return node.kwargs["spec"] == spec
+        return cast_key(node) == key
     op = read_carried(program, unit, node, through_modules=False)
     is_kept = op is not None and op.kind != "layout"
-    return op is not None and is_kept and all(_holds_casts(program, unit, each, spec) for each in op.inputs)
+    return op is not None and is_kept and all(_holds_casts(program, unit, each, key) for each in op.inputs)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from passes.cast_keys import cast_key
 from passes.ir.program import CASTS, HANDED, Program, Unit
 from runtime.ops.dialect import OPS
 
@@ -53,14 +54,16 @@ def unfed_leaf(program: Program, unit: Unit, node: fx.Node) -> Unit | None:
 
 
 def casts_of_input(graph: fx.Graph) -> list[fx.Node]:
-    """The lp.quantize nodes of a leaf's input; none if one rounds stochastically, since its bits belong to the leaf."""
+    """The lp.quantize nodes of a leaf's input; none if one rounds stochastically or has a quantizer with state, since
+    its bits, or its scale, belong to the leaf.
+    """
     x = next(iter(graph.nodes))
     casts = [node for node in graph.nodes if node.target is QUANTIZE and node.args[0] is x]
-    return casts if all(is_shareable(cast) for cast in casts) else []
+    return casts if all(is_shareable(cast) and not cast_key(cast).owner for cast in casts) else []
 
 
 def is_shareable(cast: fx.Node) -> bool:
-    return "stochastic" not in str(cast.kwargs["spec"])
+    return not cast_key(cast).is_drawn
 
 
 def cast_like(graph: fx.Graph, x: fx.Node, cast: fx.Node) -> Pair:

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from passes.cast_keys import cast_key, cast_spec, gemm_spec
 from passes.ir.program import STATE, WEIGHT, Program, state_node
 from passes.manager import Pass
 from runtime.errors import PassError
-from runtime.numerics.specs import LayerSpec, QuantSpec
+from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OP_OF, OPS
 from runtime.quantize.kept_casts import LIFETIMES
 
@@ -74,10 +75,10 @@ def _keep_cast(graph: fx.Graph, quantize: fx.Node, lifetime: str) -> bool:
     """Mark a cast, and the scale before it, as kept; False where it is not, or is already."""
     x, scale, _ = quantize.args
     attributes: dict[str, Any] = {**quantize.kwargs, "lifetime": lifetime}
-    if "lifetime" in quantize.kwargs or not _is_worth_keeping(QuantSpec.parse(str(attributes["spec"]))):
+    if "lifetime" in quantize.kwargs or not _is_worth_keeping(cast_spec(quantize)):
         return False
     state = state_node(graph)
-    if isinstance(scale, fx.Node):
+    if isinstance(scale, fx.Node) and not cast_key(quantize).owner:  # a learned scale is a part of what is kept
         if not _makes_scale_of(scale, quantize):
             return False
         with graph.inserting_before(scale):
@@ -93,7 +94,7 @@ def _keep_cast(graph: fx.Graph, quantize: fx.Node, lifetime: str) -> bool:
 
 def _makes_scale_of(scale: fx.Node, quantize: fx.Node) -> bool:
     """Whether the scale is that of the cast, with nothing between the two but lp ops, which do not write."""
-    if scale.target is not _SCALE or scale.args != quantize.args[:1] or scale.kwargs["spec"] != quantize.kwargs["spec"]:
+    if scale.target is not _SCALE or scale.args != quantize.args[:1] or cast_key(scale) != cast_key(quantize):
         return False
     node = scale.next
     while node is not quantize and node.target in OP_OF:
@@ -107,12 +108,12 @@ def _casts_weight_in_backward(gemm: fx.Node, constants: set[fx.Node]) -> bool:
         operands["bwd_rhs"] is None
         and operands["rhs"] in constants
         and "lifetime" not in gemm.kwargs
-        and _is_worth_keeping(LayerSpec.parse(str(gemm.kwargs["spec"])).bwd.rhs)
+        and _is_worth_keeping(gemm_spec(gemm).bwd.rhs)
     )
 
 
 def _is_worth_keeping(spec: QuantSpec) -> bool:
-    return not spec.is_identity and spec.rounding != "stochastic"
+    return not spec.is_identity and not spec.is_stochastic
 
 
 def _draws(node: fx.Node) -> bool:

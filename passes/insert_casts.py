@@ -6,7 +6,9 @@
                                               %y = lp.gemm(%x, %w, %b, %q, %s, ...)
 
 GRAD's cast of the input is its own node only where its spec is not FWD's; a weight is cast again in backward by lp.gemm
-itself.
+itself. Where a quantizer with state has the scale, it is asked, and the carrier of the gradient passes it:
+
+    %s = lp.learned_scale(%x)   %c = lp.carrier(%x, %s)   %q = lp.quantize(%x, %s)   %y = lp.gemm(%c, ...)
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, read_gemm
-from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, site_numbers, state_node
+from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, quantizer_name, site_numbers, state_node
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OPS
@@ -46,21 +48,20 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
     spec, state = node.meta[SPEC], state_node(graph)
     has_weight = gemm.rhs.op == "get_attr" or gemm.rhs.meta.get(WEIGHT, False)
     with graph.inserting_before(node):
-        fwd_lhs = _cast(graph, gemm.lhs, spec.fwd.lhs, state, number, slot=0)
-        fwd_rhs = _cast(graph, gemm.rhs, spec.fwd.rhs, state, number, slot=1)
-        if has_weight:
-            bwd_rhs: tuple[fx.Node | None, fx.Node | None] = (None, None)
-        else:
-            bwd_rhs = (
-                fwd_rhs if spec.bwd.rhs == spec.fwd.rhs else _cast(graph, gemm.rhs, spec.bwd.rhs, state, number, slot=2)
-            )
-        grad_lhs = (
-            fwd_lhs if spec.grad.rhs == spec.fwd.lhs else _cast(graph, gemm.lhs, spec.grad.rhs, state, number, slot=3)
-        )
+        lhs, fwd_lhs = _cast(graph, gemm.lhs, spec.fwd.lhs, state, number, 0, quantizer_name(node.meta[SITE], "x"))
+        rhs, fwd_rhs = _cast(graph, gemm.rhs, spec.fwd.rhs, state, number, 1, quantizer_name(node.meta[SITE], "w"))
+        bwd_rhs: tuple[fx.Node | None, fx.Node | None] = (None, None)
+        if spec.bwd.rhs == spec.fwd.rhs and (not has_weight or spec.fwd.rhs.quantizer):
+            bwd_rhs = fwd_rhs
+        elif not has_weight:
+            bwd_rhs = _cast(graph, gemm.rhs, spec.bwd.rhs, state, number, 2)[1]
+        grad_lhs = fwd_lhs
+        if spec.grad.rhs != spec.fwd.lhs:
+            grad_lhs = _cast(graph, gemm.lhs, spec.grad.rhs, state, number, 3)[1]
         attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "methods": ",,", "site": number}
         if gemm.geometry:
             attributes["geometry"] = gemm.geometry
-        operands = (gemm.lhs, gemm.rhs, gemm.bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, state, None)
+        operands = (lhs, rhs, gemm.bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, state, None)
         new = graph.call_function(OPS["lp.gemm"].run, operands, attributes)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
@@ -68,9 +69,16 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
 
 
 def _cast(
-    graph: fx.Graph, x: fx.Node, spec: QuantSpec, state: fx.Node, number: int, slot: int
-) -> tuple[fx.Node, fx.Node | None]:
-    scale = graph.call_function(OPS["lp.scale"].run, (x,), {"spec": str(spec)}) if spec.has_scale else None
-    needs_state = state if spec.rounding == "stochastic" else None
-    attributes: dict[str, Any] = {"spec": str(spec), "site": number, "slot": slot}
-    return graph.call_function(OPS["lp.quantize"].run, (x, scale, needs_state), attributes), scale
+    graph: fx.Graph, x: fx.Node, spec: QuantSpec, state: fx.Node, number: int, slot: int, quantizer: str = ""
+) -> tuple[fx.Node, tuple[fx.Node, fx.Node | None]]:
+    """What carries the gradient of x, and its cast: grid and scale. quantizer: the name of the one of the spec."""
+    carrier, scale, attributes = x, None, {"spec": str(spec)}
+    if spec.quantizer is not None:
+        attributes["quantizer"] = quantizer
+        scale = graph.call_function(OPS["lp.learned_scale"].run, (x, state), {**attributes})
+        carrier = graph.call_function(OPS["lp.carrier"].run, (x, scale, state), {**attributes})
+    elif spec.has_scale:
+        scale = graph.call_function(OPS["lp.scale"].run, (x,), {**attributes})
+    needs_state = state if spec.is_stochastic else None
+    keyed: dict[str, Any] = {**attributes, "site": number, "slot": slot}
+    return carrier, (graph.call_function(OPS["lp.quantize"].run, (x, scale, needs_state), keyed), scale)

@@ -26,7 +26,8 @@ from runtime.kernels.dispatch import Choice, GemmRequest, choose
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
 from runtime.ops.layer import cast
 from runtime.ops.plan import GemmPlan
-from runtime.ops.products import Operand, has_free_scales, with_scales
+from runtime.ops.products import has_free_scales, with_scales
+from runtime.quantize.qtensor import CastKey, QTensor
 
 aten: Any = torch.ops.aten
 lp: Any = torch.ops.lp
@@ -84,8 +85,10 @@ def lower_joint(
 
 
 def _refusal(site: JointSite, spec: LayerSpec, device: str) -> str | None:
-    if "stochastic" in str(spec):
+    if spec.is_stochastic:
         return "the joint front end has no clock for stochastic rounding; torch.compile(lpcompile(model, policy)) has"
+    if any(each.quantizer for each in (spec.fwd.lhs, spec.fwd.rhs)):
+        return "the joint front end learns no scales; torch.compile(lpcompile(model, policy)) does"
     if site.stray and not spec.is_identity:  # what is not cast need not be told apart
         return f"%{site.stray[0].name} of its backward reads neither of its operands, or both"
     return refusal(site.gemm, spec, device)
@@ -177,9 +180,9 @@ def _multiply(
     return casts.splice(at, scale, {name: each for name, each in inputs.items() if each is not None})[0]
 
 
-def _operand(pair: tuple[fx.Node, fx.Node | None], spec: QuantSpec) -> Operand:
+def _operand(pair: tuple[fx.Node, fx.Node | None], spec: QuantSpec) -> QTensor:
     grid, scale = pair
-    return Operand(grid.meta["val"], None if scale is None else scale.meta["val"], spec)
+    return QTensor(grid.meta["val"], None if scale is None else scale.meta["val"], spec)
 
 
 def _describe(node: fx.Node, like: fx.Node) -> None:
@@ -229,7 +232,7 @@ class _Casts:
         """Grid and scale of x, written where x is if no earlier site has them: there every reader finds them."""
         if spec.is_identity:
             return x, None
-        key = (self._representative(x), str(spec))
+        key = (self._representative(x), CastKey(spec))
         self._done.num_cast_uses += 1
         if key not in self._made:
             self._done.num_casts += 1

@@ -35,6 +35,7 @@ from passes.analysis.carried_ops import (
 )
 from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
+from passes.cast_keys import cast_spec
 from passes.fed_leaves import QUANTIZE, SCALE, Pair, cast_like, casts_of_input, feed, leaf_of
 from passes.ir.program import ACTIVATION, CASTS, RESIDUAL, Program, Unit
 from passes.ir.types import META, tensor_meta, types_of
@@ -42,8 +43,8 @@ from passes.manager import Pass
 from runtime.errors import PassError
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OPS
-from runtime.ops.storage import storage_dtype
 from runtime.ops.types import TensorType
+from runtime.quantize.storage import storage_dtype
 
 _GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS["lp.dequantize"].run
 _FWD_CASTS, _LATER_CASTS = slice(3, 7), slice(7, 11)
@@ -149,7 +150,7 @@ class _Regions:
         for node in self.graph.nodes:
             leaf = None if CASTS in node.kwargs else leaf_of(self.program, self.unit, node)
             for cast in [node] if node.target is QUANTIZE else casts_of_input(leaf.graph) if leaf else []:
-                x, spec, scale = node.args[0], QuantSpec.parse(str(cast.kwargs["spec"])), cast.args[1]
+                x, spec, scale = node.args[0], cast_spec(cast), cast.args[1]
                 assert isinstance(x, fx.Node)
                 is_own = isinstance(scale, fx.Node) and scale.target is SCALE and scale.args[0] is cast.args[0]
                 is_read = not (self.is_dropping and leaf is not None and _is_grad_only(cast))
@@ -238,7 +239,7 @@ class _Regions:
             read = sum(elements(each) or 0 for each in op.inputs) if op else 0
             is_computed = op is not None and op.kind not in ("view", "layout")
             is_copied = op is not None and op.kind == "layout"  # into contiguous order, as a cast does it
-            is_free = node.target is _DEQUANTIZE and node.kwargs["spec"] == str(key.spec) and key.scaled is None
+            is_free = node.target is _DEQUANTIZE and cast_spec(node) == key.spec and key.scaled is None
             values.append(
                 Value(
                     inputs=tuple(number[each] for each in op.inputs) if op else (),

@@ -5,10 +5,11 @@ reason are kept.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from passes.cast_keys import gemm_spec
 from passes.ir.program import SITE, Program
 from passes.manager import Pass
 from runtime.kernels.dispatch import GemmRequest, choose
-from runtime.numerics.specs import ROLES, LayerSpec
+from runtime.numerics.specs import ROLES
 from runtime.ops.dialect import OPS
 
 
@@ -25,7 +26,7 @@ class SelectKernels(Pass):
             for node in graph.nodes:
                 if node.target is not OPS["lp.gemm"].run:
                     continue
-                spec, kind = LayerSpec.parse(str(node.kwargs["spec"])), str(node.kwargs["kind"])
+                spec, kind = gemm_spec(node), str(node.kwargs["kind"])
                 choices = {role: choose(GemmRequest(kind, role, spec.role(role), program.device)) for role in ROLES}
                 methods = ",".join(choices[role].method for role in ROLES)
                 program.choices[node.meta[SITE]] = choices

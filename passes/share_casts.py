@@ -8,8 +8,9 @@ same input casts it once itself and hands the cast down:
                                                    %k = call_module[k_proj](%x, lp_casts=(%xq, None))
 
 %x is still handed over: it carries the gradient, so gradients add up in the order they did before. A cast is not shared
-across an in-place op, which may have changed the tensor, nor when it rounds stochastically. Hooks of the leaves, which
-no graph shows, are for lpcompile/capture/cast_origins.py.
+across an in-place op, which may have changed the tensor, nor when it rounds stochastically; and casts are alike only
+if their keys are (passes/cast_keys.py): q, k and v with a learned clip each cast one spec in three ways. Hooks of the
+leaves, which no graph shows, are for lpcompile/capture/cast_origins.py.
 """
 
 from collections import defaultdict
@@ -19,10 +20,15 @@ from typing import Any, ClassVar
 from torch import fx
 
 from passes.analysis.writes import epochs
+from passes.cast_keys import cast_key
 from passes.fed_leaves import QUANTIZE, SCALE, cast_like, casts_of_input, feed, is_shareable, unfed_leaf
 from passes.ir.program import Program, Unit
 from passes.manager import Pass
 from runtime.errors import PassError
+from runtime.ops.dialect import OPS
+from runtime.quantize.qtensor import CastKey
+
+_CASTS = (SCALE, OPS["lp.learned_scale"].run, OPS["lp.carrier"].run, QUANTIZE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class ShareCasts(Pass):
 
 def _feed_leaves(program: Program, unit: Unit) -> bool:
     """Cast in the caller what two of its leaves cast alike; the equal casts are merged afterwards."""
-    consumers: dict[tuple[fx.Node, str, int], int] = defaultdict(int)
+    consumers: dict[tuple[fx.Node, CastKey, int], int] = defaultdict(int)
     calls: list[tuple[fx.Node, Unit, list[fx.Node], int]] = []
     epoch_of = epochs(program, unit.path, unit.graph)
     for node in unit.graph.nodes:
@@ -60,11 +66,11 @@ def _feed_leaves(program: Program, unit: Unit) -> bool:
             continue
         casts = casts_of_input(leaf.graph)
         calls.append((node, leaf, casts, epoch_of[node]))
-        for spec in {str(cast.kwargs["spec"]) for cast in casts}:
-            consumers[node.args[0], spec, epoch_of[node]] += 1
+        for key in {cast_key(cast) for cast in casts}:
+            consumers[node.args[0], key, epoch_of[node]] += 1
     changed = False
     for node, leaf, casts, epoch in calls:
-        if any(consumers[node.args[0], str(cast.kwargs["spec"]), epoch] > 1 for cast in casts):  # type: ignore[index]
+        if any(consumers[node.args[0], cast_key(cast), epoch] > 1 for cast in casts):  # type: ignore[index]
             with unit.graph.inserting_before(node):
                 feed(node, leaf, [cast_like(unit.graph, node.args[0], cast) for cast in casts])  # type: ignore[arg-type]
             changed = True
@@ -75,9 +81,9 @@ def _merge_equal(graph: fx.Graph, epoch_of: dict[fx.Node, int]) -> bool:
     seen: dict[Any, fx.Node] = {}
     changed = False
     for node in list(graph.nodes):
-        if node.target not in (SCALE, QUANTIZE) or not is_shareable(node):
+        if node.target not in _CASTS or not is_shareable(node):
             continue
-        key = (node.target, node.args, node.kwargs["spec"], epoch_of[node])
+        key = (node.target, node.args, cast_key(node), epoch_of[node])
         if key in seen:
             node.replace_all_uses_with(seen[key])
             graph.erase_node(node)

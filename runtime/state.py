@@ -36,6 +36,8 @@ class RunState:
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
     constants: Constants = field(default_factory=Constants, init=False, compare=False, repr=False)
     """The casts of weights that are kept between uses."""
+    quantizers: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Quantizers with state by name, SITE.x or SITE.w: modules of the model (runtime/quantize/store.py)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.compile takes a plain int of a module for a constant, and would compile every step anew

@@ -41,6 +41,7 @@ from runtime.numerics.specs import (
     AUTO,
     GRANULARITIES,
     PRODUCTS,
+    QUANTIZER_KINDS,
     ROUNDINGS,
     SCALE_RULES,
     AccumulateModel,
@@ -49,11 +50,16 @@ from runtime.numerics.specs import (
     GemmSpec,
     Granularity,
     Product,
+    QuantizerKind,
+    QuantizerSpec,
     QuantSpec,
     Rounding,
     ScaleRule,
     ScaleSpec,
 )
+
+PLANNED_QUANTIZERS = ("pact+", "sawb", "sawb+", "lsq+", "dorefa", "two-phase", "grad-scale", "psq", "bhq", "luq")
+"""Of the papers, and not built."""
 
 
 def _read_block(value: Any) -> Any:
@@ -96,6 +102,21 @@ class Scale(Section):
         return ScaleSpec(self.granularity, self.rule, self.block)
 
 
+class Quantizer(Section):
+    """What learns the scale of an operand, of an integer format, one per tensor: its state lives in the model, under
+    `_lp.SITE.`, and `lp_parameters(model)` gives its parameters.
+    """
+
+    kind: Annotated[QuantizerKind, one_of("quantizer", QUANTIZER_KINDS, PLANNED_QUANTIZERS)]
+    """pact: a learned clip; an unsigned format clips at 0 below. lsq: a learned step."""
+    init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """What the clip of pact or the step of lsq begins as. Default: pact 8; lsq 2 E|x| / sqrt(Qp) of the weight, or of
+    the first batch."""
+
+    def spec(self) -> QuantizerSpec:
+        return QuantizerSpec(self.kind, self.init)
+
+
 class Operand(Section):
     """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
 
@@ -106,8 +127,8 @@ class Operand(Section):
     """How a value between two of the format is rounded. Default: what the format's row says."""
     scale: Scale | None = None
     """How the scale is chosen. Default: no scaling. A block format makes its own scales and takes none."""
-    quantizer: Any = None
-    """Learned or fitted clipping. Not built in this version: refused."""
+    quantizer: Quantizer | None = None
+    """What learns the scale. Default: none, the scale is as `scale` says."""
     transform: Any = None
     """Rotation before the cast. Not built in this version: refused."""
 
@@ -129,13 +150,19 @@ class Operand(Section):
             raise refusal(f"{name} makes its own scales, one per block", hint="no scale, or a scalar format")
         return value
 
-    @field_validator("quantizer", "transform")
+    @field_validator("transform")
     @classmethod
     def _refuse(cls, value: Any, info: ValidationInfo) -> None:
         if value is not None:
-            raise not_built(
-                f"{info.field_name} is not in this version", "format, rounding and scale (rule amax or pow2)"
-            )
+            raise not_built(f"{info.field_name} is not in this version", "format, rounding, scale and quantizer")
+
+    @model_validator(mode="after")
+    def _check_quantizer(self) -> "Operand":
+        try:
+            self.spec()
+        except FormatError as error:
+            raise refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+        return self
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -143,7 +170,8 @@ class Operand(Section):
 
     def spec(self) -> QuantSpec:
         assert self.rounding is not None  # filled by _fill_rounding
-        return QuantSpec(self.format, self.rounding, self.scale.spec() if self.scale else None)
+        scale = self.scale.spec() if self.scale else None
+        return QuantSpec(self.format, self.rounding, scale, quantizer=self.quantizer.spec() if self.quantizer else None)
 
     def plain(self) -> str | dict[str, Any]:
         """As a policy file writes it, the shorthand where it says everything."""
@@ -153,6 +181,8 @@ class Operand(Section):
         if self.scale:
             unused = None if self.scale.granularity == "block" else {"block"}
             values["scale"] = self.scale.model_dump(mode="json", exclude=unused)
+        if self.quantizer:
+            values["quantizer"] = self.quantizer.model_dump(mode="json", exclude_none=True)
         return values if len(values) > 1 else self.format
 
 

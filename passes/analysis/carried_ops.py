@@ -28,7 +28,7 @@ from passes.ir.program import Program, Unit, child_path
 from passes.ir.types import META
 from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
 from runtime.numerics.specs import QuantSpec
-from runtime.ops.storage import storage_dtype
+from runtime.quantize.storage import storage_dtype
 
 Kind = Literal["view", "layout", "cut", "pool", "join"]
 

@@ -135,6 +135,11 @@ def site_numbers(program: Program) -> dict[str, int]:
     return {site: number for number, site in enumerate(sorted(program.specs))}
 
 
+def quantizer_name(site: str, operand: Literal["x", "w"]) -> str:
+    """The name of the quantizer with state of an operand of FWD: SITE.x or SITE.w, without a dot for the root's."""
+    return f"{site}.{operand}".removeprefix(".")
+
+
 def num_op(program: Program, name: str) -> int:
     """How many nodes of an lp op one forward pass runs: one variant of each module, and a fed leaf by its fed graph."""
     one_per_path = {unit.path: unit.fed or unit.graph for unit in reversed(program.units.values())}

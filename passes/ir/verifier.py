@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from passes.cast_keys import cast_spec, gemm_spec
 from passes.ir.program import GROUP, SITE, SPEC, Program, site_numbers
 from passes.ir.stored_specs import spec_as_stored
 from passes.ir.types import Types, declared_type, operand_types, seen_type, type_of
@@ -143,12 +144,12 @@ def _verify_types(where: str, node: fx.Node, op: OpDef, types: Types) -> None:
 
 def _verify_casts(where: str, gemm: fx.Node) -> None:
     """The casts that a GEMM multiplies are the casts that its spec names, as far as they are seen in the same graph."""
-    spec = LayerSpec.parse(str(gemm.kwargs["spec"]))
+    spec = gemm_spec(gemm)
     operands: dict[str, Any] = dict(zip((operand.name for operand in OPS["lp.gemm"].operands), gemm.args))
     wanted = {"fwd_lhs": spec.fwd.lhs, "fwd_rhs": spec.fwd.rhs, "bwd_rhs": spec.bwd.rhs, "grad_lhs": spec.grad.rhs}
     for name, quant in wanted.items():
         value = operands[name]
-        if isinstance(value, fx.Node) and value.target is OPS["lp.quantize"].run and value.kwargs["spec"] != str(quant):
+        if isinstance(value, fx.Node) and value.target is OPS["lp.quantize"].run and cast_spec(value) != quant:
             got = str(value.kwargs["spec"])
             raise VerifyError(
                 f"operand {name} is cast to another spec than the GEMM's", where=where, expected=str(quant), got=got

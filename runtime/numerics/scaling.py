@@ -39,6 +39,7 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     if spec.is_block:
         return 1.0 / two_level_divisor(x, spec.along, get_block_format(spec.format).block)
     assert spec.scale is not None
+    assert spec.quantizer is None  # which has its scale
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
     is_compiling = torch.compiler.is_compiling()  # then operations that fuse
     amax = group_amax(x, spec.scale)

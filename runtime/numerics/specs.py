@@ -2,6 +2,7 @@
 
     QuantSpec   `e4m3 nearest_even row/amax`      one operand: format, rounding, scale
                 `mxfp8 nearest_even column`       or block format, rounding, which way the blocks lie
+                `uint4 nearest_even pact[init=8]` or format, rounding, and the quantizer that learns the scale
     AccumulateSpec `1-6-9/64 stochastic`          format, chunk, rounding and kind of the additions
     GemmSpec    `A * B -> fp32 -> fp32`           one GEMM: two operands, accumulator, output
     LayerSpec   `fwd: ...; bwd: ...; grad: ...`   the three GEMMs of a layer
@@ -30,6 +31,7 @@ Role = Literal["fwd", "bwd", "grad"]
 Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk"]
 AccumulateOverflow = Literal["saturate", "wrap"]
+QuantizerKind = Literal["pact", "lsq"]
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -39,6 +41,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 ACCUMULATE_MODELS: tuple[AccumulateModel, ...] = get_args(AccumulateModel)
 ACCUMULATE_OVERFLOWS: tuple[AccumulateOverflow, ...] = get_args(AccumulateOverflow)
+QUANTIZER_KINDS: tuple[QuantizerKind, ...] = get_args(QuantizerKind)
 
 
 def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
@@ -52,16 +55,16 @@ class ScaleSpec:
 
     tensor: one scale. row: one per row of the matrix view. column: one per column. block: one per `block` tile.
     channel: of a weight, one per output channel, its first dim; a linear layer's is a row or a column of its matrix.
-    amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that.
+    amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that. learned: a quantizer's.
     """
 
     granularity: Granularity = "tensor"
-    rule: ScaleRule = "amax"
+    rule: ScaleRule | Literal["learned"] = "amax"
     block: tuple[int, int] = (1, 128)
 
     def __post_init__(self) -> None:
         _check("scale granularity", self.granularity, GRANULARITIES)
-        _check("scale rule", self.rule, SCALE_RULES)
+        _check("scale rule", self.rule, (*SCALE_RULES, "learned"))
 
     def __str__(self) -> str:
         tile = f"[{self.block[0]},{self.block[1]}]" if self.granularity == "block" else ""
@@ -81,6 +84,38 @@ class ScaleSpec:
         return ScaleSpec(granularity, rule, block)  # type: ignore[arg-type]
 
 
+LEARNED = ScaleSpec("tensor", "learned")
+"""The scale of a cast whose quantizer has it; no rule computes it."""
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """A quantizer with state (runtime/quantize/learned/), one per operand of a site: `pact[init=8]` or `lsq`.
+
+    init: pact's clip, or lsq's step, before anything was learned; None: pact 8, lsq 2 E|x| / sqrt(Qp) of the first x.
+    """
+
+    kind: QuantizerKind
+    init: float | None = None
+
+    def __post_init__(self) -> None:
+        _check("quantizer", self.kind, QUANTIZER_KINDS)
+        if self.init is not None and not 0 < self.init < float("inf"):
+            raise FormatError("no value to begin at", expected="init above 0", got=str(self.init))
+
+    def __str__(self) -> str:
+        return self.kind if self.init is None else f"{self.kind}[init={self.init!r}]"
+
+    @staticmethod
+    def parse(text: str) -> "QuantizerSpec":
+        if not (parts := re.fullmatch(r"([a-z]+)(?:\[init=([-+0-9.e]+)\])?", text)):
+            raise FormatError(f'"{text}" is not a quantizer', expected="KIND or KIND[init=NUMBER]")
+        try:
+            return QuantizerSpec(parts[1], float(parts[2]) if parts[2] else None)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise FormatError(f'"{text}" is not a quantizer', expected="KIND[init=NUMBER]", got=parts[2]) from error
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """One cast: a number format, its rounding, and how its scale is chosen (None: scale 1).
@@ -88,15 +123,22 @@ class QuantSpec:
     A block format makes its own scales, so `scale` is None; its blocks lie `along` the rows of the matrix view, down
     its columns, or down the columns of each matrix of a batch (the last two dims). None, as a policy has it: along the
     sum of the GEMM once there is one, and till then along the rows. A scalar format has no blocks.
+
+    A `quantizer` learns one scale per tensor, of an integer format without a zero point: `scale` is then LEARNED.
     """
 
     format: str = "fp32"
     rounding: Rounding = "nearest_even"
     scale: ScaleSpec | None = None
     along: Along | None = None
+    quantizer: QuantizerSpec | None = None
 
     def __post_init__(self) -> None:
         _check("rounding", self.rounding, ROUNDINGS)
+        if self.quantizer is not None:
+            self._check_quantizer(self.quantizer)
+        elif self.scale == LEARNED:
+            raise FormatError("nothing learns this scale", got=str(self.scale), hint="a quantizer, or another scale")
         if self.along is not None:
             _check("way for blocks to lie", self.along, ALONG)
         if not is_block_format(self.format):
@@ -106,10 +148,28 @@ class QuantSpec:
         elif get_block_format(self.format) and self.scale is not None:
             raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
 
+    def _check_quantizer(self, quantizer: QuantizerSpec) -> None:
+        where = f"{self.format} with {quantizer.kind}"
+        row = None if is_block_format(self.format) else get_format(self.format)
+        if not isinstance(row, IntFormat) or row.zero or row.max < 1:
+            what, hint = "a quantizer learns the scale of integers", "int4, uint4, int8, uint8, int4:range=full"
+            raise FormatError(what, where=where, expected="an integer format without a zero point", hint=hint)
+        if self.rounding != "nearest_even":
+            got = f"rounding {self.rounding}"
+            raise FormatError("a quantizer that learns rounds to nearest-even", where=where, got=got)
+        if self.scale not in (None, LEARNED):
+            raise FormatError("the quantizer is the scale", where=where, got=f"scale {self.scale}", hint="no scale")
+        object.__setattr__(self, "scale", LEARNED)
+
     @property
     def is_identity(self) -> bool:
         """True for fp32 with no scale: the operand is used as it is, in whatever dtype the model holds it."""
         return self.format == "fp32" and self.scale is None
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether it draws random bits."""
+        return self.rounding == "stochastic"
 
     @property
     def is_block(self) -> bool:
@@ -122,7 +182,7 @@ class QuantSpec:
         return self.scale is not None or (self.is_block and get_block_format(self.format).rule == "two_level")
 
     def __str__(self) -> str:
-        last = self.along if self.is_block else self.scale
+        last = self.along if self.is_block else self.quantizer or self.scale
         return f"{self.format} {self.rounding}" + (f" {last}" if last else "")
 
     @staticmethod
@@ -130,11 +190,15 @@ class QuantSpec:
     def parse(text: str) -> "QuantSpec":
         parts = text.split()
         if not 1 <= len(parts) <= 3:
-            raise FormatError(f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG]`")
+            raise FormatError(
+                f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`"
+            )
         rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
         _check("rounding", rounding, ROUNDINGS)
         if is_block_format(parts[0]):
             return QuantSpec(parts[0], rounding, along=parts[2] if len(parts) == 3 else None)  # type: ignore[arg-type]
+        if len(parts) == 3 and parts[2].partition("[")[0] in QUANTIZER_KINDS:
+            return QuantSpec(parts[0], rounding, quantizer=QuantizerSpec.parse(parts[2]))  # type: ignore[arg-type]
         scale = ScaleSpec.parse(parts[2]) if len(parts) == 3 else None
         return QuantSpec(parts[0], rounding, scale)  # type: ignore[arg-type]
 
@@ -250,6 +314,11 @@ class GemmSpec:
     def is_identity(self) -> bool:
         return self == _IDENTITY_GEMM
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a cast or an addition draws random bits."""
+        return self.lhs.is_stochastic or self.rhs.is_stochastic or self.accumulator.rounding == "stochastic"
+
     def __str__(self) -> str:
         return f"{self.lhs} * {self.rhs} -> {self.accumulator} -> {self.out}"
 
@@ -278,6 +347,11 @@ class LayerSpec:
     @property
     def is_identity(self) -> bool:
         return self.fwd.is_identity and self.bwd.is_identity and self.grad.is_identity
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a cast or an addition of one of them draws random bits."""
+        return any(self.role(role).is_stochastic for role in ROLES)
 
     def role(self, role: Role) -> GemmSpec:
         return {"fwd": self.fwd, "bwd": self.bwd, "grad": self.grad}[role]

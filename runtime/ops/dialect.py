@@ -2,6 +2,8 @@
 
     lp.scale           x -> s           the scale of a cast
     lp.constant_scale  x -> s           lp.scale of a weight, kept between uses (runtime/quantize/kept_casts.py)
+    lp.learned_scale   x -> s           what a quantizer with state has for a scale; a gradient flows into its parameter
+    lp.carrier         x, s -> x        x with the derivatives, in x and s, of a cast whose scale is learned
     lp.quantize        x, s -> q        grid values: x / s rounded to the format, in the format's storage dtype
     lp.dequantize      q, s -> x        grid values times their scale
     lp.gemm            lhs, rhs, ... -> y   the three GEMMs of one site; lhs and rhs carry gradients, the casts values
@@ -30,9 +32,8 @@ from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
-from runtime.ops.layer import check_transforms, run_gemm, to_grid
+from runtime.ops.layer import check_transforms, draw_of, run_gemm
 from runtime.ops.plan import KINDS, METHODS, GemmPlan, contraction_of, parse_geometry, print_geometry
-from runtime.ops.products import Operand
 from runtime.ops.sum_scales import why_not_scaled
 from runtime.ops.types import (
     VALUE,
@@ -47,11 +48,14 @@ from runtime.ops.types import (
     gemm_result,
     norm_result,
     quantize_result,
+    same_as_x,
     scale_result,
     stand_in_result,
     unknown_result,
 )
-from runtime.quantize.kept_casts import LIFETIMES
+from runtime.quantize.kept_casts import LIFETIMES, Kept
+from runtime.quantize.qtensor import CastKey, QTensor
+from runtime.quantize.quantizer import to_grid
 from runtime.state import RunState
 
 Grid = Annotated[Tensor, "grid"]
@@ -79,27 +83,57 @@ def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: in
         return traced.scale(x, spec)
     parsed = QuantSpec.parse(spec)
     check_transforms(parsed.is_identity)
-    kept = state.constants.find(x, parsed, site, slot, lifetime)
+    kept = state.constants.find(x, CastKey(parsed), site, slot, lifetime)
     return compute_scale(x.detach(), parsed) if kept is None else kept.scale_or(lambda: compute_scale(x, parsed))
 
 
+def learned_scale(x: Tensor, state: RunState, *, spec: str, quantizer: str) -> Tensor:
+    """The scale of the quantizer named SITE.x or SITE.w, fp32 (), which may learn by looking at x."""
+    scale: Tensor = state.quantizers[quantizer](x)
+    return scale
+
+
+def carrier(x: Tensor, s: Scale, state: RunState, *, spec: str, quantizer: str) -> Tensor:
+    """x with the derivatives of the cast of the quantizer named, in x and in its scale s (runtime/quantize/learned)."""
+    carried: Tensor = state.quantizers[quantizer].carrier(x, s)
+    return carried
+
+
 def quantize(
-    x: Tensor, s: Scale | None, state: RunState | None, *, spec: str, site: int, slot: int, lifetime: str = ""
+    x: Tensor,
+    s: Scale | None,
+    state: RunState | None,
+    *,
+    spec: str,
+    site: int,
+    slot: int,
+    lifetime: str = "",
+    quantizer: str = "",
 ) -> Tensor:
     """Grid values of x / s. `q * s` is the cast value. Saturates; NaN stays NaN. `site` and `slot` key the stochastic
     bits. With a `lifetime` (x is a weight, s its lp.constant_scale) they are kept, and made again only if x has
-    changed.
+    changed; or the scale, where it is that of a `quantizer`.
     """
     if torch.compiler.is_compiling():
         return traced.quantize(x, s, state, spec, site, slot)
     parsed = QuantSpec.parse(spec)
     check_transforms(parsed.is_identity)
     if lifetime and state is not None:
-        constants = state.constants
-        kept = constants.find(x, parsed, site, slot, lifetime) if s is None else constants.find_by_scale(s, site, slot)
+        kept = _kept(state, x, s, CastKey(parsed, quantizer), site, slot, lifetime)
         if kept is not None:
-            return kept.grid_or(lambda: to_grid(x, s, parsed, state, site, slot))
-    return to_grid(x, s, parsed, state, site, slot)
+            return kept.grid_or(lambda: to_grid(x, s, parsed))  # what is kept draws nothing
+    return to_grid(x, s, parsed, draw_of(parsed, state, site, slot))
+
+
+def _kept(
+    state: RunState, x: Tensor, s: Tensor | None, key: CastKey, site: int, slot: int, lifetime: str
+) -> Kept | None:
+    if s is not None and not key.owner:
+        return state.constants.find_by_scale(s, site, slot)
+    if s is not None and not s.is_cpu:
+        return None
+    bits = 0 if s is None else int(s.detach().view(torch.int32))  # engines write parameters behind their versions
+    return state.constants.find(x, key._replace(version=bits), site, slot, lifetime)
 
 
 def dequantize(q: Grid, s: Scale | None, *, spec: str) -> Tensor:
@@ -149,10 +183,10 @@ def gemm(
     plan = GemmPlan.parse(kind, spec, methods, site, geometry, lifetime)
     layer = plan.spec
     casts = {
-        "fwd_lhs": Operand(fwd_lhs, fwd_lhs_scale, layer.fwd.lhs),
-        "fwd_rhs": Operand(fwd_rhs, fwd_rhs_scale, layer.fwd.rhs),
-        "bwd_rhs": None if bwd_rhs is None else Operand(bwd_rhs, bwd_rhs_scale, layer.bwd.rhs),
-        "grad_lhs": None if grad_lhs is None else Operand(grad_lhs, grad_lhs_scale, layer.grad.rhs),
+        "fwd_lhs": QTensor(fwd_lhs, fwd_lhs_scale, layer.fwd.lhs),
+        "fwd_rhs": QTensor(fwd_rhs, fwd_rhs_scale, layer.fwd.rhs),
+        "bwd_rhs": None if bwd_rhs is None else QTensor(bwd_rhs, bwd_rhs_scale, layer.bwd.rhs),
+        "grad_lhs": None if grad_lhs is None else QTensor(grad_lhs, grad_lhs_scale, layer.grad.rhs),
     }
     return run_gemm(lhs, rhs, bias, casts, state, plan, residual, activation)
 
@@ -315,7 +349,7 @@ def _is_kept_by_a_state(operands: Operands, attributes: dict[str, Any]) -> bool:
 
 
 def _is_same_each_time(attributes: dict[str, Any]) -> bool:
-    return not attributes.get("lifetime") or QuantSpec.parse(attributes["spec"]).rounding != "stochastic"
+    return not attributes.get("lifetime") or not QuantSpec.parse(attributes["spec"]).is_stochastic
 
 
 def _does_scale_lie_along(operands: Operands, attributes: dict[str, Any]) -> bool:
@@ -331,7 +365,9 @@ def _is_residual_like_result(operands: Operands, attributes: dict[str, Any]) -> 
     return residual == result or not (isinstance(residual, TensorType) and isinstance(result, TensorType))
 
 
-_CAST_PARSES = Rule("`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE]`", _parses("spec", QuantSpec.parse))
+_CAST_PARSES = Rule(
+    "`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`", _parses("spec", QuantSpec.parse)
+)
 
 _LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
 
@@ -365,7 +401,18 @@ _IS_DTYPE = Rule(
 )
 _SAME_EACH_TIME = Rule("a cast that rounds stochastically is not kept", _is_same_each_time)
 _KEPT = TypeRule("a cast that is kept must have the `state` that keeps it", _is_kept_by_a_state)
-_HAS_SCALE = Rule("`spec` must have a scale", lambda a: QuantSpec.parse(a["spec"]).has_scale)
+_HAS_SCALE = Rule(
+    "`spec` must have a scale that is computed",
+    lambda a: (spec := QuantSpec.parse(a["spec"])).has_scale and spec.quantizer is None,
+)
+_LEARNS = Rule("`spec` must have a quantizer with state", lambda a: QuantSpec.parse(a["spec"]).quantizer is not None)
+_NAMES_QUANTIZER = Rule(
+    "`quantizer` must name, as SITE.x or SITE.w, the quantizer of a spec that has one, and of no other",
+    lambda a: (
+        bool(a.get("quantizer")) == (QuantSpec.parse(a["spec"]).quantizer is not None)
+        and a.get("quantizer", "x").rpartition(".")[2] in ("x", "w", "")
+    ),
+)
 _SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there", _has_scale_where_spec_has)
 
 _GEMM_TYPE_RULES = (
@@ -390,11 +437,13 @@ OPS: dict[str, OpDef] = {
             scale_result,
             (_CAST_PARSES, _HAS_SCALE, _SLOT, _LIFETIME, _SAME_EACH_TIME),
         ),
+        OpDef("lp.learned_scale", learned_scale, scale_result, (_CAST_PARSES, _LEARNS, _NAMES_QUANTIZER)),
+        OpDef("lp.carrier", carrier, same_as_x, (_CAST_PARSES, _LEARNS, _NAMES_QUANTIZER)),
         OpDef(
             "lp.quantize",
             quantize,
             quantize_result,
-            (_CAST_PARSES, _SLOT, _LIFETIME, _SAME_EACH_TIME),
+            (_CAST_PARSES, _SLOT, _LIFETIME, _SAME_EACH_TIME, _NAMES_QUANTIZER),
             (_SCALED, _KEPT),
         ),
         OpDef("lp.dequantize", dequantize, dequantize_result, (_CAST_PARSES,), (_SCALED,)),

@@ -23,70 +23,65 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from runtime.errors import NotSupported
-from runtime.kernels.cast.grid import fast_to_grid, fast_to_grid_checked
+from runtime.kernels.cast.grid import fast_to_grid_checked
 from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import QuantSpec, Role
 from runtime.ops.activations import activation_grad, followed_by, needed_by
 from runtime.ops.plan import GemmPlan
-from runtime.ops.products import NO_CLOCK, Operand, multiply, multiply_traced, own
-from runtime.ops.storage import storage_dtype
+from runtime.ops.products import NO_CLOCK, multiply, multiply_traced, own
+from runtime.quantize.qtensor import CastKey, QTensor
+from runtime.quantize.quantizer import NO_DRAW, Draw, to_grid
+from runtime.quantize.stateless import quantizer_of
+from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
 
 _DY_BWD, _DY_GRAD, _WEIGHT_BWD = 4, 5, 6
 """Operand slots of the random streams; 0 to 3 are the casts of the forward graph, 7 to 9 the sums."""
 
 
-def cast(x: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
-    """x on the grid of `spec`, with its scale, as forward casts do it; detached."""
-    scale = compute_scale(x.detach(), spec)
-    return Operand(to_grid(x, scale, spec, state, site, slot), scale, spec)
+def cast(x: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> QTensor:
+    """x on the grid of `spec`, which says everything, with its scale; detached."""
+    return quantizer_of(spec).cast(x, draw_of(spec, state, site, slot))
 
 
-def to_grid(x: Tensor, scale: Tensor | None, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Tensor:
-    """Grid values of x in the storage dtype of the format. An identity spec gives x itself, detached."""
-    x = x.detach()
-    if spec.is_identity:
-        return x
-    return fast_to_grid(x, spec, scale, dtype=storage_dtype(spec.format), **_randomness(spec, state, site, slot))
-
-
-def _randomness(spec: QuantSpec, state: RunState | None, site: int, slot: int) -> dict[str, int]:
+def draw_of(spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Draw:
+    """What keys the random bits of a cast, where it has any."""
     if spec.rounding != "stochastic":
-        return {}
+        return NO_DRAW
     state = state or RunState()
-    return {"seed": state.seed, "step": state.step, "stream": state.stream(site, slot)}
+    return Draw(state.seed, state.step, state.stream(site, slot))
 
 
-def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan) -> Operand:
+def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan) -> QTensor:
     """BWD's cast of a weight: a kept one of these bytes, FWD's where it is the same cast, or a new one."""
     slot, kept = _WEIGHT_BWD, None
     if plan.lifetime:
-        kept = state.constants.find(w, spec, plan.site, slot, plan.lifetime)
+        kept = state.constants.find(w, CastKey(spec), plan.site, slot, plan.lifetime)
     if kept is None:
         return cast(w, spec, state, plan.site, slot)
     scale = kept.scale_or(lambda: compute_scale(w.detach(), spec))
-    return Operand(kept.grid_or(lambda: to_grid(w, scale, spec, state, plan.site, slot)), scale, spec)
+    return QTensor(kept.grid_or(lambda: to_grid(w, scale, spec)), scale, spec)  # what is kept draws nothing
 
 
-def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Operand:
+def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> QTensor:
     if state is None or not state.watch_overflow or spec.is_identity:
         return cast(dy, spec, state, site, slot)
     if torch.compiler.is_compiling():
         clock = state.clock if spec.rounding == "stochastic" else NO_CLOCK
         watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot)
-        return Operand(watched, one if spec.has_scale else None, spec)
+        return QTensor(watched, one if spec.has_scale else None, spec)
     scale = compute_scale(dy, spec)
     dtype = storage_dtype(spec.format)
-    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **_randomness(spec, state, site, slot))
+    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **draw_of(spec, state, site, slot)._asdict())
     state.note_overflow(beyond)
-    return Operand(grid, scale, spec)
+    return QTensor(grid, scale, spec)
 
 
 def run_gemm(
     lhs: Tensor,
     rhs: Tensor,
     bias: Tensor | None,
-    casts: dict[str, Operand | None],
+    casts: dict[str, QTensor | None],
     state: RunState,
     plan: GemmPlan,
     residual: Tensor | None = None,
@@ -111,7 +106,7 @@ def run_gemm(
     return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, torch.is_grad_enabled(), *flat)
 
 
-def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, Operand | None]) -> bool:
+def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, QTensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return True  # an identity cast is traced as its input
     carriers = {"fwd_lhs": lhs, "fwd_rhs": rhs, "bwd_rhs": rhs, "grad_lhs": lhs}
@@ -215,7 +210,7 @@ class _Gemm(torch.autograd.Function):
             grad_lhs_scale if needs_rhs else None,
         )
         spec = plan.spec.fwd
-        a, b = Operand(fwd_lhs, fwd_lhs_scale, spec.lhs), Operand(fwd_rhs, fwd_rhs_scale, spec.rhs)
+        a, b = QTensor(fwd_lhs, fwd_lhs_scale, spec.lhs), QTensor(fwd_rhs, fwd_rhs_scale, spec.rhs)
         keeps = is_recording and any(ctx.needs_input_grad[:4])
         y, needed = _finished(plan, a, b, bias, lhs.dtype, state, residual, activation, keeps)
         ctx.save_for_backward(*kept, needed)
@@ -233,7 +228,7 @@ class _Gemm(torch.autograd.Function):
         if needs_lhs:
             dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD)
             w = (
-                Operand(bwd_rhs, bwd_rhs_scale, bwd.rhs)
+                QTensor(bwd_rhs, bwd_rhs_scale, bwd.rhs)
                 if bwd_rhs is not None
                 else _cast_weight(rhs, bwd.rhs, state, plan)
             )
@@ -241,7 +236,7 @@ class _Gemm(torch.autograd.Function):
         if needs_rhs:
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
-            x = Operand(grad_lhs, grad_lhs_scale, grad.rhs)
+            x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)
             dw = _gradient("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], state)
         if needs_bias:
             db = plan.contraction.bias_grad(dy).sum_to_size(ctx.bias_shape).to(ctx.dtypes[2])
@@ -249,7 +244,7 @@ class _Gemm(torch.autograd.Function):
 
 
 def _finished(
-    plan: GemmPlan, a: Operand, b: Operand, bias: Tensor | None, dtype: torch.dtype, state: RunState,
+    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, state: RunState,
     residual: Tensor | None, activation: str, keeps: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """FWD with what follows it, and what the activation's backward needs where it `keeps` that."""
@@ -265,12 +260,12 @@ def _finished(
     return needed_by(activation, y) if keeps else (y, None)
 
 
-def _native(plan: GemmPlan, a: Operand, b: Operand, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _native(plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return own(plan.contraction.native(a.grid, b.grid, bias).to(dtype))
 
 
 def _gradient(
-    role: Role, plan: GemmPlan, dy: Operand, other: Operand, shape: torch.Size, dtype: torch.dtype, state: RunState
+    role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, shape: torch.Size, dtype: torch.dtype, state: RunState
 ) -> Tensor:
     """BWD or GRAD: torch's own op where nothing is cast, else one op of products.py."""
     if plan.method(role) != "as_is":

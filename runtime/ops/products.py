@@ -15,7 +15,7 @@ channels-last where an operand is. FLOPs: two for a multiply-add of the geometry
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,26 +36,14 @@ from runtime.numerics.specs import ROLES, GemmSpec, QuantSpec, Role
 from runtime.ops.activations import add_and_relu, overwrite_with
 from runtime.ops.contractions import ConvGeometry, Multiply
 from runtime.ops.plan import GemmPlan, parse_geometry
-from runtime.ops.storage import storage_dtype
 from runtime.ops.sum_scales import varies_along_sum
+from runtime.quantize.qtensor import QTensor
+from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState, stream_number
 
 
-@dataclass(frozen=True)
-class Operand:
-    """Grid values and the scale that gives them back their size: `value == grid * expand(scale)`. scale None is 1."""
-
-    grid: Tensor
-    scale: Tensor | None
-    spec: QuantSpec
-
-    @property
-    def pair(self) -> tuple[Tensor, Tensor | None]:
-        return self.grid, self.scale
-
-
 def multiply(
-    role: Role, plan: GemmPlan, a: Operand, b: Operand, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    role: Role, plan: GemmPlan, a: QTensor, b: QTensor, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
     state: RunState | None, residual: Tensor | None = None, activation: str = "",
 ) -> Tensor:  # fmt: skip
     """One role as one op. rest: FWD's bias, else the shape of the result, which is in `dtype`."""
@@ -73,7 +61,7 @@ def clock_of(state: RunState | None, plan: GemmPlan, role: Role) -> tuple[int, .
 
 
 def multiply_traced(
-    role: Role, plan: GemmPlan, a: Operand, b: Operand, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    role: Role, plan: GemmPlan, a: QTensor, b: QTensor, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
     state: RunState | None,
 ) -> Tensor:  # fmt: skip
     """One role as compiled code has it: the opaque product, and its scales in operations that fuse with what follows.
@@ -96,11 +84,11 @@ def own(y: Tensor) -> Tensor:
     return owned
 
 
-def has_free_scales(plan: GemmPlan, role: Role, a: Operand, b: Operand) -> bool:
+def has_free_scales(plan: GemmPlan, role: Role, a: QTensor, b: QTensor) -> bool:
     """Whether all that is left to do after the product of a linear layer is to multiply by scales and add the bias."""
     if plan.kind not in ("linear", "linear_kn") or plan.spec.role(role).out != "fp32" or a.scale is b.scale is None:
         return False
-    sides: tuple[tuple[Side, Operand], ...] = (("lhs", a), ("rhs", b))
+    sides: tuple[tuple[Side, QTensor], ...] = (("lhs", a), ("rhs", b))
     return not any(varies_along_sum(plan.contraction, role, side, each.spec) for side, each in sides)
 
 
@@ -120,8 +108,8 @@ def with_scales(
 
 def multiply_fwd(
     plan: GemmPlan,
-    x: Operand,
-    w: Operand,
+    x: QTensor,
+    w: QTensor,
     bias: Tensor | None,
     key: RandomKey,
     residual: Tensor | None = None,
@@ -173,7 +161,7 @@ def _finish_conv(
     return finish(rows, s, t, per_row, summand, relu).view(y.shape)
 
 
-def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size, key: RandomKey) -> Tensor:
+def multiply_bwd(plan: GemmPlan, dy: QTensor, w: QTensor, lhs_shape: torch.Size, key: RandomKey) -> Tensor:
     spec, method = plan.spec.bwd, plan.method("bwd")
     dy, w = _foldable(plan, "bwd", dy, w)
     lhs, rhs = _load(dy.grid, method), _load(w.grid, method)
@@ -181,7 +169,7 @@ def multiply_bwd(plan: GemmPlan, dy: Operand, w: Operand, lhs_shape: torch.Size,
     return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
 
 
-def multiply_grad(plan: GemmPlan, dy: Operand, x: Operand, rhs_shape: torch.Size, key: RandomKey) -> Tensor:
+def multiply_grad(plan: GemmPlan, dy: QTensor, x: QTensor, rhs_shape: torch.Size, key: RandomKey) -> Tensor:
     spec, method = plan.spec.grad, plan.method("grad")
     dy, x = _foldable(plan, "grad", dy, x)
     multiply = _product(plan, "grad", dy, x, key, is_swapped=plan.contraction.grad_rows == "rhs")
@@ -226,8 +214,8 @@ def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
 def _product(
     plan: GemmPlan,
     role: Role,
-    lhs: Operand,
-    rhs: Operand,
+    lhs: QTensor,
+    rhs: QTensor,
     key: RandomKey,
     is_swapped: bool = False,
     after: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
@@ -253,7 +241,7 @@ def _product(
     return run
 
 
-def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:
+def _along(operand: QTensor, axis: str, batched: bool) -> Tensor | None:
     """The operand's free scale, laid along the rows or the columns of a product."""
     scale = operand.scale
     if scale is None or scale.dim() == 0:
@@ -264,9 +252,9 @@ def _along(operand: Operand, axis: str, batched: bool) -> Tensor | None:
     return scale if operand.spec.scale.granularity == axis else scale.transpose(-1, -2)
 
 
-def _foldable(plan: GemmPlan, role: Role, lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
+def _foldable(plan: GemmPlan, role: Role, lhs: QTensor, rhs: QTensor) -> tuple[QTensor, QTensor]:
     """Multiply into the grid values any scale that varies along the sum, as the head of this file says."""
-    sides: tuple[tuple[Side, Operand], ...] = (("lhs", lhs), ("rhs", rhs))
+    sides: tuple[tuple[Side, QTensor], ...] = (("lhs", lhs), ("rhs", rhs))
     folded = []
     for side, operand in sides:
         if operand.scale is not None and varies_along_sum(plan.contraction, role, side, operand.spec):
@@ -285,13 +273,13 @@ def _key(plan: GemmPlan, role: Role, clock: Sequence[int]) -> RandomKey:
 
 def _operands(
     role: Role, tensors: Sequence[Tensor | None], kind: str, spec: str, methods: str, site: int, geometry: str
-) -> tuple[GemmPlan, Operand, Operand]:
+) -> tuple[GemmPlan, QTensor, QTensor]:
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
     numbers = plan.spec.role(role)
     a, a_scale, b, b_scale = tensors
     assert a is not None
     assert b is not None
-    return plan, Operand(a, a_scale, numbers.lhs), Operand(b, b_scale, numbers.rhs)
+    return plan, QTensor(a, a_scale, numbers.lhs), QTensor(b, b_scale, numbers.rhs)
 
 
 def _fwd(

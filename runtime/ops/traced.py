@@ -28,8 +28,10 @@ from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import layer as gemms
 from runtime.ops.layer import CAST_NAMES
 from runtime.ops.plan import GemmPlan
-from runtime.ops.products import NO_CLOCK, Operand
-from runtime.ops.storage import storage_dtype
+from runtime.ops.products import NO_CLOCK
+from runtime.quantize.qtensor import QTensor
+from runtime.quantize.quantizer import to_grid
+from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState, find_state
 
 
@@ -115,7 +117,8 @@ def _scale(x: Tensor, spec: str, code: str) -> Tensor:
 
 
 def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
-    return gemms.to_grid(x, s, QuantSpec.parse(spec), _state(clock), site, slot)
+    parsed = QuantSpec.parse(spec)
+    return to_grid(x, s, parsed, gemms.draw_of(parsed, _state(clock), site, slot))
 
 
 def _gemm(
@@ -124,10 +127,10 @@ def _gemm(
 ) -> Tensor:  # fmt: skip
     layer = LayerSpec.parse(spec)
     specs = (layer.fwd.lhs, layer.fwd.rhs, layer.bwd.rhs, layer.grad.rhs)
-    casts: dict[str, Operand | None] = {}
+    casts: dict[str, QTensor | None] = {}
     for number, (name, cast) in enumerate(zip(CAST_NAMES, specs)):
         grid = flat[2 * number]
-        casts[name] = None if grid is None else Operand(grid, flat[2 * number + 1], cast)
+        casts[name] = None if grid is None else QTensor(grid, flat[2 * number + 1], cast)
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
     return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), plan, residual, activation)
 

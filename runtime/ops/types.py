@@ -22,7 +22,7 @@ import torch
 from runtime.numerics.scaling import scale_shape
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.plan import contraction_of, parse_geometry
-from runtime.ops.storage import storage_dtype
+from runtime.quantize.storage import storage_dtype
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,11 @@ def scale_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
     if not isinstance(x, TensorType) or spec.scale is None:
         return VALUE
     return TensorType(tuple(scale_shape(torch.Size(x.shape), spec.scale)), torch.float32)
+
+
+def same_as_x(operands: Operands, attributes: dict[str, Any]) -> OpType:
+    """x's own."""
+    return operands["x"] or VALUE
 
 
 def quantize_result(operands: Operands, attributes: dict[str, Any]) -> OpType:

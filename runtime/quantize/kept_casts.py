@@ -1,8 +1,9 @@
 """Constants: the casts of weights that are kept, and when a kept cast stands for casting again.
 
-A cast is kept under the bytes of what was cast: its fingerprint, shape, strides, dtype and spec. Every use reads the
-weight once to take its fingerprint, and finds the cast of these very bytes or casts again; so no kept cast is ever
-stale, whoever wrote the weight and by whatever alias (`p.data`, numpy, a collective): tensor versions do not tell.
+A cast is kept under the bytes of what was cast, its fingerprint, shape, strides and dtype, and under the key of the
+cast. Every use reads the weight once to take its fingerprint, and finds the cast of these very bytes or casts again; so
+no kept cast is ever stale, whoever wrote the weight and by whatever alias (`p.data`, numpy, a collective): tensor
+versions do not tell. A kept scale that was written into is another scale: with it nothing kept is found.
 
     forever    kept while the weight is what it was
     step       likewise, and gone when the clock moves on over a whole step that did not ask for it
@@ -26,12 +27,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from runtime.kernels.cpu.fingerprint import fingerprint
-from runtime.numerics.specs import QuantSpec
+from runtime.quantize.qtensor import CastKey
 
 Lifetime = Literal["step", "forever"]
 LIFETIMES: tuple[Lifetime, ...] = get_args(Lifetime)
 
-_Key = tuple[bytes, torch.Size, tuple[int, ...], torch.dtype, QuantSpec]
+_Key = tuple[bytes, torch.Size, tuple[int, ...], torch.dtype, CastKey]
 _Place = tuple[int, int]
 
 
@@ -43,13 +44,20 @@ class Kept:
     scale: Tensor | None = None
     grid: Tensor | None = None
     places: set[_Place] = field(default_factory=set)
+    scale_version: int = 0
     is_asked: bool = True
     """Whether anything asked for it since the clock last moved on."""
 
     def scale_or(self, make: Callable[[], Tensor | None]) -> Tensor | None:
         if self.scale is None:
             self.scale = _outside_inference_mode(make)
+            self.scale_version = 0 if self.scale is None else self.scale._version
         return self.scale
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether someone wrote into the scale."""
+        return self.scale is not None and self.scale._version != self.scale_version
 
     def grid_or(self, make: Callable[[], Tensor]) -> Tensor:
         if self.grid is None:
@@ -87,17 +95,19 @@ class Constants:
         if self.why_none:
             self.clear()
 
-    def find(self, x: Tensor, spec: QuantSpec, site: int, slot: int, lifetime: str) -> Kept | None:
+    def find(self, x: Tensor, cast: CastKey, site: int, slot: int, lifetime: str) -> Kept | None:
         """What is kept of the cast of x at this place, made or yet to be made; None where it must not be kept."""
         mark = None if self.why_none or not _is_keepable(x) else fingerprint(x)
         if mark is None:
             return None
-        key, place = (mark, x.shape, x.stride(), x.dtype, spec), (site, slot)
+        key, place = (mark, x.shape, x.stride(), x.dtype, cast), (site, slot)
         before = self._key_at.get(place)
         if before is not None and before != key:
             self._leave(place, before)
         self._key_at[place] = key
-        kept = self._kept.setdefault(key, Kept(lifetime))
+        kept = self._kept.get(key)
+        if kept is None or kept.is_edited:
+            kept = self._kept[key] = Kept(lifetime, places=set() if kept is None else kept.places)
         kept.places.add(place)
         kept.is_asked = True
         return kept
@@ -106,7 +116,7 @@ class Constants:
         """What `find` gave at this place, if `scale` is its scale: the quantize after a kept scale."""
         key = self._key_at.get((site, slot))
         kept = None if key is None else self._kept.get(key)
-        return kept if kept is not None and kept.scale is scale else None
+        return kept if kept is not None and kept.scale is scale and not kept.is_edited else None
 
     def end_step(self) -> None:
         """The clock moves on: forget the casts of lifetime `step` that nothing asked for since it last did."""

@@ -49,6 +49,11 @@ UNKNOWN_FORMAT = (
     "Expected a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`."
 )
 WRONG_VALUES = [
+    (
+        fwd("{x: {format: e4m3, quantizer: {kind: pact}}}"),
+        "3: rules[0].fwd.x: a quantizer learns the scale of integers. Expected an integer format without a zero point. "
+        "Try int4, uint4, int8, uint8, int4:range=full.",
+    ),
     ("rules:\n  - fwd: {x: bf16}\n  - fwd:\n      w: bf16\n      x: e4m4\n", f"5: rules[1].fwd.x: {UNKNOWN_FORMAT}"),
     ("rules:\n- fwd:\n    x:\n      format: e4m4\n", f"4: rules[0].fwd.x.format: {UNKNOWN_FORMAT}"),
     (fwd("{out: e4m4}"), f"3: rules[0].fwd.out: {UNKNOWN_FORMAT}"),
@@ -181,14 +186,12 @@ NOT_BUILT = [
         f"Try one of {ALL_FORMATS}.",
     ),
     (
-        fwd("{x: {format: e4m3, quantizer: {kind: pact}}}"),
-        "3: rules[0].fwd.x.quantizer: quantizer is not in this version. "
-        "Try format, rounding and scale (rule amax or pow2).",
+        fwd("{x: {format: int4, quantizer: {kind: sawb}}}"),
+        '3: rules[0].fwd.x.quantizer.kind: quantizer "sawb" is planned and not in this version. Try one of pact, lsq.',
     ),
     (
         fwd("{x: {format: e4m3, transform: hadamard16}}"),
-        "3: rules[0].fwd.x.transform: transform is not in this version. "
-        "Try format, rounding and scale (rule amax or pow2).",
+        "3: rules[0].fwd.x.transform: transform is not in this version. Try format, rounding, scale and quantizer.",
     ),
     *(
         (

@@ -13,8 +13,9 @@ from passes.ir.types import META, tensor_meta
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import QuantSpec
-from runtime.ops.layer import cast, to_grid
+from runtime.ops.layer import cast
 from runtime.ops.types import TensorType
+from runtime.quantize.quantizer import to_grid
 
 Build = Callable[[fx.Graph, fx.Node], fx.Node]
 
@@ -97,8 +98,8 @@ def test_the_op_on_grid_values_is_the_cast_of_the_op(name: str, format: str, rou
     x = _x()
     op, graph = _read(_OPS[name], x)
     reason = why_not_carried(op, spec, finite=False, sees_zero_signs=True)
-    wanted = to_grid(_run(graph, op.node, x), None, spec, None, 0, 0)
-    got = _on_grid(op, to_grid(x, None, spec, None, 0, 0))
+    wanted = to_grid(_run(graph, op.node, x), None, spec)
+    got = _on_grid(op, to_grid(x, None, spec))
     if reason is None:
         assert _same_bits(got, wanted)
     elif why_not_carried(op, spec, finite=False, sees_zero_signs=False) is None:
@@ -110,8 +111,8 @@ def test_int8_is_pooled_where_no_window_holds_a_nan_and_only_there() -> None:
     spec = QuantSpec.parse("int8 nearest_even")
     op, graph = _read(_OPS["max_pool2d"], _x())
     for x, is_same in ((_x(has_nan=False), True), (_x(), False)):
-        wanted = to_grid(_run(graph, op.node, x), None, spec, None, 0, 0)
-        assert torch.equal(_on_grid(op, to_grid(x, None, spec, None, 0, 0)), wanted) is is_same
+        wanted = to_grid(_run(graph, op.node, x), None, spec)
+        assert torch.equal(_on_grid(op, to_grid(x, None, spec)), wanted) is is_same
     assert why_not_carried(op, spec, finite=True, sees_zero_signs=True) is None
     reason = why_not_carried(op, spec, finite=False, sees_zero_signs=True)
     assert reason == "int8 has no NaN, which a window should have that holds one; finite=true says that none does"

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from runtime.ops.dialect import constant_scale, quantize
 from runtime.ops.layer import cast
 from runtime.quantize import kept_casts as constants
 from runtime.quantize.kept_casts import Constants
+from runtime.quantize.qtensor import CastKey
 from runtime.state import RunState
 
 pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
@@ -196,8 +198,8 @@ def test_tensors_that_are_not_plain_are_cast_each_time() -> None:
         quantize(w, None, state, spec=SPECS[0], site=0, slot=1, lifetime="step")
     with FakeTensorMode():
         quantize(torch.randn(4, 4), None, state, spec=SPECS[0], site=0, slot=1, lifetime="step")
-    spec = QuantSpec.parse(SPECS[0])
-    torch.func.vmap(lambda w: w if state.constants.find(w, spec, 0, 1, "step") is None else -w)(torch.ones(2, 3))
+    key = CastKey(QuantSpec.parse(SPECS[0]))
+    torch.func.vmap(lambda w: w if state.constants.find(w, key, 0, 1, "step") is None else -w)(torch.ones(2, 3))
     assert state.constants.num_casts == 0
 
 
@@ -205,7 +207,7 @@ def test_under_a_dispatch_mode_every_cast_is_an_operation() -> None:
     w, state = _weight(), _state()
     _run(w, SPECS[0], state)
     with FlopCounterMode(display=False):
-        assert state.constants.find(w, QuantSpec.parse(SPECS[0]), 0, 1, "step") is None
+        assert state.constants.find(w, CastKey(QuantSpec.parse(SPECS[0])), 0, 1, "step") is None
 
 
 def test_a_cast_made_in_inference_mode_serves_a_later_backward() -> None:
@@ -239,3 +241,16 @@ def test_constants_are_no_part_of_what_a_state_equals() -> None:
     _run(w, SPECS[0], state)
     assert state == RunState()
     assert isinstance(state.constants, Constants)
+
+
+@pytest.mark.parametrize("lifetime", ["step", "forever"])
+def test_an_edit_of_only_the_scale_is_another_cast(lifetime: str) -> None:
+    w, state, spec = _weight(), _state(), "int8 nearest_even tensor/amax"
+    place: dict[str, Any] = {"spec": spec, "site": 0, "slot": 1, "lifetime": lifetime}
+    first, scale = _run(w, spec, state, lifetime=lifetime)
+    assert scale is not None
+    scale.mul_(2)
+    second = quantize(w, scale, state, **place)
+    assert torch.equal(second.float(), (w / scale).round())
+    assert not torch.equal(second, first)
+    _assert_cast(w, spec, _run(w, spec, state, lifetime=lifetime))  # its own scale again

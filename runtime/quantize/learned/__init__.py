@@ -1,0 +1,1 @@
+"""Quantizers that learn their scale: modules with state, in the model under `_lp.SITE.`."""

@@ -1,0 +1,72 @@
+"""Quantizer: what casts one operand. It has an identity, its key, and where it needs it, state.
+
+    carrier(x)         what the gradient flows through: x itself, or x with the derivatives of a clip
+    scale(x)           the scale of a cast of x
+    cast(x, draw)      QTensor: grid values and scale, detached
+    key                identity and version: casts are shared, kept and left out by it, never by text
+    observe(x)         what a quantizer learns by looking
+
+Without state there are two, which are their spec: dynamic (runtime/quantize/dynamic.py), whose scale is computed from
+the largest magnitude, and block (runtime/quantize/block.py), whose format makes its own scales. With state they are
+modules in the model (runtime/quantize/learned/).
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from runtime.kernels.cast.grid import fast_to_grid
+from runtime.numerics.specs import QuantSpec
+from runtime.quantize.qtensor import CastKey, QTensor
+from runtime.quantize.storage import storage_dtype
+
+
+class Draw(NamedTuple):
+    """The key of a cast's random bits; what rounds to nearest reads none of it."""
+
+    seed: int = 0
+    step: int = 0
+    stream: int = 0
+
+
+NO_DRAW = Draw()
+
+
+class AbstractQuantizer(ABC):
+    """One cast. `spec` says format and rounding, and how the scale is chosen."""
+
+    spec: QuantSpec
+
+    @property
+    @abstractmethod
+    def key(self) -> CastKey:
+        """Identity and version."""
+
+    @abstractmethod
+    def scale(self, x: Tensor) -> Tensor | None:
+        """The scale of a cast of x, fp32, in the shapes of runtime/numerics/scaling.py; None where there is none."""
+
+    def carrier(self, x: Tensor) -> Tensor:
+        """x as the gradient sees it: the derivative of a cast is one, unless a quantizer says otherwise."""
+        return x
+
+    def observe(self, x: Tensor) -> None:  # noqa: B027
+        """Look at x before it is cast. Nothing, unless a quantizer learns by it."""
+
+    def cast(self, x: Tensor, draw: Draw = NO_DRAW) -> QTensor:
+        """x on the grid, detached. Saturates; NaN stays NaN where the storage has one."""
+        self.observe(x)
+        scale = self.scale(x)
+        return QTensor(to_grid(x, scale, self.spec, draw), scale, *self.key)
+
+
+def to_grid(x: Tensor, scale: Tensor | None, spec: QuantSpec, draw: Draw = NO_DRAW) -> Tensor:
+    """Grid values of x / scale in the storage dtype of the format. An identity spec gives x itself, detached."""
+    x = x.detach()
+    if spec.is_identity:
+        return x
+    if scale is not None and scale.requires_grad:
+        scale = scale.detach()
+    seed, step, stream = draw
+    return fast_to_grid(x, spec, scale, dtype=storage_dtype(spec.format), seed=seed, step=step, stream=stream)
