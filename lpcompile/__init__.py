@@ -2,12 +2,13 @@
 
 from lpcompile.api import advance, attach, capture_more, lpcompile, original_state_dict
 from lpcompile.frontends.leaves.attention_interface import use_lp_attention
+from lpcompile.loss_scaler import LossScaler
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolve import Policy
 from lpcompile.quantizers import lp_parameters
 from lpcompile.reporting.certificate import report
 
 __all__ = [
-    "Policy", "advance", "attach", "capture_more", "load_policy", "lp_parameters", "lpcompile", "original_state_dict",
-    "report", "use_lp_attention",
+    "LossScaler", "Policy", "advance", "attach", "capture_more", "load_policy", "lp_parameters", "lpcompile",
+    "original_state_dict", "report", "use_lp_attention",
 ]  # fmt: skip

@@ -270,7 +270,10 @@ class AdvanceAfterStep:
 
     model: nn.Module
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # as a GradScaler tells a fused optimizer to skip
+        if found_inf is not None and bool(found_inf):
+            return
         if find_compiled(self.model) is not None:  # restore() leaves the optimizer alone
             advance(self.model)
 

@@ -19,6 +19,14 @@ class LpError(Exception):
         super().__init__(". ".join(part.rstrip(".") for part in parts) + ".")
 
 
+class LpWarning(UserWarning):
+    """Base of every warning meant for a user: something runs otherwise than was said, or costs more than it seems."""
+
+
+class LossScaleWarning(LpWarning):
+    """A policy asks for a loss scale, and nothing applies it."""
+
+
 class FormatError(LpError, ValueError):
     """A number format, rounding or scale that does not exist or does not fit."""
 

@@ -1,6 +1,7 @@
 """RunState: what changes while a compiled model trains, apart from its weights. One per model, shared by its ops."""
 
 import itertools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
-from runtime.errors import LpError
+from runtime.errors import LossScaleWarning, LpError
 from runtime.numerics.random import signed_seed
 from runtime.quantize.kept_casts import Constants
 
@@ -21,7 +22,8 @@ class RunState:
     `step` counts optimizer steps and `micro_batch` the forward passes since the last one; `phase` is the entry of the
     policy's schedule that is in force. `overflow` is set when a gradient operand exceeded its format's largest value
     (it saturates all the same), as a bool tensor (), so that nobody waits for a GPU before whoever owns the loss scale
-    reads and clears it. `gemm_calls` counts executed forward GEMMs, for tests and reports.
+    reads and clears it. `is_scaled` says that somebody owns it: else the first gradient that is cast warns.
+    `gemm_calls` counts executed forward GEMMs, for tests and reports.
     """
 
     seed: int = 0
@@ -31,6 +33,7 @@ class RunState:
     phase: int = 0
     watch_overflow: bool = False
     overflow: bool | Tensor = False
+    is_scaled: bool = False
     gemm_calls: int = 0
     key: int = field(default=-1, init=False, compare=False, repr=False)
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
@@ -55,6 +58,9 @@ class RunState:
 
     def note_overflow(self, beyond: Tensor) -> None:
         """Set `overflow` where `beyond`, bool (), is True; on the device of the last gradient noted."""
+        if not self.is_scaled:
+            self.is_scaled = True  # told once
+            warnings.warn(_NO_LOSS_SCALE, LossScaleWarning, stacklevel=2)
         seen = self.overflow
         self.overflow = beyond | (seen.to(beyond.device, non_blocking=True) if isinstance(seen, Tensor) else seen)
 
@@ -93,6 +99,11 @@ def find_state(key: int) -> RunState | None:
     """The state with this key, while it lives."""
     return _STATES.get(key)
 
+
+_NO_LOSS_SCALE = (
+    "the policy has a loss scale and nothing applies it: small gradients vanish, and an overflow goes unnoticed. "
+    "Try scaler = lpcompile.LossScaler(model) in the place of torch.amp.GradScaler"
+)
 
 _KEYS = itertools.count()
 _STATES: WeakValueDictionary[int, RunState] = WeakValueDictionary()

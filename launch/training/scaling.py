@@ -33,6 +33,8 @@ class GradientUnscaler:
     def __init__(self, model: nn.Module, scale: LossScale, world: World) -> None:
         self._scale, self._model, self._world = scale, model, world
         self._is_bad = torch.zeros((), dtype=torch.bool, device=world.device)
+        if (state := run_state(model)) is not None:
+            state.is_scaled = True
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(self._unscale)

@@ -106,7 +106,7 @@ def _layer_draws(spec: str) -> bool:
 def _state(clock: Sequence[int], key: int = -1) -> RunState:
     seed, rank, step, micro_batch = clock
     state = RunState(seed=seed, rank=rank, step=step, micro_batch=micro_batch, watch_overflow=key >= 0)
-    state.key = key
+    state.key, state.is_scaled = key, True  # whose loss scale it is, is for the state with this key
     return state
 
 
