@@ -1,0 +1,243 @@
+"""Trace: one FX graph of a frozen model, as torch.export sees it, for the passes.
+
+    placeholders       the tensors among the arguments of a call, in order
+    get_attr           parameters and buffers by their path: they stay in the live model
+    call_function      torch's functions (functions.py); products have their site's name (leaf_calls.py, and below)
+    call_module        leaves of several products
+    output             the flat tuple of the result
+
+Sizes are symbols where the forward lets them be: a node reads them from a placeholder.
+"""
+
+import copy
+import functools
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils import _pytree as pytree
+
+from lpcompile.errors import NotSupported
+from lpcompile.frontends.export.functions import write_functions
+from lpcompile.frontends.export.leaf_calls import inline_leaves, opaque_leaves
+from lpcompile.frontends.export.sizes import SizeRules, size_rules
+from lpcompile.frontends.leaves.find import Leaf
+from passes.ir.gemm_nodes import read_gemm, stem_of
+from passes.ir.program import GROUP, REPEATED, SITE, WEIGHT
+from passes.ir.types import META
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph and the calls that it stands for: those with arguments like `in_spec` and sizes as `sizes` says."""
+
+    graph: fx.Graph
+    in_spec: pytree.TreeSpec
+    """Of (args, kwargs)."""
+    out_spec: pytree.TreeSpec
+    sizes: SizeRules
+    """Of the tensors, which are the placeholders."""
+
+
+def export_graph(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf], dynamic: bool = True
+) -> Exported:
+    """The graph of one call of a model in evaluation mode, without gradients; nothing is computed, and the model is
+    left as it was. With `dynamic`, sizes above 1 are symbols where the forward does not fix them.
+
+    Raises NotSupported with the reason where torch.export gives no graph that stands for the forward.
+    """
+    values, in_spec = pytree.tree_flatten((args, dict(kwargs)))
+    dims = torch.export.ShapesCollection()
+    for value in values:
+        if isinstance(value, Tensor) and dynamic:
+            dims[value] = [torch.export.Dim.AUTO if size > 1 else None for size in value.shape]
+        elif not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, torch.dtype):
+            raise NotSupported(f"an argument is a {type(value).__name__}, which no graph can take")
+    with _left_as_it_was(model, leaves), torch.no_grad(), opaque_leaves(model, leaves) as calls:
+        try:
+            shapes = dims.dynamic_shapes(model, args, dict(kwargs))
+            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+        except NotSupported:
+            raise
+        except Exception as error:  # whatever a forward does with tensors that have no data
+            raise NotSupported(f"torch.export says {type(error).__name__}: {_first_line(error)}") from error
+    graph, signature = fx.Graph(), program.graph_signature
+    graph.output(graph.graph_copy(program.graph, {}))
+    assert all(each.kind is OutputKind.USER_OUTPUT for each in signature.output_specs)  # writes are operations
+    if graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        raise NotSupported("sizes in its forward follow from data")
+    if any(node.op == "get_attr" for node in graph.nodes):
+        raise NotSupported("its forward has a branch or a loop that is an operation")
+    placeholders = graph.find_nodes(op="placeholder")
+    tensors = [
+        node for node, each in zip(placeholders, signature.input_specs)
+        if each.kind is InputKind.USER_INPUT and isinstance(node.meta["val"], Tensor)
+    ]  # fmt: skip
+    sizes = size_rules([node.meta["val"] for node in tensors], program)
+    inline_leaves(graph, calls, leaves)
+    for node, each in zip(placeholders, signature.input_specs):
+        if each.kind is not InputKind.USER_INPUT:
+            _read_live(graph, node, str(each.target), program.constants, model)
+        elif node not in tensors:
+            graph.erase_node(node)  # a plain value, which the graph holds
+    _name_functional(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code(_does_more)
+    if tensors:
+        write_functions(graph, tensors[0].meta["val"].fake_mode)
+    for node in graph.nodes:
+        _keep_own_meta(node)
+    (results,) = graph.output_node().args
+    graph.output_node().args = (tuple(results),)  # type: ignore[arg-type]
+    graph.lint()
+    assert program.call_spec.out_spec is not None
+    return Exported(graph, in_spec, program.call_spec.out_spec, sizes)
+
+
+def _does_more(node: fx.Node) -> bool:
+    """Whether a node without readers is there for something."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op in ("placeholder", "output", "call_module")
+    schema = node.target._schema
+    return schema.is_mutable or not schema.returns or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _read_live(graph: fx.Graph, node: fx.Node, target: str, constants: Mapping[str, Any], model: nn.Module) -> None:
+    """A parameter, a buffer, a tensor in an attribute: read from the model. What the forward makes from numbers of its
+    own is made again.
+    """
+    if node.users:
+        path, _, name = target.rpartition(".")
+        with graph.inserting_before(next(each for each in graph.nodes if each in node.users)):
+            try:
+                is_there = isinstance(getattr(model.get_submodule(path), name, None), Tensor)
+            except AttributeError:
+                is_there = False
+            if is_there:
+                made = graph.get_attr(target)
+            else:
+                made = _made_again(graph, constants.get(target))
+        made.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _made_again(graph: fx.Graph, constant: Any) -> fx.Node:
+    if not isinstance(constant, Tensor) or constant.numel() > _MOST_ELEMENTS:
+        raise NotSupported("its forward reads an object or a large tensor that is no attribute of a module")
+    return graph.call_function(torch.tensor, (constant.tolist(),), {"dtype": constant.dtype, "device": constant.device})
+
+
+def _name_functional(graph: fx.Graph) -> None:
+    """Give each product that is no leaf's the name PATH.STEM_NUMBER, counted anew in each call of the module."""
+    numbers: Counter[tuple[str, str]] = Counter()
+    first: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        gemm = None if SITE in node.meta else read_gemm(node)
+        if gemm is not None:
+            call, (path, _) = list(node.meta["nn_module_stack"].items())[-1]
+            number = numbers[call, stem_of(gemm)]
+            numbers[call, stem_of(gemm)] += 1
+            node.meta[SITE] = f"{path.partition('@')[0]}.{stem_of(gemm)}_{number}".removeprefix(".")
+        site = node.meta.get(SITE)
+        if site is not None and first.setdefault(site, node) is not node:
+            node.meta[REPEATED] = first[site].meta[REPEATED] = True
+
+
+def _keep_own_meta(node: fx.Node) -> None:
+    """Of torch.export's metadata the shape and dtype of a tensor, at the sizes of the example."""
+    value = node.meta.get("val")
+    kept = {key: node.meta[key] for key in (SITE, GROUP, REPEATED, WEIGHT) if key in node.meta}
+    node.meta.clear()
+    node.meta.update(kept)
+    if isinstance(value, Tensor):
+        shape, strides = ([_hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+        node.meta[META] = _extract_tensor_metadata(
+            torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+        )
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[None]:
+    """What the forward writes into modules, their containers and their configs, and draws of random numbers, is undone,
+    and raises NotSupported. Hooks of the root do not run.
+    """
+    before, seeds, original = _State(model.modules()), (torch.get_rng_state(), random.getstate()), model.forward
+    known = {leaf.path for leaf in leaves}
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = _State(module for path, module in model.named_modules() if path not in known)
+        result = original(*args, **kwargs)
+        if before.changed():
+            raise NotSupported("its forward changes attributes of a module")
+        return result
+
+    for name in _HOOKS:
+        vars(model)[name].clear()
+    vars(model)["forward"] = forward
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is undone here
+            yield
+    finally:
+        before.restore()
+        torch.set_rng_state(seeds[0])
+        random.setstate(seeds[1])
+
+
+class _State:
+    """What modules hold beside the data of tensors, in every dict, list and set of theirs."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        holders: dict[int, Any] = {}
+        for module in modules:
+            holders[id(vars(module))] = vars(module)
+            for value in [*vars(module).values()]:
+                if isinstance(value, (list, dict, set)):
+                    holders[id(value)] = value
+                elif hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type)):
+                    holders[id(vars(value))] = vars(value)
+        self._held = [(holder, copy.copy(holder)) for holder in holders.values()]
+
+    def changed(self) -> list[Any]:
+        return [(holder, before) for holder, before in self._held if not _is_same(holder, before)]
+
+    def restore(self) -> None:
+        for holder, before in self.changed():
+            holder.clear()
+            holder.extend(before) if isinstance(holder, list) else holder.update(before)
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    """Whether two values are one object, or containers and plain values of the same: torch.export builds some anew."""
+    if left is right or type(left) is not type(right):
+        return left is right
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_is_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_is_same, left, right))
+    return isinstance(left, (set, frozenset, bool, int, float, str)) and left == right
+
+
+_MOST_ELEMENTS = 64
+"""Of a tensor that a graph makes anew in each call: a microsecond or two."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")

@@ -1,0 +1,219 @@
+"""Exported graphs: the values of the model bit for bit, the sites of the other front ends, and a model left alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lpcompile import lpcompile, report
+from lpcompile.errors import NotSupported
+from lpcompile.frontends.export.trace import Exported, export_graph
+from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
+from lpcompile.frontends.graph_code import GraphCode
+from lpcompile.frontends.leaves.find import find_leaves
+from passes.ir.gemm_nodes import read_gemm, site_names
+from passes.ir.program import SITE
+from tests.zoo.models import NAMES, ZOO, build
+
+_ONE_LENGTH = ("mamba", "lstm")
+"""Models of the zoo whose forward has a loop over a size, or fixes one: another batch has another graph."""
+
+
+def _export(model: nn.Module, *args: Any, **kwargs: Any) -> Exported:
+    return export_graph(model, args, kwargs, find_leaves(model)[0])
+
+
+def _run(exported: Exported, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    tensors = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    assert exported.sizes.fits(*tensors)
+    with torch.no_grad():
+        results = GraphCode(exported.graph, switches_grad_mode=False)(model, tensors)
+    return pytree.tree_unflatten(results, exported.out_spec)
+
+
+def _sites(exported: Exported, model: nn.Module) -> set[str]:
+    found: set[str] = set()
+    for node in exported.graph.nodes:
+        if node.op == "call_module":
+            found |= {leaf.name for leaf in find_leaves(model)[0] if leaf.path == node.target}
+        elif (gemm := read_gemm(node)) is not None:
+            found |= {*site_names(gemm, node.meta[SITE])}
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_zoo_has_the_values_of_the_model_and_the_sites_of_the_other_front_ends(name: str) -> None:
+    model, batch = build(name).eval(), ZOO[name].batch(0)
+    before = copy.deepcopy(model.state_dict())
+    close_fast_paths(model)  # torch's encoder would call none of its children
+    seed, attributes = torch.get_rng_state(), {path: dict(vars(each)) for path, each in model.named_modules()}
+    exported = _export(model, **batch)
+    assert torch.equal(torch.get_rng_state(), seed)
+    for path, module in model.named_modules():
+        assert vars(module) == attributes[path], path
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for number in (0, 1):
+        batch = ZOO[name].batch(number)
+        tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+        if number and not exported.sizes.fits(*tensors):
+            assert name in _ONE_LENGTH
+            continue
+        with torch.no_grad():
+            wanted = model(**batch)
+        found = _run(exported, model, **batch)
+        assert type(found) is type(wanted)
+        assert torch.equal(found["loss"], wanted["loss"])
+        assert torch.equal(found["logits"], wanted["logits"])
+    reopen_fast_paths(model)
+    rows = report(lpcompile(copy.deepcopy(model), "fp32-emulated", example_kwargs=ZOO[name].batch(0))).gemms
+    assert _sites(exported, model) == {row.name for row in rows}
+
+
+class _Twice(nn.Module):
+    """A child that runs twice, with a leaf and two products of activations in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = _Products()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(self.child(x)) @ x.transpose(-1, -2)
+
+
+class _Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(self.fc(x), x.transpose(-1, -2))
+        return F.relu(torch.einsum("bij,bjk->bik", y, x))
+
+
+def test_products_are_counted_anew_in_each_call_of_a_module() -> None:
+    torch.manual_seed(0)
+    model, x = _Twice(), torch.randn(2, 5, 8)
+    exported = _export(model, x)
+    assert torch.equal(_run(exported, model, x), model(x))
+    assert _sites(exported, model) == {"child.fc", "child.matmul_0", "child.einsum_0", "matmul_0"}
+
+
+def test_weights_are_read_live() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(3, 8)
+    exported = _export(model, x)
+    for layer in (model[0], model[1]):
+        layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    assert torch.equal(_run(exported, model, x), model(x))
+    x = torch.randn(7, 8)
+    assert torch.equal(_run(exported, model, x), model(x))
+    assert not exported.sizes.fits(torch.randn(7, 9))
+    assert not exported.sizes.fits(torch.randn(1, 8))  # a size of 1 may mean another thing
+
+
+def test_a_leaf_of_several_products_is_called_as_it_is() -> None:
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.attention = nn.LSTM(8, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            y, (h, _) = self.lstm(x)
+            z, weights = self.attention(y, y, y, need_weights=False)
+            return z + h[0][:, None], weights
+
+    model, x = Model().eval(), torch.randn(2, 5, 8)
+    exported = _export(model, x)
+    assert [node.target for node in exported.graph.find_nodes(op="call_module")] == ["lstm", "attention"]
+    for each in (x, torch.randn(3, 5, 8)):  # a recurrence has one length
+        found, nothing = _run(exported, model, each)
+        with torch.no_grad():
+            assert torch.equal(found, model(each)[0])
+        assert nothing is None
+
+
+class _Stateful(nn.Module):
+    """A forward of the test's own, which may read and write what is here."""
+
+    run: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.count, self.seen = nn.Linear(8, 8), 0, []
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def _reads_data(self: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.sum() > 0 else x
+
+
+def _counts(self: Any, x: Tensor) -> Tensor:
+    self.count += 1
+    return x + self.fc(x)
+
+
+def _appends(self: Any, x: Tensor) -> Tensor:
+    self.seen.append(x.shape[0] > 1)
+    return x + self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (_reads_data, "torch.export says "),
+        (_counts, "changes attributes of a module"),
+        (_appends, "changes attributes of a module"),
+    ],
+)
+def test_what_has_no_graph_is_told_and_left_as_it_was(forward: Any, why: str) -> None:
+    model = _Stateful().eval()
+    model.run = forward
+    with pytest.raises(NotSupported, match=why):
+        _export(model, torch.randn(3, 8))
+    assert (model.count, model.seen, float(model.total)) == (0, [], 0.0)
+    assert "forward" not in vars(model.fc)
+
+
+def test_a_write_into_a_buffer_is_an_operation_of_the_graph() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.total.add_(1)
+        return x + self.fc(x) * self.total
+
+    model, x = _Stateful().eval(), torch.randn(3, 8)
+    model.run = forward
+    exported, twin = _export(model, x), copy.deepcopy(model)
+    assert float(model.total) == 0
+    for _ in range(2):
+        assert torch.equal(_run(exported, model, x), twin(x))
+    assert float(model.total) == 2
+
+
+def test_hooks_of_the_root_do_not_see_the_trace() -> None:
+    model, seen = nn.Sequential(nn.Linear(8, 8)), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    _export(model, torch.randn(3, 8))
+    assert not seen
+    model(torch.randn(3, 8))
+    assert seen
+
+
+def test_an_argument_that_no_graph_can_take_is_told() -> None:
+    with pytest.raises(NotSupported, match="an argument is a object"):
+        _export(nn.Linear(8, 8), object())
+
+
+def test_gradients_and_random_numbers_of_the_caller_stay() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).eval(), torch.randn(3, 8, requires_grad=True)
+    exported = _export(model, x)
+    assert torch.is_grad_enabled()
+    assert [str(node.op) for node in exported.graph.nodes].count("call_function") == 1  # dropout does nothing here
+    assert torch.equal(_run(exported, model, x), model(x))
