@@ -51,6 +51,10 @@ class WireError(LpError):
     """A collective cannot run as the policy says, or did not."""
 
 
+class SlowPathWarning(UserWarning):
+    """Work that is right and takes far longer than it could, said once; the text says why and what to do."""
+
+
 def nearest_names(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A hint naming the closest known spellings: `"e4m3"? Known: bf16, e4m3, ...`."""
     from difflib import get_close_matches

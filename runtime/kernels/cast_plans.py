@@ -25,15 +25,15 @@ def cast_plan(format: str, rounding: Rounding) -> CastPlan | None:
         zero = -0.0 if row.has_negative_zero else 0.0
         low = 2.0**row.emin if row.subnormals else row.tiny
         magic = 2.0**23 * row.quantum if row.subnormals else 2.0 ** (row.emin + 26)
-        is_gap = not row.subnormals  # below the smallest value: half of it is a tie, which goes to 0, the even one
+        is_gap = not row.subnormals  # below the smallest value: of a tie there 0 is the even one
+        tie = row.first_tie
     else:
         least, largest = int_range(row, torch.float32)
-        shift, smallest, zero, low, magic, is_gap = 0, 1.0, 0.0, 2.0**23, 2.0**23, False
-    half = smallest / 2
-    up_at = half if rounding == "nearest_away" and half >= 2.0**-149 else math.inf
+        shift, smallest, zero, low, magic, is_gap, tie = 0, 1.0, 0.0, 2.0**23, 2.0**23, False, 0.5
+    up_at = tie if rounding == "nearest_away" and tie >= 2.0**-149 else math.inf
     if rounding == "nearest_even" and is_gap:
-        up_at = float(np.nextafter(np.float32(half), np.float32(np.inf)))
-    if low < 2.0**-126 or magic >= 2.0**128 or (half >= 2.0**-149 and float(np.float32(half)) != half):
+        up_at = float(np.nextafter(np.float32(tie), np.float32(np.inf)))
+    if low < 2.0**-126 or magic >= 2.0**128 or (tie >= 2.0**-149 and float(np.float32(tie)) != tie):
         return None
     # With no fraction bits both neighbours are odd, and ties go up (IEEE 754-2019, 4.3.1: the larger in magnitude).
     is_even = rounding == "nearest_even" and 0 < shift < 23

@@ -12,7 +12,7 @@ Fidelity of an accepted GEMM:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, embeds, get_format
 from runtime.numerics.free_axes import FREE_AXES, Side
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
-from runtime.numerics.specs import FP32_SUMS, SCALE_RULES, AccumulateSpec, GemmSpec, QuantSpec, Role
+from runtime.numerics.specs import FP32_SUMS, IDENTITY, SCALE_RULES, AccumulateSpec, GemmSpec, QuantSpec, Role
 
 Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
 
@@ -143,7 +143,8 @@ def _consider_cpu_emulation(request: GemmRequest) -> Choice | Declined:
     if reason := cpu_accumulate.declines(spec):
         return Declined("cpu_emulation", reason)
     how = f"rounds to {_sum_of(spec)} after every {_unit_of(spec)}, bitwise the reference"
-    return Choice("cpu_emulation", "cpu_accumulate", "emulated", how)
+    method = "cpu_accumulate_off_grid" if _folds(request) else "cpu_accumulate"
+    return Choice("cpu_emulation", method, "emulated", how)
 
 
 def _folds(request: GemmRequest, rules: tuple[str, ...] = SCALE_RULES) -> bool:
@@ -247,7 +248,7 @@ BACKENDS: tuple[Callable[[GemmRequest], Choice | Declined], ...] = (
 )
 
 
-EMULATED = ("cpu_accumulate", "sequential")
+EMULATED = ("cpu_accumulate", "cpu_accumulate_off_grid", "sequential")
 """Methods that round as they add, in the order that runtime/numerics/reference_gemm.py defines."""
 
 
@@ -257,6 +258,9 @@ def multiplier(method: str, spec: GemmSpec, key: RandomKey = NO_KEY) -> Callable
     """
     if method == "cpu_accumulate":
         return lambda a, b: cpu_accumulate.multiply(a, b, spec, key)
+    if method == "cpu_accumulate_off_grid":
+        off_grid = replace(spec, lhs=IDENTITY, rhs=IDENTITY)
+        return lambda a, b: cpu_accumulate.multiply(a, b, off_grid, key)
     if method == "cpu_bf16":
         return cpu_gemm.multiply
     if method == "cpu_int8":

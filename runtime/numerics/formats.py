@@ -235,6 +235,12 @@ class FloatFormat:
         return 2.0 ** (self.emin - self.mantissa)
 
     @property
+    def first_tie(self) -> float:
+        """The tie between 0 and the smallest value: halfway, or with `zero_exponent_is_normal` half a spacing below
+        that value, since the code before it, of 2^emin, is the code of zero."""
+        return self.min_normal - self.quantum / 2 if self.zero_exponent_is_normal else self.tiny / 2
+
+    @property
     def codes(self) -> int:
         """Number of codes with a finite value, +0 and -0 both counted."""
         per_binade = 2**self.mantissa

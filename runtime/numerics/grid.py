@@ -7,7 +7,8 @@ For a magnitude a = |x / scale| in a float format with lowest exponent emin and 
     q = min(round(a / ulp) ulp, max)  rounded on that spacing (carrying into the next binade is automatic), saturated
 
 Everything up to `round` is exact in float64. A format without subnormals has nothing between 0 and its smallest value:
-there ulp is that value. A lookup format has no spacing. Between two neighbours in its table:
+there ulp is that value. (In dlfloat16 the code below the smallest value is that of zero, so the nearest roundings give
+0 up to half a spacing below that value.) A lookup format has no spacing. Between two neighbours in its table:
 
     nearest_even   the nearer by value; a tie goes to 0 if 0 is one of the two, else to the larger magnitude
     nearest_away   the nearer by value; a tie goes to the larger magnitude
@@ -66,14 +67,23 @@ def round_to_grid(
     else:
         a = wide.abs()
         ulp = _spacing(a, row)
-        # Exact, ulp being a power of two, except for a below a smallest value that is none (dlfloat16). There too t is
-        # 1/2 only at the tie: the next float64 to ulp / 2 is farther than 2^-53 off in proportion, so its t farther
-        # than 2^-54.
-        q = torch.copysign(round_to_integer(a / ulp, rounding, u) * ulp, wide)
+        # Exact, ulp being a power of two, except for a below a smallest value that is none (dlfloat16). That one's tie
+        # is not its half, and is compared with; the quotient serves the other roundings.
+        size = round_to_integer(a / ulp, rounding, u) * ulp
+        if (
+            isinstance(row, FloatFormat)
+            and row.zero_exponent_is_normal
+            and rounding in ("nearest_even", "nearest_away")
+        ):
+            is_up = a >= row.first_tie if rounding == "nearest_away" else a > row.first_tie
+            size = torch.where(a < row.tiny, torch.where(is_up, row.tiny, 0.0), size)
+        q = torch.copysign(size, wide)
     if overflow != "unbounded":
         low, high = int_range(row, working) if isinstance(row, IntFormat) else (row.min, row.max)
         top = _meaning_of_overflow(row) if overflow == "ieee" else None
         beyond = q.clamp(low, high) if top is None else torch.copysign(torch.as_tensor(top).to(q), wide)
+        if top is not None and rounding == "toward_zero":  # IEEE 754-2019, 7.4: only what is infinite stays so
+            beyond = torch.where(wide.isinf(), beyond, q.clamp(low, high))
         q = torch.where((q < low) | (q > high), beyond, q)
     if not row.has_negative_zero:
         q = q + 0.0  # -0 + 0 is 0

@@ -2,7 +2,8 @@
 
     c = 0; for each chunk of `chunk` products: s = 0; for k in the chunk: s = Q(s + a_k b_k); c = Q(c + s)
 
-Additions go in increasing k; Q rounds once to the accumulator's format and saturates. With no chunk, and with one
+Additions go in increasing k; Q rounds once to the accumulator's format and saturates, but for fp32, which overflows as
+IEEE 754 says: to Inf, or to the largest value where the rounding is toward zero. With no chunk, and with one
 chunk, the outer add is skipped. Of the three choices of an AccumulateSpec
 
     product="fma"       s = Q(s + a_k b_k)       the product is not rounded first
@@ -26,12 +27,17 @@ float64 (the inexact bit is kept in the last place), and rounding that to any fo
 equals rounding the exact sum (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from runtime.errors import SlowPathWarning
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.formats import FloatFormat, IntFormat, get_format
 from runtime.numerics.grid import binade, round_to_grid
@@ -41,6 +47,8 @@ from runtime.numerics.specs import AccumulateSpec, GemmSpec
 NAME = "reference"
 DRAWS = 8
 """Draws of 16 bits in the four words of one Philox counter."""
+MANY_PRODUCTS = 10**7
+"""From how many products on the reference says that it runs."""
 Round = Callable[[Tensor, int], Tensor]
 
 
@@ -67,6 +75,8 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
         if bool(is_nan.any()):
             return multiply(a.nan_to_num(0.0), b.nan_to_num(0.0), spec, key).masked_fill(is_nan, torch.nan)
     shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    if math.prod(shape) * num_k > MANY_PRODUCTS:
+        _say_slow(str(spec))
     working = torch.int64 if how.is_integer else torch.float64
     left, right = a.to(working), b.to(working)
     total = torch.zeros(shape, dtype=working, device=a.device)
@@ -84,11 +94,22 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
             if how.model == "per_mac":
                 part = round_sum(part, k)
             elif not how.is_integer:
-                part = round_to_grid(part, _FP32, "nearest_even")
+                part = round_to_grid(part, _FP32, "nearest_even", overflow=_overflow(how))
         if how.model == "per_chunk":
             part = round_sum(part, index)
         total = part if num_chunks == 1 else round_sum(add(total, part), first_outer + index)
     return total.float()
+
+
+@cache
+def _say_slow(spec: str) -> None:
+    warnings.warn(
+        f"gemm: `{spec}` runs in the reference, rounding by rounding in torch operations. Expected a kernel "
+        f"for more than {MANY_PRODUCTS:.0e} products. Got none: there is no C++ compiler here, or the tensors are "
+        "not on the CPU. Try installing g++ with OpenMP, or moving the tensors.",
+        SlowPathWarning,
+        stacklevel=3,
+    )
 
 
 def declines(spec: GemmSpec) -> str | None:
@@ -120,8 +141,9 @@ def _rounding(how: AccumulateSpec, key: RandomKey, like: Tensor) -> Round:
         return lambda x, _: (x - base) % 2**row.bits + base
     assert isinstance(row, FloatFormat)
     if how.mode != "stochastic":
-        return lambda x, _: round_to_grid(x, row, how.mode)
+        return lambda x, _: round_to_grid(x, row, how.mode, overflow=_overflow(how))
     digits, groups = random_digits(how), dict[int, Tensor]()
+    top = torch.inf if _overflow(how) == "ieee" else row.max
 
     def round_stochastically(x: Tensor, number: int) -> Tensor:
         group, place = divmod(number, DRAWS)
@@ -134,14 +156,19 @@ def _rounding(how: AccumulateSpec, key: RandomKey, like: Tensor) -> Round:
             )
             groups[group] = words.view(*like.shape, 4)
         draw = (groups[group][..., place // 2] >> 16 * (place % 2) & 0xFFFF) >> (16 - digits)
-        return _round_by_draw(x, row, draw, digits)
+        return _round_by_draw(x, row, draw, digits, top)
 
     return round_stochastically
 
 
-def _round_by_draw(x: Tensor, row: FloatFormat, draw: Tensor, digits: int) -> Tensor:
+def _overflow(how: AccumulateSpec) -> Literal["saturate", "ieee"]:
+    """What becomes of a sum beyond the accumulator's largest value."""
+    return "ieee" if how.format == "fp32" else "saturate"
+
+
+def _round_by_draw(x: Tensor, row: FloatFormat, draw: Tensor, digits: int, top: float) -> Tensor:
     """x (float64, rounded to odd) up in magnitude when rest / ulp >= 1 - draw 2^-digits; exact: nothing is divided but
-    by powers of two, or where the whole part is 0.
+    by powers of two, or where the whole part is 0. Beyond the largest value is `top`.
     """
     size = x.abs()
     ulp = torch.exp2((binade(size, row.emin) - row.mantissa).double())
@@ -149,9 +176,9 @@ def _round_by_draw(x: Tensor, row: FloatFormat, draw: Tensor, digits: int) -> Te
         ulp = torch.where(size < row.tiny, row.tiny, ulp)
     below = torch.floor(size / ulp) * ulp
     up = (size - below) * 2.0**digits >= ulp * (2.0**digits - draw)
-    rounded = torch.copysign((below + torch.where(up, ulp, 0.0)).clamp(max=row.max), x)
-    rounded = rounded if row.has_negative_zero else rounded + 0.0
-    return torch.where(x.isnan(), x, torch.where(x.isinf(), torch.copysign(torch.full_like(x, row.max), x), rounded))
+    rounded = below + torch.where(up, ulp, 0.0)
+    rounded = torch.copysign(torch.where(x.isinf() | (rounded > row.max), top, rounded), x)
+    return torch.where(x.isnan(), x, rounded if row.has_negative_zero else rounded + 0.0)
 
 
 def add_to_odd(x: Tensor, y: Tensor) -> Tensor:

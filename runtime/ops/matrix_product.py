@@ -4,6 +4,7 @@ It is one op, lp::matrix_product, which fx, make_fx, export and torch.compile ke
 straight-through gradient, da = dy q(b)^T and db = q(a)^T dy with fp32 sums; `gemm` itself gives none.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,21 @@ from torch.library import Library, register_autograd, register_fake
 
 from runtime.errors import FormatError
 from runtime.kernels.cast.public import quantize
-from runtime.kernels.cpu import accumulate as cpu_accumulate
+from runtime.kernels.cpu import accumulate, accumulate_wide
 from runtime.numerics import reference_gemm as reference
 from runtime.numerics.block_formats import default_rounding, grid_format, is_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.reference_gemm import RandomKey
-from runtime.numerics.specs import AccumulateModel, AccumulateSpec, GemmSpec, Product, QuantSpec, Rounding
+from runtime.numerics.specs import (
+    IDENTITY,
+    AccumulateModel,
+    AccumulateSpec,
+    GemmSpec,
+    Product,
+    QuantSpec,
+    Rounding,
+)
 
 
 @torch.no_grad()
@@ -39,17 +48,20 @@ def gemm(
     """a (..., M, K) times b (..., K, N), batch dims broadcast -> (..., M, N) in fp32.
 
     Both operands are cast to their formats first: the row's own rounding, scale 1, saturating (block formats make
-    their own scales, along K). The sum is exact in every step but the roundings Q, each to the accumulator's format:
+    their own scales, along K); fp32 is no cast. The sum is exact in every step but the roundings Q, each to the
+    accumulator's format:
 
         c = 0; for each chunk of K: s = 0; for k in the chunk, increasing: s = Q(s + a_k b_k);  c = Q(c + s)
 
     With one chunk, or chunk None, c = s. product="rounded" is s = Q(s + Q(a_k b_k)). model="per_chunk" sums a chunk in
     fp32 (nearest-even after each fused multiply-add), rounds it once, s = Q(s), then c = Q(c + s). Q rounds by
-    `rounding` (None: the accumulator row's own) and saturates; NaN propagates. Stochastic bits are a function of (seed,
-    step, place in the output, number of the rounding): runtime/numerics/reference_gemm.py says which.
+    `rounding` (None: the accumulator row's own) and saturates, but fp32 overflows to Inf as torch's does; NaN
+    propagates, and Inf times 0 is one. Stochastic bits are a function of (seed, step, place in the output, number of
+    the rounding): runtime/numerics/reference_gemm.py says which.
     `accumulate` may be a text or an AccumulateSpec that says all of it: "1-6-9/64 stochastic", "int16 wrap". Integer
     accumulators need integer operands and saturate (row ends: int32 to +-(2^31 - 1)) or wrap (two's complement).
     An integer sum has no NaN of its own: where an operand has one in the row or column, the result is NaN.
+    On the CPU C++ kernels run, with a compiler; a product left to the reference warns once (SlowPathWarning).
     Raises FormatError: operands that are no matrices, do not fit or are not real floating-point, unknown names, int
     sums of floats, integer sums that could leave int64 before they are cut.
     """
@@ -111,17 +123,28 @@ def _matrix_product(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Te
     left, right = _quantized(a, b, spec)
     if spec.accumulator.is_integer:
         _check_int64(spec, a.shape[-1])
-    is_on_grid = not (spec.lhs.has_scale or spec.rhs.has_scale)  # nvfp4's values are on one times its tensor's 1 / S
-    if a.device.type == "cpu" and is_on_grid and cpu_accumulate.declines(spec) is None:
-        return cpu_accumulate.multiply(left, right, spec, key)
+    # nvfp4's values are on its grid times its tensor's 1 / S, that is, anywhere in fp32
+    lhs, rhs = (IDENTITY if operand.has_scale else operand for operand in (spec.lhs, spec.rhs))
+    spec = replace(spec, lhs=lhs, rhs=rhs)
+    for kernel in (accumulate, accumulate_wide) if a.device.type == "cpu" else ():
+        if kernel.declines(spec) is None:
+            return kernel.multiply(left, right, spec, key)
     return reference.multiply(left, right, spec, key)
 
 
 def _quantized(a: Tensor, b: Tensor, spec: GemmSpec) -> tuple[Tensor, Tensor]:
-    """Both operands on their grids, fp32, blocks along the sum. float64 is rounded once, from all of its bits."""
-    left, right = (x if x.dtype == torch.float64 else x.float() for x in (a, b.transpose(-1, -2)))
-    left = quantize(left, spec.lhs.format, spec.lhs.rounding).float()
-    return left, quantize(right, spec.rhs.format, spec.rhs.rounding).float().transpose(-1, -2)
+    """Both operands on their grids, fp32, blocks along the sum. float64 is rounded once, from all of its bits. fp32 is
+    no cast: Inf stays.
+    """
+    left, right = _cast_to(a, spec.lhs), b
+    return left, _cast_to(right.mT, spec.rhs).mT if spec.rhs.is_block else _cast_to(right, spec.rhs)
+
+
+def _cast_to(x: Tensor, operand: QuantSpec) -> Tensor:
+    if operand.is_identity:
+        return x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
+    return quantize(wide, operand.format, operand.rounding).float()
 
 
 def _shape(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Tensor:

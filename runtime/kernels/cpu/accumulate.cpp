@@ -2,18 +2,20 @@
 //
 //   total = 0; for each chunk of K: part = 0; for k in the chunk: part = Q(part + a b);  total = Q(total + part)
 //
-// as runtime/numerics/reference_gemm.py does, bit for bit. With one chunk there is no outer add. The caller has shown that
-// a b is exact in fp32, and says how Q is reached from the fp32 sum:
+// as runtime/numerics/reference_gemm.py does, bit for bit. With one chunk there is no outer add. The caller says how Q is reached
+// from a sum in fp32 lanes:
 //
+//   fp32     Q is the adder's own rounding to nearest even; Inf and NaN as IEEE 754 has them//
 //   direct   Q(fl(part + a b)): rounding twice is rounding once (runtime/kernels/cpu/accumulate.py says when)
 //   scaled   direct, with A times a power of two that lays the accumulator's subnormals on those of fp32. There adding to
 //            the bits and clearing the low ones rounds subnormals as well, so that Q has no special case. Finite inputs
 //            only: sums saturate, so nothing else can turn up.
-//   odd      the sum is first rounded to odd: fl(x + y) and its exact error; an inexact even result moves one ulp towards
-//            the error. Q of that is Q of the exact sum for every Q of at most 22 significant bits (Boldo, Melquiond 2008).
+//   odd      the sum is first rounded to odd: a b + part is rounded down and up, which is exact or gives two neighbours, of
+//            which one is odd. Q of that is Q of the exact sum for every Q of at most 22 significant bits whose quantum is
+//            2^-147 or more (Boldo, Melquiond 2008). Nothing is asked of the product: the unit adds all of its bits.
 //
 // A tile is `clear` where no sum can saturate, by the largest |a| and |b| of its rows and columns, and none can fall below the
-// constant precision, as the caller has shown from the formats. Then Q is two operations: adding and subtracting 1.5 2^(23 - M)
+// constant precision, by the formats or by the smallest |a| and |b|. Then Q is two operations: adding and subtracting 1.5 2^(23 - M)
 // times the sum's power of two lets the adder round to nearest even at bit M, and for the other modes a constant or the
 // draw is added to the bits and the low ones are cleared.
 //
@@ -34,12 +36,14 @@
 #include <vector>
 
 #include "philox.h"
+#include "transpose.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 
 namespace {
 
 constexpr int kRows = 8, kColumns = 32;
+constexpr int64_t kGroupFloats = 1 << 17;
 
 // Mirrors CastPlan of cast.cpp, which explains each field.
 struct CastPlan {
@@ -54,12 +58,14 @@ inline __m512 with_sign(__m512 size, __m512 sign) {  // bitwise: sign ? sign : s
                                                        _mm512_set1_epi32(int(0x80000000u)), 0xd8));
 }
 
-// How to sum; mirrors How of accumulate.py. scale: the power of two of `scaled`, 0 for `direct`, -1 for `odd`. no_underflow: no
-// sum but 0 lies below the constant precision. is_general: what follows holds, and is not the default. digits: b, 0 if not
-// stochastic.
+// How to sum; mirrors How of accumulate.py. scale: the power of two of `scaled`, 0 for `direct`, -1 for `odd`. smallest_product:
+// every product is a multiple of it, by the formats. least_sum: from there on precision is constant. a_bits, b_bits: the
+// significant bits of the operands. is_fp32: `fp32`. is_general: what follows holds, and is not the default. digits: b, 0 if
+// not stochastic.
 struct How {
   float scale;
-  int32_t no_underflow, is_general, is_cut, is_rounded_product, is_per_chunk, digits;
+  double smallest_product, least_sum;
+  int32_t a_bits, b_bits, is_fp32, is_general, is_cut, is_rounded_product, is_per_chunk, digits;
   int64_t first_element, num_elements;
   RandomPlan random;
 };
@@ -201,25 +207,30 @@ class Draws {
   Words words_[kRows][2];
 };
 
-// x + y rounded to odd.
-inline __m512 add_to_odd(__m512 x, __m512 y) {
-  const __m512 s = _mm512_add_ps(x, y), back = _mm512_sub_ps(s, x);
-  const __m512 error = _mm512_add_ps(_mm512_sub_ps(x, _mm512_sub_ps(s, back)), _mm512_sub_ps(y, back));
-  const __m512 zero = _mm512_setzero_ps();
-  const __m512i bits = _mm512_castps_si512(s);
-  const __mmask16 even = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(1));
-  const __mmask16 finite = _mm512_cmp_ps_mask(magnitude(error), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
-  const __mmask16 inexact = _mm512_cmp_ps_mask(error, zero, _CMP_NEQ_OQ) & even & finite;
-  const __mmask16 outward = ~(_mm512_cmp_ps_mask(error, zero, _CMP_GT_OQ) ^ _mm512_cmp_ps_mask(s, zero, _CMP_GT_OQ));
-  const __m512i one = _mm512_set1_epi32(1);
-  const __m512i grown = _mm512_mask_add_epi32(bits, inexact & outward, bits, one);
-  return _mm512_castsi512_ps(_mm512_mask_sub_epi32(grown, inexact & ~outward, bits, one));
+// Of a result rounded down and rounded up the odd one: both are the exact one, or neighbours around it. An exact 0 is +0 as
+// to nearest, which rounding down would make -0.
+inline __m512 odd_of(__m512 down, __m512 up) {
+  return _mm512_mask_mov_ps(up, _mm512_test_epi32_mask(_mm512_castps_si512(down), _mm512_set1_epi32(1)), down);
 }
 
-enum class Path { kScaled, kDirect, kOdd, kClearEven, kClearAway, kClearOddEven, kClearOddAway };
+constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC, kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+
+inline __m512 add_to_odd(__m512 x, __m512 y) { return odd_of(_mm512_add_round_ps(x, y, kDown), _mm512_add_round_ps(x, y, kUp)); }
+
+inline __m512 multiply_to_odd(__m512 a, __m512 b) {
+  return odd_of(_mm512_mul_round_ps(a, b, kDown), _mm512_mul_round_ps(a, b, kUp));
+}
+
+// a b + x rounded to odd.
+inline __m512 multiply_add_to_odd(__m512 a, __m512 b, __m512 x) {
+  return odd_of(_mm512_fmadd_round_ps(a, b, x, kDown), _mm512_fmadd_round_ps(a, b, x, kUp));
+}
+
+enum class Path { kFp32, kScaled, kDirect, kOdd, kClearEven, kClearAway, kClearOddEven, kClearOddAway };
 
 template <Path path>
 inline __m512 round_on(__m512 s, const CastPlan& p) {
+  if constexpr (path == Path::kFp32) return s;
   if constexpr (path == Path::kScaled) return round_scaled(s, p);
   if constexpr (path == Path::kDirect || path == Path::kOdd) return round(s, p);
   return round_clear<path == Path::kClearEven || path == Path::kClearOddEven>(s, p);
@@ -228,10 +239,11 @@ inline __m512 round_on(__m512 s, const CastPlan& p) {
 template <Path path>
 inline __m512 accumulate(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
   constexpr bool is_odd = path == Path::kOdd || path == Path::kClearOddEven || path == Path::kClearOddAway;
-  return round_on<path>(is_odd ? add_to_odd(part, _mm512_mul_ps(a, b)) : _mm512_fmadd_ps(a, b, part), p);
+  return round_on<path>(is_odd ? multiply_add_to_odd(a, b, part) : _mm512_fmadd_ps(a, b, part), p);
 }
 
-// The product is rounded as well. It is on the accumulator's grid then, and its sum with what is on that grid, direct.
+// The product, exact in fp32 or with fp32 for an accumulator, is rounded as well. It is on the accumulator's grid then, and its
+// sum with what is on that grid, direct.
 template <Path path>
 inline __m512 accumulate_rounded(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
   return round_on<path>(_mm512_add_ps(part, round_on<path>(_mm512_mul_ps(a, b), p)), p);
@@ -239,7 +251,7 @@ inline __m512 accumulate_rounded(__m512 part, __m512 a, __m512 b, const CastPlan
 
 template <Path path>
 inline __m512 add_chunk(__m512 total, __m512 part, const CastPlan& p) {
-  return round_on<path>(add_to_odd(total, part), p);
+  return round_on<path>(path == Path::kFp32 ? _mm512_add_ps(total, part) : add_to_odd(total, part), p);
 }
 
 template <Path path, bool RoundedProduct>
@@ -267,6 +279,7 @@ void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chun
 using MultiplyPanels = decltype(&multiply_panels<Path::kDirect, false>);
 
 MultiplyPanels panels_of(const How& how, bool is_clear, bool is_even) {
+  if (how.is_fp32) return how.is_rounded_product ? multiply_panels<Path::kFp32, true> : multiply_panels<Path::kFp32, false>;
   if (how.is_rounded_product) {  // direct
     if (!is_clear) return multiply_panels<Path::kDirect, true>;
     return is_even ? multiply_panels<Path::kClearEven, true> : multiply_panels<Path::kClearAway, true>;
@@ -293,9 +306,9 @@ struct Rounder {
   }
   __m512 sum(__m512 x, __m512 y) const { return IsCut ? _mm512_add_round_ps(x, y, kCut) : add_to_odd(x, y); }
   __m512 multiply_add(__m512 x, __m512 a, __m512 b) const {
-    return IsCut ? _mm512_fmadd_round_ps(a, b, x, kCut) : add_to_odd(x, _mm512_mul_ps(a, b));
+    return IsCut ? _mm512_fmadd_round_ps(a, b, x, kCut) : multiply_add_to_odd(a, b, x);
   }
-  __m512 product(__m512 a, __m512 b) const { return IsCut ? _mm512_mul_round_ps(a, b, kCut) : _mm512_mul_ps(a, b); }
+  __m512 product(__m512 a, __m512 b) const { return IsCut ? _mm512_mul_round_ps(a, b, kCut) : multiply_to_odd(a, b); }
 };
 
 // An fp32 sum, saturated: NaN stays.
@@ -358,21 +371,69 @@ MultiplyGeneral general_of(const How& how, bool is_clear) {
   return is_clear ? general_of<false, false, true>(how) : general_of<false, false, false>(how);
 }
 
-// One panel, times `scale`; the largest magnitude of it before, NaN if there is one.
-float pack(const float* x, int64_t outer, int64_t inner, int64_t width, int64_t valid, int64_t num_k, float scale, float* out) {
-  uint32_t top = 0;
-  for (int64_t k = 0; k < num_k; ++k)
-    for (int64_t i = 0; i < width; ++i) {
-      const float v = i < valid ? x[i * outer + k * inner] : 0.0f;
-      uint32_t bits;
-      std::memcpy(&bits, &v, 4);
-      top = std::max(top, bits & 0x7fffffffu);
-      out[k * width + i] = v * scale;
-    }
-  float amax;
-  std::memcpy(&amax, &top, 4);
-  return amax;
+// What is in a panel: its largest magnitude, NaN if there is a NaN, and its smallest but zero, the largest fp32 if there is none.
+struct Range {
+  float top, bottom;
+};
+
+// The magnitudes that were seen, as bits; 0 is the largest of those less one.
+struct Seen {
+  __m512i top = _mm512_setzero_si512(), bottom = _mm512_set1_epi32(0x7f7ffffe);
+  void add(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(magnitude(v));
+    top = _mm512_max_epu32(top, bits);
+    bottom = _mm512_min_epu32(bottom, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
+  }
+  Range range() const {
+    const uint32_t bits[2] = {_mm512_reduce_max_epu32(top), _mm512_reduce_min_epu32(bottom) + 1};
+    Range range;
+    std::memcpy(&range, bits, 8);
+    return range;
+  }
+};
+
+inline __m512 strided(const float* from, int64_t stride, int64_t count) {
+  alignas(64) float v[16] = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i * stride];
+  return _mm512_load_ps(v);
 }
+
+// One panel, times `scale`, into zeros: out[k width + i] is element (i, k), at x[i outer + k inner].
+Range pack(const float* x, int64_t outer, int64_t inner, int64_t width, int64_t valid, int64_t num_k, float scale, float* out) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  Seen seen;
+  if (outer == 1) {
+    for (int64_t k = 0; k < num_k; ++k)
+      for (int64_t i = 0; i < valid; i += 16) {
+        const __mmask16 lanes = valid - i < 16 ? __mmask16((1u << (valid - i)) - 1) : __mmask16(0xffff);
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i + k * inner);
+        seen.add(v);
+        _mm512_mask_storeu_ps(out + k * width + i, lanes, _mm512_mul_ps(v, factor));
+      }
+    return seen.range();
+  }
+  for (int64_t k = 0; k < num_k; k += 16) {
+    const int64_t depth = std::min<int64_t>(16, num_k - k);
+    const __mmask16 lanes = __mmask16((1u << depth) - 1);
+    for (int64_t first = 0; first < valid; first += 16) {
+      __m512i block[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const float* from = x + (first + i) * outer + k * inner;
+        __m512 v = _mm512_setzero_ps();
+        if (first + i < valid) v = inner == 1 ? _mm512_maskz_loadu_ps(lanes, from) : strided(from, inner, depth);
+        seen.add(v);
+        block[i] = _mm512_castps_si512(_mm512_mul_ps(v, factor));
+      }
+      transpose16(block);
+      for (int64_t j = 0; j < depth; ++j)
+        _mm512_mask_storeu_epi32(out + (k + j) * width + first, __mmask16((1u << std::min<int64_t>(16, width)) - 1), block[j]);
+    }
+  }
+  return seen.range();
+}
+
+// Every value of a panel is a multiple of this power of two: its smallest has `bits` significant ones.
+double quantum_of(float smallest, int bits) { return std::ldexp(1.0, std::ilogb(double(smallest)) - (bits - 1)); }
 
 }  // namespace
 
@@ -385,22 +446,22 @@ void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64
                    int64_t b_outer, int64_t b_inner, float* c, int64_t m, int64_t n, int64_t k, int64_t chunk, int threads) {
   const int64_t row_panels = (m + kRows - 1) / kRows, column_panels = (n + kColumns - 1) / kColumns;
   std::vector<float> packed_a(size_t(row_panels * kRows * k) + 16), packed_b(size_t(column_panels * kColumns * k) + 16);
-  std::vector<float> top_a(row_panels), top_b(column_panels);
+  std::vector<Range> range_a(row_panels), range_b(column_panels);
   How how = *given;
   const bool is_scaled = how.scale > 0;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < row_panels; ++i)
-      top_a[i] = pack(a + i * kRows * a_outer, a_outer, a_inner, kRows, std::min<int64_t>(kRows, m - i * kRows), k,
-                      is_scaled ? how.scale : 1.0f, &packed_a[size_t(i * kRows * k)]);
+      range_a[i] = pack(a + i * kRows * a_outer, a_outer, a_inner, kRows, std::min<int64_t>(kRows, m - i * kRows), k,
+                        is_scaled ? how.scale : 1.0f, &packed_a[size_t(i * kRows * k)]);
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < column_panels; ++j)
-      top_b[j] = pack(b + j * kColumns * b_outer, b_outer, b_inner, kColumns, std::min<int64_t>(kColumns, n - j * kColumns),
-                      k, 1.0f, &packed_b[size_t(j * kColumns * k)]);
+      range_b[j] = pack(b + j * kColumns * b_outer, b_outer, b_inner, kColumns, std::min<int64_t>(kColumns, n - j * kColumns),
+                        k, 1.0f, &packed_b[size_t(j * kColumns * k)]);
   }
-  const auto is_finite = [](float top) { return top <= std::numeric_limits<float>::max(); };
-  if (is_scaled && !(std::all_of(top_a.begin(), top_a.end(), is_finite) && std::all_of(top_b.begin(), top_b.end(), is_finite))) {
+  const auto is_finite = [](Range range) { return range.top <= std::numeric_limits<float>::max(); };
+  if (is_scaled && !(std::all_of(range_a.begin(), range_a.end(), is_finite) && std::all_of(range_b.begin(), range_b.end(), is_finite))) {
     how.scale = 0;
     return lp_accumulate(plan, &how, a, a_outer, a_inner, b, b_outer, b_inner, c, m, n, k, chunk, threads);
   }
@@ -411,14 +472,19 @@ void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64
   const double steps = double(std::min(chunk, k) + (k + chunk - 1) / chunk + 2), unit = std::ldexp(1.0, int(plan->shift) - 23);
   const double growth = double(k) * std::exp(steps * unit) * (how.is_rounded_product ? 1 + unit : 1);
   const double limit = std::min(double(plan->max), std::ldexp(1.0, 125 - int(plan->shift)) * std::min(1.0f, back));
+  // Rows are taken in groups whose panels stay in the second-level cache while those of the columns pass by.
+  const int64_t group = std::max<int64_t>(4, kGroupFloats / (kRows * std::max<int64_t>(k, 1)));
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
   for (int64_t task = 0; task < row_panels * column_panels; ++task) {
-    const int64_t i = task % row_panels, j = task / row_panels;
+    const int64_t first = task / (group * column_panels) * group, size = std::min(group, row_panels - first);
+    const int64_t place = task - first * column_panels, i = first + place % size, j = place / size;
     __m512 total[kRows][2];
     for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
     const int64_t rows = std::min<int64_t>(kRows, m - i * kRows), columns = std::min<int64_t>(kColumns, n - j * kColumns);
     const float *panel_a = &packed_a[size_t(i * kRows * k)], *panel_b = &packed_b[size_t(j * kColumns * k)];
-    const bool is_clear = how.no_underflow && growth * top_a[i] * top_b[j] < limit;  // false for NaN
+    const double smallest = quantum_of(range_a[i].bottom, how.a_bits) * quantum_of(range_b[j].bottom, how.b_bits);
+    const bool has_room = growth * range_a[i].top * range_b[j].top < limit;  // false for NaN
+    const bool is_clear = has_room && !is_scaled && std::max(smallest, how.smallest_product) >= how.least_sum;
     if (how.is_general)
       general_of(how, is_clear)(panel_a, panel_b, k, chunk, *plan, how, how.first_element + i * kRows * n + j * kColumns, n,
                                 int(rows), total);

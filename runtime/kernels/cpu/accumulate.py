@@ -3,13 +3,16 @@
 Bitwise equal to runtime/numerics/reference_gemm.py, which is exact by float64 and rounding to odd. Here the sum is
 fp32. With s the significant bits of a product (those of the operands, added) and m the accumulator's fraction bits:
 
-    exact products   s <= 24, and the smallest product is no fp32 underflow
-    direct           nearest rounding and s <= min(22 - m, m + 1): then rounding the fp32 sum is rounding the exact sum
+    fp32             sums in fp32 to nearest even: a fused multiply-add is the rounding that is asked for
+    direct           nearest rounding, s <= min(22 - m, m + 1), no product below 2^-149: then rounding the fp32 sum is
+                     rounding the exact sum
     scaled           direct, for an accumulator with subnormals whose exponents fit below those of fp32
-    rounded product  nearest rounding and m <= 10: a product rounded by Q has m + 1 bits, so its sum is direct
-    odd              m <= 21: the fp32 sum is rounded to odd first
-    no underflow     the smallest product is a multiple of the accumulator's quantum: sums need no care for being small,
-                     and where the largest |a| and |b| of a tile say that none saturates either, Q is two operations
+    rounded product  nearest rounding, m <= 10 and products exact in fp32: one rounded by Q has m + 1 bits, so its sum
+                     is direct
+    odd              m <= 21: the sum is first rounded to odd in fp32, whatever the product
+    no underflow     the smallest product is a multiple of the accumulator's quantum, by the formats or by the values of
+                     the tile: sums need no care for being small, and where the largest |a| and |b| say that none
+                     saturates either, Q is two operations
 
 Every other spec takes the general loop of accumulate.cpp: odd sums of exact products for nearest, and sums cut in fp32
 for toward zero (cutting twice is cutting once) and for stochastic, whose random digits the cut sum holds.
@@ -21,6 +24,7 @@ most m + 1 bits long, cannot hold the midpoint's bit and one past bit 23 at once
 """
 
 import ctypes
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,9 +36,9 @@ from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
 from runtime.kernels.cpu.philox import random_plan
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import FloatFormat, IntFormat, get_format
+from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_digits
-from runtime.numerics.specs import GemmSpec
+from runtime.numerics.specs import GemmSpec, QuantSpec
 
 SOURCE = Path(__file__).with_name("accumulate.cpp")
 
@@ -44,7 +48,11 @@ class How(ctypes.Structure):
 
     _fields_ = [
         ("scale", ctypes.c_float),
-        ("no_underflow", ctypes.c_int32),
+        ("smallest_product", ctypes.c_double),
+        ("least_sum", ctypes.c_double),
+        ("a_bits", ctypes.c_int32),
+        ("b_bits", ctypes.c_int32),
+        ("is_fp32", ctypes.c_int32),
         ("is_general", ctypes.c_int32),
         ("is_cut", ctypes.c_int32),
         ("is_rounded_product", ctypes.c_int32),
@@ -79,6 +87,8 @@ def declines(spec: GemmSpec) -> str | None:
     if not isinstance(row, FloatFormat):
         return f"it sums in floats, not in {spec.accumulate}"
     how = spec.accumulator
+    if is_plain(spec):
+        return None if accumulate_library() else _NO_LIBRARY
     if row.mantissa > 21 or cast_plan(spec.accumulate, how.mode) is None:
         return f"{spec.accumulate} leaves no room in fp32 to round to odd"
     if how.mode == "stochastic":
@@ -86,13 +96,12 @@ def declines(spec: GemmSpec) -> str | None:
             return f"{spec.accumulate} leaves no room in fp32 for 16 random digits"
         if row.quantum * 2.0 ** -random_digits(how) < 2.0**-149:
             return f"the random digits of subnormals of {spec.accumulate} leave fp32"
-    if _product_bits(spec) > 24 or _smallest_product(spec) < 2.0**-149:
-        return f"products of {spec.lhs.format} and {spec.rhs.format} are not exact in fp32"
-    if any(operand.scale is not None and operand.scale.rule == "pow2" for operand in (spec.lhs, spec.rhs)):
-        return "a scale inside the sum may leave fp32"
-    if accumulate_library() is None:
-        return "no C++ compiler, or a CPU without AVX-512"
-    return None
+    return None if accumulate_library() else _NO_LIBRARY
+
+
+def is_plain(spec: GemmSpec) -> bool:
+    """Whether the adder of fp32 itself rounds as asked. A chunk summed in fp32 first is then a chunk."""
+    return spec.accumulate == "fp32" and spec.accumulator.mode == "nearest_even"
 
 
 def is_direct(spec: GemmSpec) -> bool:
@@ -100,17 +109,24 @@ def is_direct(spec: GemmSpec) -> bool:
     row = get_format(spec.accumulate)
     assert isinstance(row, FloatFormat)
     nearest = spec.accumulator.mode in ("nearest_even", "nearest_away")
-    bits = row.mantissa + 1 if spec.accumulator.product == "rounded" else _product_bits(spec)
-    return nearest and bits <= min(22 - row.mantissa, row.mantissa + 1)
+    is_rounded, bits = spec.accumulator.product == "rounded", _product_bits(spec)
+    if _smallest_product(spec) < 2.0**-149 or (is_rounded and bits > 24):
+        return False
+    return nearest and (row.mantissa + 1 if is_rounded else bits) <= min(22 - row.mantissa, row.mantissa + 1)
 
 
 def never_underflows(spec: GemmSpec) -> bool:
     """Whether no sum but 0 loses precision for being small. Every sum is a multiple of the smallest product: roundings
     keep that, as all of it are powers of two.
     """
+    return _smallest_product(spec) >= _least_sum(spec)
+
+
+def _least_sum(spec: GemmSpec) -> float:
+    """From where on rounding to the accumulator, in fp32, has a constant precision, if sums are multiples of it."""
     row = get_format(spec.accumulate)
     assert isinstance(row, FloatFormat)
-    return _smallest_product(spec) >= max(row.quantum if row.subnormals else row.tiny, 2.0**-126)
+    return max(row.quantum if row.subnormals else row.tiny, 2.0**-126)
 
 
 def path_scale(spec: GemmSpec) -> float:
@@ -131,6 +147,8 @@ def path_scale(spec: GemmSpec) -> float:
 
 def _is_general(spec: GemmSpec) -> bool:
     """Whether accumulate.cpp shall not run its default loop."""
+    if is_plain(spec):
+        return False
     how = spec.accumulator
     is_nearest, is_fused = how.mode in ("nearest_even", "nearest_away"), how.product == "fma"
     return not is_nearest or how.model != "per_mac" or not (is_fused or is_direct(spec))
@@ -140,7 +158,11 @@ def _how(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) 
     how = spec.accumulator
     return How(
         scale=path_scale(spec),
-        no_underflow=never_underflows(spec),
+        smallest_product=_smallest_product(spec),
+        least_sum=_least_sum(spec),
+        a_bits=_significant_bits(spec.lhs),
+        b_bits=_significant_bits(spec.rhs),
+        is_fp32=is_plain(spec),
         is_general=_is_general(spec),
         is_cut=how.mode not in ("nearest_even", "nearest_away"),
         is_rounded_product=how.product == "rounded",
@@ -153,7 +175,9 @@ def _how(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) 
 
 
 def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
-    """(..., M, K) x (..., K, N) -> (..., M, N) in fp32. Values must be on the grids that `spec` names."""
+    """(..., M, K) x (..., K, N) -> (..., M, N) in fp32. Values must be on the grids that `spec` names: of an operand
+    with a scale inside the sum say IDENTITY, since its values may be anywhere in fp32.
+    """
     if a.dim() > 2 or b.dim() > 2:
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         left, right = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
@@ -182,21 +206,38 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How)
 
 
 def _product_bits(spec: GemmSpec) -> int:
-    return sum(_significant_bits(operand.format) for operand in (spec.lhs, spec.rhs))
+    return _significant_bits(spec.lhs) + _significant_bits(spec.rhs)
 
 
-def _significant_bits(name: str) -> int:
-    row = grid_format(name)
+def _significant_bits(operand: QuantSpec) -> int:
+    row = grid_format(operand.format)
+    if isinstance(row, LookupFormat):
+        return max(_bits_and_quantum(value)[0] for value in row.grid)
     if isinstance(row, IntFormat):
         return int(max(row.max, -row.min)).bit_length()
-    return row.mantissa + 1 if isinstance(row, FloatFormat) else 24
+    return row.mantissa + 1
 
 
 def _smallest_product(spec: GemmSpec) -> float:
-    rows = [grid_format(operand.format) for operand in (spec.lhs, spec.rhs)]
-    quanta = [row.quantum if isinstance(row, FloatFormat) else 1.0 for row in rows]
-    return quanta[0] * quanta[1]
+    return _quantum(spec.lhs) * _quantum(spec.rhs)
 
 
+def _quantum(operand: QuantSpec) -> float:
+    """A power of two of which every value is a multiple."""
+    row = grid_format(operand.format)
+    if isinstance(row, LookupFormat):
+        return min(_bits_and_quantum(value)[1] for value in row.grid if value)
+    return row.quantum if isinstance(row, FloatFormat) else 1.0
+
+
+def _bits_and_quantum(value: float) -> tuple[int, float]:
+    """How many significant bits a value of fp32 has, and what the last of them is worth."""
+    fraction, exponent = math.frexp(value)
+    whole = int(abs(fraction) * 2**24)
+    bits = 24 - ((whole & -whole).bit_length() - 1) if whole else 0
+    return bits, 2.0 ** (exponent - bits)
+
+
+_NO_LIBRARY = "no C++ compiler, or a CPU without AVX-512"
 _SERIAL = 16**3
 """Multiply-adds below which waking the other threads costs more than they save."""

@@ -57,8 +57,13 @@ def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidel
         (_request("fp32", "fp32"), "torch_native", "as_is", "format-exact"),
         (_request("e4m3", "e4m3", "1-6-9", chunk=64), "cpu_emulation", "cpu_accumulate", "emulated"),
         (_request("e4m3", "e4m3", "1-6-9", kind="matmul"), "cpu_emulation", "cpu_accumulate", "emulated"),
-        (_request("bf16", "bf16", "1-6-9"), "reference", "sequential", "emulated"),
-        (_request("e4m3", "e4m3", "fp32", chunk=64), "reference", "sequential", "emulated"),
+        (
+            _request("e4m3 nearest_even block[1,32]/amax", "e4m3", "1-6-9"),
+            *("cpu_emulation", "cpu_accumulate_off_grid", "emulated"),
+        ),
+        (_request("bf16", "bf16", "1-6-9"), "cpu_emulation", "cpu_accumulate", "emulated"),
+        (_request("e4m3", "e4m3", "fp32", chunk=64), "cpu_emulation", "cpu_accumulate", "emulated"),
+        (_request("e4m3", "e4m3", "1-8-22"), "reference", "sequential", "emulated"),
     ],
 )
 def test_choice_with_the_cpu_kernel(

@@ -115,9 +115,15 @@ VECTORS = [  # algorithm notes, 1.10: format, x, nearest_even, nearest_away, tow
     ("dlfloat16", 65504, 65536, 65536, 65472),
     ("dlfloat16", 1e30, 8573157376, 8573157376, 8573157376),
     ("dlfloat16", 2.0**33, 8573157376, 8573157376, 8573157376),
-    ("dlfloat16", 2.0**-31, 2.0**-31 * 513 / 512, 2.0**-31 * 513 / 512, 0),
+    # as IBM's converter has it: the code below the smallest value is that of 2^-31, and means 0
+    ("dlfloat16", 2.0**-31, 0, 0, 0),
+    ("dlfloat16", 2.4e-10, 0, 0, 0),
+    ("dlfloat16", 3e-10, 0, 0, 0),
+    ("dlfloat16", 2.0**-31 * (1 - 2.0**-11), 0, 0, 0),
+    ("dlfloat16", 2.0**-31 * (1 + 2.0**-10), 0, 2.0**-31 * 513 / 512, 0),  # half a spacing below the smallest
+    ("dlfloat16", 2.0**-31 * 513 / 512, *[2.0**-31 * 513 / 512] * 3),
     ("dlfloat16", 2.0**-32, 0, 0, 0),
-    ("dlfloat16", 2.0**-32 * 513 / 512, 0, 2.0**-31 * 513 / 512, 0),  # the exact half of the smallest
+    ("dlfloat16:e0=zero", 2.0**-31, 0, 2.0**-30, 0),
 ]
 
 
@@ -130,16 +136,16 @@ def test_published_values(name: str, x: float, even: float, away: float | None, 
 
 
 def test_next_to_the_tie_below_a_smallest_value_that_is_no_power_of_two() -> None:
-    """a / tiny is rounded there, and must not round onto 1/2 from either side."""
-    tiny = 2.0**-31 * 513 / 512
-    x = [math.nextafter(tiny / 2, 0), tiny / 2, math.nextafter(tiny / 2, 1)]
+    """In float64, one step to either side of it."""
+    tiny, tie = 2.0**-31 * 513 / 512, 2.0**-31 * (1 + 2.0**-10)
+    x = [math.nextafter(tie, 0), tie, math.nextafter(tie, 1)]
     got = {m: quantize(torch.tensor(x, dtype=torch.float64), "dlfloat16", m).tolist() for m in ROUNDINGS[:2]}
     assert got == {"nearest_even": [0, 0, tiny], "nearest_away": [0, tiny, tiny]}
 
 
 def test_dlfloat_codes_and_its_own_rounding() -> None:
     x = torch.tensor([1.0, 1 + 2.0**-10, -(1 + 2.0**-10), 0.1, math.pi, 65504, 1e30, 2.0**33, 2.0**-31, 2.0**-32])
-    codes = [0x3E00, 0x3E01, 0xBE01, 0x3733, 0x4124, 0x5E00, 0x7FFE, 0x7FFE, 0x0001, 0x0000]
+    codes = [0x3E00, 0x3E01, 0xBE01, 0x3733, 0x4124, 0x5E00, 0x7FFE, 0x7FFE, 0x0000, 0x0000]
     assert encode(x, "dlfloat16").tolist() == codes
     assert encode(torch.tensor([math.inf, math.nan]), "dlfloat16", overflow="ieee").tolist() == [0x7FFF, 0x7FFF]
 
@@ -356,3 +362,16 @@ def test_wrong_arguments_say_so() -> None:
         quantize(x, "e4m3", overflow="wrap")  # type: ignore[arg-type]
     with pytest.raises(FormatError, match=r"0 <= code < 2\^8"):
         decode(torch.tensor([256]), "e4m3")
+
+
+@pytest.mark.parametrize(
+    ("name", "top"), [("fp16", math.inf), ("e5m2", math.inf), ("e4m3", math.nan), ("e4m3-fnuz", math.nan)]
+)
+def test_toward_zero_only_the_infinite_overflows(name: str, top: float) -> None:
+    """IEEE 754-2019, 7.4: roundTowardZero carries every overflow to the largest finite value; Inf is none."""
+    largest = get_format(name).max
+    x = torch.tensor([1e6, -1e6, largest, math.inf, -math.inf, math.nan])
+    found = quantize(x, name, "toward_zero", overflow="ieee")
+    assert found[:3].tolist() == [largest, -largest, largest]
+    assert str(found[3:].abs().tolist()) == str([top, top, math.nan])
+    assert torch.equal(decode(encode(x[:3], name, "toward_zero", overflow="ieee"), name), found[:3])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from fractions import Fraction
 from math import floor
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime import gemm
-from runtime.errors import FormatError
+from runtime.errors import FormatError, SlowPathWarning
+from runtime.kernels.cpu.accumulate_wide import wide_library
 from runtime.numerics import encode, quantize
 from runtime.numerics import reference_gemm as reference
 from runtime.numerics.formats import FloatFormat, get_format
@@ -38,12 +40,19 @@ def _neighbours(size: Fraction, row: FloatFormat) -> tuple[Fraction, Fraction]:
     return floor(size / ulp) * ulp, ulp
 
 
+def _tie(below: Fraction, ulp: Fraction, row: FloatFormat) -> Fraction:
+    """What rounds away from zero from: halfway, and in dlfloat16 halfway from 2^-31, whose code is that of 0."""
+    if below == 0 and row.zero_exponent_is_normal:
+        return (Fraction(2) ** row.emin + ulp) / 2
+    return below + ulp / 2
+
+
 def _round(x: Fraction, row: FloatFormat, mode: str, u: Fraction = Fraction(0)) -> Fraction:
     below, ulp = _neighbours(abs(x), row)
-    rest = (abs(x) - below) / ulp
+    rest, tie = (abs(x) - below) / ulp, _tie(below, ulp, row)
     up = {
-        "nearest_even": 2 * rest > 1 or (2 * rest == 1 and (below / ulp) % 2 == 1),
-        "nearest_away": 2 * rest >= 1,
+        "nearest_even": abs(x) > tie or (abs(x) == tie and (below / ulp) % 2 == 1),
+        "nearest_away": abs(x) >= tie,
         "toward_zero": False,
         "stochastic": rest >= 1 - u,
     }[mode]
@@ -411,3 +420,56 @@ def test_the_scale_of_an_nvfp4_tensor_takes_its_products_off_the_grid() -> None:
     found = gemm(a, b, a_format="nvfp4", b_format="e4m3", accumulate="fp16")
     exact = quantize(a, "nvfp4").double() @ quantize(b, "e4m3").double()
     assert torch.equal(found, quantize(exact, "fp16").float())
+
+
+def test_the_default_formats_overflow_as_torch_does() -> None:
+    """fp32 is no cast and its sums are IEEE's; other formats saturate, operands as sums."""
+    inf, big = math.inf, 3e38
+    a, b = torch.tensor([[inf, 1.0], [big, big], [-inf, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    assert gemm(a, b).isnan().tolist() == (a @ b).isnan().tolist()
+    assert torch.equal(gemm(a, b).nan_to_num(7.0), (a @ b).nan_to_num(7.0))
+    largest = torch.finfo(torch.bfloat16).max
+    assert gemm(a, b, a_format="bf16").tolist() == [
+        [1, largest],
+        [quantize(torch.tensor(big), "bf16").item(), inf],
+        [0, -largest],
+    ]
+    assert gemm(a, b, a_format="bf16", accumulate="bf16")[:, 1].tolist() == [largest, largest, -largest]
+    cut = gemm(a[1:2], b, rounding="toward_zero")
+    assert cut[0, 1] == torch.finfo(torch.float32).max  # IEEE 754-2019, 7.4
+    assert gemm(a[1:2], b, rounding="stochastic", seed=1)[0, 1] == inf
+    assert gemm(a[1:2].double() * 1e30, b)[0, 1] == inf
+
+
+def test_the_reference_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MANY_PRODUCTS", 100)
+    spec = GemmSpec(accumulator=AccumulateSpec("1-7-5"))
+    a = torch.ones(5, 5)
+    with pytest.warns(SlowPathWarning, match="1-7-5.*no C\\+\\+ compiler"):
+        reference.multiply(a, a, spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference.multiply(a, a, spec)
+
+
+@pytest.mark.skipif(wide_library() is None, reason="needs a C++ compiler")
+def test_no_product_on_the_cpu_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> Tensor:
+        raise AssertionError("the reference ran")
+
+    a, b = torch.randn(3, 40), torch.randn(40, 5)
+    wanted = {
+        how: reference_of(a, b, how) for how in ("fp32", "bf16", "fp32 toward_zero", "1-8-22", "1-8-16 stochastic")
+    }
+    monkeypatch.setattr(reference, "multiply", fail)
+    for how, expected in wanted.items():
+        assert torch.equal(gemm(a, b, accumulate=AccumulateSpec.parse(how)), expected), how
+    for name in PLAIN:
+        for accumulate in ("fp32", "bf16", "1-6-9"):
+            gemm(a, b, a_format=name, b_format=name, accumulate=accumulate)
+    for accumulate in ("int32", "int16 wrap"):
+        gemm(a, b, a_format="int8", b_format="int4", accumulate=AccumulateSpec.parse(accumulate))
+
+
+def reference_of(a: Tensor, b: Tensor, how: str) -> Tensor:
+    return reference.multiply(a, b, GemmSpec(accumulator=AccumulateSpec.parse(how)))

@@ -19,12 +19,24 @@ from runtime.numerics import reference_gemm as reference
 from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.reference_gemm import RandomKey
-from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec, Rounding
+from runtime.numerics.specs import (
+    ACCUMULATE_MODELS,
+    PRODUCTS,
+    ROUNDINGS,
+    AccumulateSpec,
+    GemmSpec,
+    Product,
+    QuantSpec,
+    Rounding,
+)
 
 pytestmark = pytest.mark.skipif(accumulate_library() is None, reason="needs a C++ compiler and AVX-512")
 
-OPERANDS = [("e4m3", "e4m3"), ("hfp8-143", "e5m2"), ("dlfloat16", "dlfloat16"), ("int8", "e4m3"), ("fp16", "fp16")]
-ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "e4m3", "tf32"]
+OPERANDS = [
+    ("e4m3", "e4m3"), ("hfp8-143", "e5m2"), ("dlfloat16", "dlfloat16"), ("int8", "e4m3"), ("fp16", "fp16"),
+    ("bf16", "bf16"), ("fp32", "fp32"), ("1-8-1", "1-8-1"), ("nf4", "fp4-radix4-odd"),
+]  # fmt: skip
+ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "e4m3", "tf32", "fp32", "1-8-21", "1-8-2"]
 
 
 def _spec(lhs: str, rhs: str, accumulate: str, chunk: int | None = None) -> GemmSpec:
@@ -102,15 +114,48 @@ def test_swamping_and_its_cure() -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (_spec("fp32", "e4m3", "1-6-9"), "not exact in fp32"),
-        (_spec("bf16", "bf16", "1-6-9"), "not exact in fp32"),
-        (_spec("e4m3", "e4m3", "fp32"), "no room in fp32"),
+        (_spec("e4m3", "e4m3", "1-8-22"), "no room in fp32"),
+        (GemmSpec(accumulator=AccumulateSpec("fp32", rounding="toward_zero")), "no room in fp32"),
+        (GemmSpec(accumulator=AccumulateSpec("1-8-16", rounding="stochastic")), "16 random digits"),
         (_spec("int8", "int8", "int32"), "sums in floats"),
-        (_spec("e4m3 nearest_even block[1,32]/pow2", "e4m3", "1-6-9"), "scale inside the sum"),
     ],
 )
 def test_what_it_cannot_do_exactly_it_declines(spec: GemmSpec, reason: str) -> None:
     assert reason in (declines(spec) or "")
+
+
+@pytest.mark.parametrize("accumulate", ["fp32", "bf16", "1-6-9", "dlfloat16", "1-8-2"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_and_sums_anywhere_in_fp32(product: Product, accumulate: str) -> None:
+    """Products of 48 bits, from 2^-298 to 2^256: below the quantum of fp32, beyond its largest value; NaN of Inf."""
+    generator = torch.Generator().manual_seed(5)
+
+    def anywhere(*shape: int) -> Tensor:
+        size = torch.exp2(torch.randint(-149, 127, shape, generator=generator).double())
+        return (torch.randn(shape, generator=generator).double() * size).float()
+
+    a, b = anywhere(9, 40), anywhere(40, 37)
+    a[1, 3], a[2, 5], a[4, 0] = float("nan"), float("inf"), -float("inf")
+    b[0, 3] = 0
+    for mode, model, size in itertools.product(ROUNDINGS, ACCUMULATE_MODELS, (1.0, 2.0**-60)):
+        spec = GemmSpec(accumulator=AccumulateSpec(accumulate, 7, mode, product, model))
+        if declines(spec) is None:
+            found, expected = multiply(a * size, b, spec), reference.multiply(a * size, b, spec)
+            assert torch.equal(found.isnan(), expected.isnan())
+            is_number = ~expected.isnan()
+            assert torch.equal(found[is_number].view(torch.int32), expected[is_number].view(torch.int32)), (mode, model)
+
+
+def test_fp32_sums_are_the_multiply_adds_of_the_unit() -> None:
+    """1 + 2^-24 + 2^-48 is above the tie that 1 + 2^-24 is; the product alone, rounded, is the tie."""
+    a = torch.tensor([[1.0, 1 + 2.0**-23]])
+    b = torch.tensor([[1.0], [2.0**-24 + 2.0**-47]])
+    assert multiply(a, b, GemmSpec()).item() == 1 + 2.0**-23
+    assert multiply(a[:, :1], b[:1], GemmSpec()).item() == 1
+    rounded = GemmSpec(accumulator=AccumulateSpec("fp32", product="rounded"))
+    assert (
+        multiply(torch.tensor([[1.0, 1 + 2.0**-12]]), torch.tensor([[1.0], [2.0**-24 * (1 - 2.0**-12)]]), rounded) == 1
+    )
 
 
 @pytest.mark.parametrize("accumulate", ["dlfloat16", "1-6-9", "bf16", "e5m2", "fp16", "1-6-11"])

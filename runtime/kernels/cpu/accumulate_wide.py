@@ -1,0 +1,121 @@
+"""The emulation kernel in wide lanes: sums that runtime/kernels/cpu/accumulate.py declines, by accumulate_wide.cpp.
+
+Double lanes hold every float accumulator, rounding, product and model: fp32 itself but to nearest even, and formats
+that leave no room in fp32 to round to odd. Integer accumulators take int64 lanes. Bitwise equal to
+runtime/numerics/reference_gemm.py; any compiler will do, no AVX-512 is needed.
+"""
+
+import ctypes
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.cpu.build import load_library
+from runtime.kernels.cpu.cast_library import RandomPlan
+from runtime.kernels.cpu.philox import random_plan
+from runtime.numerics.formats import IntFormat, LookupFormat, get_format
+from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_digits
+from runtime.numerics.reference_gemm import declines as reference_declines
+from runtime.numerics.specs import ROUNDINGS, AccumulateSpec, GemmSpec
+
+SOURCE = Path(__file__).with_name("accumulate_wide.cpp")
+
+
+class WidePlan(ctypes.Structure):
+    """The accumulator and how it is reached; mirrors WidePlan of accumulate_wide.cpp, which explains each."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("tiny", "first_tie", "max", "top", "chunk_top")),
+        *((name, ctypes.c_int64) for name in ("low", "high", "wraps")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("is_integer", "emin", "mantissa", "has_gap", "has_negative_zero", "mode")
+        ),
+        *((name, ctypes.c_int32) for name in ("is_rounded_product", "is_per_chunk", "digits")),
+        ("first_element", ctypes.c_int64),
+        ("num_elements", ctypes.c_int64),
+        ("random", RandomPlan),
+    ]
+
+
+@lru_cache(maxsize=1)
+def wide_library() -> ctypes.CDLL | None:
+    """The library, built at the first call; None without a compiler."""
+    library = load_library(SOURCE)
+    if library is not None:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        operand = (pointer, size, size)
+        library.lp_accumulate_wide.argtypes = (
+            *(ctypes.POINTER(WidePlan), *operand, *operand),
+            *(pointer, size, size, size, size, ctypes.c_int),
+        )
+        library.lp_accumulate_wide.restype = None
+    return library
+
+
+def declines(spec: GemmSpec) -> str | None:
+    """Why the kernel cannot run this GEMM; None if it can."""
+    return reference_declines(spec) or (None if wide_library() else "no C++ compiler")
+
+
+def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
+    """(..., M, K) x (..., K, N) -> (..., M, N) in fp32. Values must be on the grids that `spec` names."""
+    a, b = a.float(), b.float()
+    if spec.accumulator.is_integer:
+        is_nan = a.isnan().any(-1, keepdim=True) | b.isnan().any(-2, keepdim=True)
+        if bool(is_nan.any()):
+            return multiply(a.nan_to_num(0.0), b.nan_to_num(0.0), spec, key).masked_fill(is_nan, torch.nan)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    m, n = a.shape[-2], b.shape[-1]
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (a, b))
+    out = torch.empty(left.shape[0], m, n)
+    for index, (x, y) in enumerate(zip(left, right)):
+        _multiply(x, y, out[index], spec.accumulator, _plan(spec.accumulator, key, index * m * n, out.numel()))
+    return out.view(*batch, m, n)
+
+
+def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, how: AccumulateSpec, plan: WidePlan) -> None:
+    library = wide_library()
+    assert library is not None
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    library.lp_accumulate_wide(
+        plan,
+        *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
+        *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
+        *(out_MN.data_ptr(), m, n, k, how.chunk or max(k, 1)),
+        torch.get_num_threads() if m * n * k > _SERIAL else 1,
+    )
+
+
+def _plan(how: AccumulateSpec, key: RandomKey, first_element: int, num_elements: int) -> WidePlan:
+    row = get_format(how.format)
+    assert not isinstance(row, LookupFormat)
+    plan = WidePlan(
+        mode=ROUNDINGS.index(how.mode),
+        is_rounded_product=how.product == "rounded",
+        is_per_chunk=how.model == "per_chunk",
+        digits=random_digits(how) if how.mode == "stochastic" else 0,
+        first_element=first_element,
+        num_elements=num_elements,
+        random=random_plan(key.seed, key.step, key.stream, 0),
+    )
+    if isinstance(row, IntFormat):
+        plan.is_integer, plan.wraps = True, how.overflow == "wrap"
+        plan.low, plan.high = int(row.min), int(row.max)
+        if plan.wraps:
+            plan.low = -(2 ** (row.bits - 1)) if row.signed else 0
+            plan.high = plan.low + 2**row.bits - 1
+        return plan
+    overflows = how.format == "fp32"
+    plan.tiny, plan.first_tie, plan.max = row.tiny, row.first_tie, row.max
+    plan.top, plan.chunk_top = (math.inf, math.inf) if overflows else (row.max, torch.finfo(torch.float32).max)
+    plan.emin, plan.mantissa = row.emin, row.mantissa
+    plan.has_gap, plan.has_negative_zero = not row.subnormals, row.has_negative_zero
+    return plan
+
+
+_SERIAL = 16**3
+"""Multiply-adds below which waking the other threads costs more than they save."""
