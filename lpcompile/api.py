@@ -28,8 +28,10 @@ from lpcompile.frontends.install import RECORD, Variant, install, uninstall
 from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.frontends.leaves.code import install_composite, install_leaf
 from lpcompile.frontends.leaves.find import Leaf, Unreached, composite_forward, find_leaves
+from lpcompile.policy.describe import describe
 from lpcompile.policy.file import load_policy
-from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.resolution import Resolution
+from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Site
 from lpcompile.quantizers import install_quantizers, take_quantizers
 from lpcompile.reporting.checks import check_policy
@@ -209,7 +211,7 @@ def capture_more(
 
 def _compile(model: nn.Module, policy: Policy, state: RunState, calls: Calls, mode: str, strict: bool) -> Compiled:
     leaves, unreached = find_leaves(model)
-    sites = find_sites(leaves, calls)
+    sites = describe(find_sites(leaves, calls), model, calls.reached if calls.num else None)
     phases = [_compile_phase(model, from_step, each, leaves, calls, sites, mode) for from_step, each in policy.phases]
     unreached += _own_functions(calls)
     compiled = Compiled(policy, state, sites, phases, leaves, unreached, calls, mode, strict)
@@ -295,7 +297,7 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     Of a policy with a schedule, ask each phase. How long GRAD's sums are, only a recorded call says.
     """
     leaves, _ = find_leaves(model)
-    sites = find_sites(leaves, Calls())
+    sites = describe(find_sites(leaves, Calls()), model)
     resolution = policy.resolve(sites)
     program = _named_program(model, policy, leaves, {}, sites, resolution, "train")
     run_passes(program, [ChooseAccumulator()])

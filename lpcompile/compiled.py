@@ -12,7 +12,8 @@ from torch import nn
 from lpcompile.capture.calls import Calls
 from lpcompile.frontends.graph_code import dumps, loads
 from lpcompile.frontends.leaves.find import Leaf, Unreached
-from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.resolution import Resolution
+from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Site
 from passes.ir.program import Program
 from passes.manager import PassRecord

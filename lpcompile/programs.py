@@ -18,8 +18,10 @@ from lpcompile.compiled import Compiled, PhaseCode
 from lpcompile.errors import LpError, nearest_names
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.frontends.leaves.find import Leaf, find_leaves
+from lpcompile.policy.describe import describe
 from lpcompile.policy.file import load_policy
-from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.resolution import Resolution
+from lpcompile.policy.resolve import Policy
 from lpcompile.sites import build_program, find_sites, note_repeated
 from passes.ir.parser import parse_program
 from passes.ir.program import STATE, Program, Unit, child_path, num_op
@@ -47,7 +49,7 @@ def program_of(
         reopen_fast_paths(model)
     leaves, _ = find_leaves(model)
     program = build_program(model, leaves, calls.recordings, mode)
-    specs = policy.resolve(find_sites(leaves, calls)).specs
+    specs = policy.resolve(describe(find_sites(leaves, calls), model, calls.reached if calls.num else None)).specs
     program.specs = {name: spec for name, spec in specs.items() if spec is not None}
     note_repeated(model, leaves, program)
     return program

@@ -5,6 +5,7 @@ model.layers.0.matmul_1    the second matmul that the forward of that module wri
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes
 from lpcompile.frontends.leaves.find import Leaf, part_graph
 from lpcompile.frontends.leaves.graph_types import note_leaf_types
 from lpcompile.policy.rules import Site
-from passes.ir.gemm_nodes import Reading, read_gemm, site_names, stem_of
+from passes.ir.gemm_nodes import GemmNode, Reading, read_gemm, site_names, stem_of
 from passes.ir.program import REPEATED, SITE, Program, Unit
+from passes.ir.types import META
 
 Recordings = Mapping[str, Sequence[Recording]]
 
@@ -29,14 +31,23 @@ def find_sites(leaves: Sequence[Leaf], calls: Calls) -> list[Site]:
     """Those of leaves, and those of operations, whether a graph holds them or not."""
     count = sum(leaf.index is not None for leaf in leaves)
     sites = [Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
-    ops: dict[str, str] = {}
+    ops: dict[str, tuple[str, int | None, int | None]] = {}
     for path, variants in calls.recordings.items():
         for recording in variants:
             for base, gemm, _ in _functional_gemms(path, recording.graph):
-                ops |= dict.fromkeys(site_names(gemm, base), gemm.op)
+                ops |= dict.fromkeys(site_names(gemm, base), (gemm.op, *_sizes(gemm)))
     for name, (op, _) in lost_sites(calls).items():
-        ops.setdefault(name, op)
-    return sites + [Site(name, op, None, count, None, None) for name, op in ops.items()]
+        ops.setdefault(name, (op, None, None))
+    return sites + [Site(name, op, None, count, n, k) for name, (op, n, k) in ops.items()]
+
+
+def _sizes(gemm: Reading) -> tuple[int | None, int | None]:
+    """(n, k) of the weight of a layer that is written as an operation; of activations None."""
+    meta = gemm.rhs.meta.get(META) if isinstance(gemm, GemmNode) and gemm.op != "matmul" else None
+    if not isinstance(gemm, GemmNode) or meta is None or len(meta.shape) < 2 or "transpose" in gemm.op:
+        return None, None
+    first, *rest = meta.shape
+    return (rest[0], first) if gemm.kind == "linear_kn" else (first, math.prod(rest))
 
 
 def _functional_gemms(path: str, graph: fx.Graph) -> list[tuple[str, Reading, Any]]:

@@ -16,7 +16,8 @@ from launch.training.models import model_for_check
 from lpcompile.api import check_model
 from lpcompile.errors import PolicyError
 from lpcompile.policy.file import load_policy, policy_schema, shipped_policies
-from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.resolution import Resolution
+from lpcompile.policy.resolve import Policy
 from runtime.numerics.specs import ROLES
 
 policy_app = typer.Typer(no_args_is_help=True, help="The policy files: which number format each GEMM computes in.")

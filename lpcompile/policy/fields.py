@@ -160,8 +160,8 @@ class Section(BaseModel):
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise refusal("not a mapping", expected=f"the keys {', '.join(cls.model_fields)}", got=as_written(value))
-        known = (*cls.model_fields, *(twin for twin, key in cls.TWINS.items() if key in cls.model_fields))
+            raise refusal("not a mapping", expected=f"the keys {', '.join(cls.keys())}", got=as_written(value))
+        known = (*cls.keys(), *(twin for twin, key in cls.TWINS.items() if key in cls.model_fields))
         read: dict[str, Any] = {}
         names: dict[str, str] = {}
         for given, item in value.items():
@@ -178,6 +178,11 @@ class Section(BaseModel):
 
     NOUN: ClassVar[str] = "key"
     """What a key of the section is called."""
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys of the section, as a file writes them."""
+        return [info.alias or name for name, info in cls.model_fields.items()]
 
     @classmethod
     def _hint_for(cls, key: str) -> str:

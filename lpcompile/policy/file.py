@@ -100,7 +100,8 @@ def _load(path: Path, shown: str, chain: tuple[tuple[Path, str], ...], loaded: _
     place = _Place(shown, path.parent, lines)
     policy = Policy.model_validate({"name": path.stem, **raw}, context={"locate": place.locate})
     for index, rule in enumerate(policy.rules):
-        rule._origin = Origin(place.where(("rules", index)))
+        is_shipped = path in shipped_policies().values()
+        rule._origin = Origin(place.where(("rules", index)), str(path), is_shipped)
     linked = loaded[path.resolve()] = _link(policy, place, (*chain, (path.resolve(), shown)), loaded)
     return linked
 

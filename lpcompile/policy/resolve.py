@@ -1,10 +1,7 @@
 """Policy: which number format, scale, rounding and accumulator each GEMM of a model computes in.
 
     Policy = rules in order + what is not per GEMM (update, loss scale, wire, schedule)
-    policy.resolve(sites)  ->  one LayerSpec per site, or None where no rule says anything
-
-Rules resolve per role: the first rule that matches a site and sets `fwd` decides the site's fwd; likewise bwd and grad.
-A role that no matching rule sets is fp32; a site for which no role is set is left alone (None).
+    policy.resolve(sites)  ->  one LayerSpec per site, or None where it is left alone (resolution.py)
 
 A product of two activations y = a.b has the slots of a layer under other names: a is x, b is w. Either spelling is
 read, x and w are kept, and a rule for `matmul` alone prints a and b.
@@ -14,8 +11,7 @@ Invariants: `load_policy(file with policy.to_yaml()) == policy`; equal policies 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -47,28 +43,14 @@ from lpcompile.policy.fields import (
     words,
     words_schema,
 )
+from lpcompile.policy.resolution import Resolution, resolve
 from lpcompile.policy.rules import Rule, Site
 from lpcompile.policy.yaml_text import Inline, dump
 from runtime.numerics.specs import (
     ROLES,
     ROUNDINGS,
-    GemmSpec,
-    LayerSpec,
-    Role,
     Rounding,
 )
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What a policy means for the sites of one model."""
-
-    specs: dict[str, LayerSpec | None]
-    """Site name -> its three GEMMs; None: no rule sets any role, the op is left alone."""
-    rule_of: dict[str, dict[Role, str]]
-    """Site name -> role -> the rule that decided it; a role that no rule sets is not in it."""
-    unmatched: list[str]
-    """One sentence per rule that matched no site."""
 
 
 class Update(Section):
@@ -170,7 +152,7 @@ class Policy(Section):
 
     @classmethod
     def _hint_for(cls, key: str) -> str:
-        hint = nearest_names(key[:100], tuple(cls.model_fields))
+        hint = nearest_names(key[:100], tuple(cls.keys()))
         return hint if hint.startswith('"') else f"{hint}; and x-{key[:100]}, which is not read and may hold anchors"
 
     version: Literal[1] = 1
@@ -241,30 +223,12 @@ class Policy(Section):
                 raise refusal(f"two entries start at step {step}", expected="one entry per step")
         return value
 
-    def resolve(self, sites: Sequence[Site]) -> Resolution:
-        """The LayerSpec of each site under `rules`; of a phase, ask the policy of that phase."""
+    def resolve(self, sites: Sequence[Site], num_layers: Mapping[str, int] | None = None) -> Resolution:
+        """The LayerSpec of each site under `rules`; of a phase, ask the policy of that phase. `num_layers`: for sites
+        that are not all of a model.
+        """
         self._check_linked()
-        labels = [rule._origin.text or f"rules[{index}]" for index, rule in enumerate(self.rules)]
-        matching = {site.name: [i for i, rule in enumerate(self.rules) if rule.match.matches(site)] for site in sites}
-        specs: dict[str, LayerSpec | None] = {}
-        rule_of: dict[str, dict[Role, str]] = {}
-        for name, indices in matching.items():
-            gemms: dict[Role, GemmSpec] = {}
-            rule_of[name] = {}
-            for role in ROLES:
-                for index in indices:
-                    if gemm := self.rules[index].role(role):
-                        gemms[role] = gemm.spec()
-                        rule_of[name][role] = labels[index]
-                        break
-            specs[name] = LayerSpec(**gemms) if gemms else None
-        used = {index for indices in matching.values() for index in indices}
-        unmatched = [
-            f"{label} ({rule.match}) matched none of the {len(sites)} GEMMs"
-            for index, (label, rule) in enumerate(zip(labels, self.rules))
-            if index not in used
-        ]
-        return Resolution(specs, rule_of, unmatched)
+        return resolve(self.rules, sites, num_layers)
 
     @property
     def phases(self) -> list[tuple[int, "Policy"]]:
@@ -329,7 +293,7 @@ def _with_rules(policy: Policy, other: PhasePolicy) -> Policy:
 
 
 def _describe_rule(index: int, rule: Rule) -> list[str]:
-    lines = [f"  rules[{index}]: {rule.match}"]
+    lines = [f"  rules[{index}]: {rule.match}" + (", left alone" if rule.leave else "")]
     for role in ROLES:
         if gemm := rule.role(role):
             operands = ", ".join(f"{key} {getattr(gemm, key).spec()}" for key in (gemm.LHS, gemm.RHS))

@@ -1,21 +1,30 @@
 """Rules: which sites of a model a policy speaks of, and what their GEMMs compute in."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from pydantic import (
     BeforeValidator,
+    Field,
     PrivateAttr,
     WithJsonSchema,
     model_validator,
 )
 
-from lpcompile.policy.fields import Section, refusal, words, words_schema
+from lpcompile.policy.fields import Section, as_written, refusal, words, words_schema
 from lpcompile.policy.gemms import Bwd, Fwd, Gemm, Grad
 from lpcompile.policy.names import ROLE_NAMES
+from lpcompile.policy.patterns import (
+    check_bound,
+    check_layers,
+    check_pattern,
+    fulfils,
+    layer_of,
+    matches_layers,
+    matches_path,
+)
 from lpcompile.policy.yaml_text import Inline, inline_table
 from runtime.numerics.specs import (
     ROLES,
@@ -53,6 +62,21 @@ class Site:
     """Output features of one sample row, where known."""
     k: int | None
     """Length of the reduction of FWD, where known."""
+    classes: tuple[str, ...] = ()
+    """Class of the module that holds it and its base classes, by name; where known."""
+    owner: str | None = None
+    """Path of the module that holds it, where known."""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the product: `mlp.gate` of `mlp.gate.linear_0` and of a leaf its own."""
+        if self.owner is not None:
+            return self.owner
+        return (
+            self.name
+            if self.index is not None
+            else re.sub(r"\.?[a-z0-9]+(_[a-z0-9]+)*_[0-9]+(\.[a-z]+)?$", "", self.name)
+        )
 
 
 @dataclass(frozen=True)
@@ -60,32 +84,16 @@ class Origin:
     """Where a rule was written: `policy.yaml:12: rules[1]`. Rules that say the same are equal wherever they stand."""
 
     text: str = field(default="", compare=False)
-
-
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
-    ">=": lambda size, bound: size >= bound,
-    "<=": lambda size, bound: size <= bound,
-    "==": lambda size, bound: size == bound,
-    "!=": lambda size, bound: size != bound,
-    ">": lambda size, bound: size > bound,
-    "<": lambda size, bound: size < bound,
-}
-
-
-def _read_bound(value: Any) -> Any:
-    """`">=64"`, or a bare size for `"==64"`."""
-    text = f"=={value}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace(" ", "")
-    sign = next((sign for sign in _COMPARISONS if text.startswith(sign)), "")
-    if not sign or not re.fullmatch(r"[0-9]{1,12}", text.removeprefix(sign)):
-        expected = f"a size such as 64 or a comparison such as >=64 (one of {' '.join(_COMPARISONS)})"
-        raise refusal(f'"{str(value)[:60]}" is not a bound', expected=expected)
-    return text
+    file: str = field(default="", compare=False)
+    """The file's name; rules of one file are meant to be read together."""
+    is_shipped: bool = field(default=False, compare=False)
+    """Whether the file comes with the package: such a rule is for every model, and need not match in each."""
 
 
 Bound = Annotated[
     str | None,
-    BeforeValidator(lambda value: None if value is None else _read_bound(value)),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^ *(>=|<=|==|!=|>|<) *[0-9]+ *$"}]}),
+    BeforeValidator(lambda value: None if value is None else check_bound(value)),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[ 0-9<>=!%,]+$"}]}),
 ]
 
 
@@ -93,38 +101,71 @@ class Shape(Section):
     """Bounds on the sizes of FWD, an (m, k) by (k, n) product. A size that is not known fulfils no bound."""
 
     n: Bound = None
-    """Output features, for example ">=64"."""
+    """Output features: ">=64", ">=64,<=4096", "%16" (a multiple), "!%16", 64."""
     k: Bound = None
-    """Length of the reduction, for example ">=64"."""
+    """Length of the reduction, the same."""
 
     @classmethod
     def _hint_for(cls, key: str) -> str:
         return "m is not known when a model is compiled; n and k are" if key == "m" else ""
 
     def matches(self, site: Site) -> bool:
-        return all(_fulfils(size, bound) for size, bound in ((site.n, self.n), (site.k, self.k)) if bound is not None)
+        return all(fulfils(size, bound) for size, bound in ((site.n, self.n), (site.k, self.k)) if bound is not None)
 
 
-def _fulfils(size: int | None, bound: str) -> bool:
-    sign = next(sign for sign in _COMPARISONS if bound.startswith(sign))
-    return size is not None and _COMPARISONS[sign](size, int(bound.removeprefix(sign)))
+def _patterns(value: Any) -> Any:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple) or not patterns or not all(isinstance(each, str) for each in patterns):
+        raise refusal("not a name or a list of them", got=as_written(value), hint='a glob such as "*.mlp.*"')
+    return tuple(map(check_pattern, patterns))
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), words_schema()]
 
 
 class Match(Section):
     """Which sites a rule is for: all of the conditions hold. No condition: every site."""
 
-    name: str = "*"
-    """Glob on the whole module path; `*` also crosses dots."""
+    name: Patterns = ("*",)
+    """Module paths: a glob on the whole path (`*` also crosses dots), `re:` and a regular expression, or a list of
+    these, of which one is enough. A module's pattern is also for the products that the module itself writes."""
+    not_: Patterns = Field(default=(), alias="not")
+    """Module paths that are not meant, the same way."""
+    class_: Patterns = Field(default=(), alias="class")
+    """Class of the module that holds the product, or a base class of it, by name, the same way."""
+    layers: Annotated[
+        str | None,
+        BeforeValidator(lambda value: None if value is None else check_layers(value)),
+        WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}, {"type": "array", "minItems": 1}]}),
+    ] = None
+    """Layers by the first number in the module path: "2-13, -2..", counted from 0, or from the end with -1 the last."""
     op: Annotated[tuple[str, ...], words("op", OPS), words_schema(OPS)] = ()
     """One op or a list of them. Default: every op."""
     position: Annotated[tuple[str, ...], words("position", POSITIONS), words_schema(POSITIONS)] = ()
-    """first, last or both, by registration order of the GEMM-bearing leaves; functional GEMMs are not counted."""
+    """first, last or both, by registration order of the GEMM-bearing leaves that the model calls, as far as that is
+    known; functional GEMMs are not counted."""
     shape: Shape | None = None
     """Bounds on n and k."""
 
-    def matches(self, site: Site) -> bool:
-        if not fnmatchcase(site.name, self.name) or (self.op and site.op not in self.op):
+    @classmethod
+    def _hint_for(cls, key: str) -> str:
+        others = {"layer": "layers", "exclude": "not", "ignore": "not", "targets": "name", "regex": 'name: "re:..."'}
+        others |= {"module": "name", "path": "name", "type": "class", "module_class": "class", "dims": "shape"}
+        return f'"{others[key]}"? Known: {", ".join(cls.keys())}' if key in others else ""
+
+    def matches(self, site: Site, num_layers: Mapping[str, int] | None = None) -> bool:
+        """Whether a rule with these conditions is for a site. `num_layers`: how many layers the model has, by the path
+        before their number; without it no layer is counted from the end.
+        """
+        paths = (site.name, site.module)
+        if not _any_of(self.name, *paths) or _any_of(self.not_, *paths) or (self.op and site.op not in self.op):
             return False
+        if self.class_ and not _any_of(self.class_, *site.classes):
+            return False
+        if self.layers is not None:
+            stem, layer = layer_of(site.name) or ("", None)
+            if not matches_layers(self.layers, layer, (num_layers or {}).get(stem, 0)):
+                return False
         places = {"first": 0, "last": site.count - 1}
         if self.position and site.index not in [places[position] for position in self.position]:
             return False
@@ -132,7 +173,7 @@ class Match(Section):
 
     def plain(self) -> dict[str, Any]:
         """As a policy file writes it."""
-        values = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True, by_alias=True)
         return {
             key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in values.items()
         }
@@ -140,11 +181,13 @@ class Match(Section):
     def __str__(self) -> str:
         if not (conditions := self.plain()):
             return "every GEMM"
-        texts = {"op": "|".join(self.op), "position": "|".join(self.position)}
-        texts["shape"] = ", ".join(f"{key} {bound}" for key, bound in conditions.get("shape", {}).items())
-        return ", ".join(
-            texts["shape"] if key == "shape" else f"{key} {texts.get(key, value)}" for key, value in conditions.items()
-        )
+        words = {key: "|".join(value) if isinstance(value, list) else value for key, value in conditions.items()}
+        shape = ", ".join(f"{key} {bound}" for key, bound in conditions.get("shape", {}).items())
+        return ", ".join(shape if key == "shape" else f"{key} {value}" for key, value in words.items())
+
+
+def _any_of(patterns: tuple[str, ...], *texts: str) -> bool:
+    return any(matches_path(pattern, text) for pattern in patterns for text in texts)
 
 
 class Rule(Section):
@@ -167,13 +210,20 @@ class Rule(Section):
     """dx = dy.w"""
     grad: Grad | None = None
     """dw = dy.x"""
+    leave: Annotated[bool, Field(strict=True)] = False
+    """true: what the rules above do not decide runs as in the original model. Instead of fwd, bwd and grad."""
 
     _origin: Origin = PrivateAttr(default=Origin())
 
     @model_validator(mode="after")
     def _check_roles(self) -> "Rule":
-        if all(self.role(role) is None for role in ROLES):
-            raise refusal("the rule sets no role", expected=f"at least one of {', '.join(ROLES)}")
+        sets = [role for role in ROLES if self.role(role) is not None]
+        if not sets and not self.leave:
+            raise refusal("the rule sets no role", expected=f"at least one of {', '.join(ROLES)}, or leave: true")
+        if sets and self.leave:
+            raise refusal(
+                "the rule leaves alone what it sets", got=f"leave and {sets[0]}", hint="one of them", key="leave"
+            )
         return self
 
     def role(self, role: Role) -> Gemm | None:
@@ -183,6 +233,7 @@ class Rule(Section):
         """As a policy file writes it."""
         match = self.match.plain()
         tables = {role: gemm.plain(twins=self.match.op == ("matmul",)) for role in ROLES if (gemm := self.role(role))}
-        return ({"match": Inline(match)} if match else {}) | {
-            role: inline_table(table) for role, table in tables.items()
-        }
+        written: dict[str, Any] = {"match": Inline(match)} if match else {}
+        if self.leave:
+            written["leave"] = True
+        return written | {role: inline_table(table) for role, table in tables.items()}

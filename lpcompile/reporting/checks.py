@@ -1,6 +1,9 @@
 """Checks: what of a policy does not fit the model at hand, found before anything runs.
 
     rule-matches-nothing   wrong   no GEMM of the model is what the rule is for
+    rule-decides-nothing   wrong   rules above it decide all that it sets
+    unsigned-operand       risk    a format without negative values, for what has or may have some
+    rounded-again          risk    a result in fp32 leaves a layer of a bf16 or fp16 model in that dtype
     tied-weights           wrong   two layers share one weight and cast it differently
     weight-vanishes        wrong   every element of a weight rounds to zero: no scale, or none so small
     weight-mostly-zero     risk    more than half of the elements that are not zero do
@@ -10,6 +13,8 @@
 What is said of sums (accumulator-swamps, accumulator-open) is found by the pass choose-accumulator.
 """
 
+import fnmatch
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +25,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lpcompile.frontends.leaves.find import Leaf
-from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.patterns import REGEX, layer_of
+from lpcompile.policy.resolution import Resolution
+from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Rule, Site
 from passes.finding import Finding, names_of
 from runtime.numerics.block_casts import encode_blocks
-from runtime.numerics.block_formats import get_block_format
+from runtime.numerics.block_formats import get_block_format, is_block_format
 from runtime.numerics.formats import FloatFormat, get_format
 from runtime.numerics.scaling import MIN_SCALE
-from runtime.numerics.specs import LayerSpec, QuantSpec
+from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 
 
 def check_policy(
@@ -36,7 +43,9 @@ def check_policy(
     """Every finding of the table above, for one phase of a policy. Reads each weight that is cast, once or twice."""
     weights = _weights(model, leaves)
     return [
-        *_unmatched(policy, sites, resolution),
+        *_idle_rules(policy, sites, resolution),
+        *_rounded_again(model, policy, resolution),
+        *_unsigned(policy, resolution),
         *_tied(weights, resolution),
         *_outside(weights, resolution),
     ]
@@ -48,26 +57,82 @@ def _weights(model: nn.Module, leaves: Sequence[Leaf]) -> dict[str, nn.Parameter
     return {name: weight for name, weight in weights.items() if weight is not None}
 
 
-def _unmatched(policy: Policy, sites: Sequence[Site], resolution: Resolution) -> Iterator[Finding]:
-    rules = [rule for rule in policy.rules if not any(rule.match.matches(site) for site in sites)]
-    for rule, sentence in zip(rules, resolution.unmatched):
-        where, _, what = sentence.partition(" (")
-        yield Finding("rule-matches-nothing", where, f"({what}", _what_would_match(rule, sites), is_wrong=True)
+def _idle_rules(policy: Policy, sites: Sequence[Site], resolution: Resolution) -> Iterator[Finding]:
+    for rule, use in zip(policy.rules, resolution.rules):
+        if not use.is_told or use.num_rows:
+            continue
+        if not use.sites:
+            what = f"({use.condition}) matched none of the {len(sites)} GEMMs"
+            yield Finding("rule-matches-nothing", use.label, what, _what_would_match(rule, sites), is_wrong=True)
+        else:
+            above = ", ".join(use.deciders)
+            what = f"({use.condition}) decides nothing: of its {len(use.sites)} GEMMs every role is decided above it"
+            yield Finding("rule-decides-nothing", use.label, what, f"it before {above}, or not at all", is_wrong=True)
 
 
 def _what_would_match(rule: Rule, sites: Sequence[Site]) -> str:
-    """The nearest names, or the ops that there are."""
+    """The products under a module that was named, the nearest names, or the ops, classes and layers that there are."""
+    match, names = rule.match, [site.name for site in sites]
     ops = sorted({site.op for site in sites})
-    if rule.match.op and not set(rule.match.op) & set(ops):
-        more = "; products of activations are found with example_inputs" if "matmul" in rule.match.op else ""
+    if match.op and not set(match.op) & set(ops):
+        more = "; products of activations are found with example_inputs" if "matmul" in match.op else ""
         return f"an op of this model: {', '.join(ops)}{more}"
-    names = [site.name for site in sites]
-    tails = {name.rpartition(".")[2]: name for name in reversed(names)}
-    wanted = rule.match.name.replace("*", "").strip(".")
-    close = get_close_matches(wanted, [*names, *tails], n=3, cutoff=0.6)
-    if rule.match.name == "*" or not close:
-        return "lpcompile inspect, which lists the GEMMs of a model" if rule.match.name != "*" else "a wider condition"
-    return "a name such as " + ", ".join(dict.fromkeys(tails.get(name, name) for name in close))
+    for pattern in match.name if match.name != ("*",) else ():
+        if not pattern.startswith(REGEX) and (under := fnmatch.filter(names, f"{pattern}.*")):
+            return f'"{pattern}.*" for the products under it: {_some(under)}'
+        if experts := _experts_like(pattern, names):
+            return f"{experts}: all experts of a module are one product, with one weight"
+        wanted = pattern.removeprefix(REGEX).replace("*", "").strip(".")
+        tails = {name.rpartition(".")[2]: name for name in reversed(names)}
+        close = get_close_matches(wanted, [*names, *tails], n=3, cutoff=0.6)
+        if close:
+            return "a name such as " + ", ".join(dict.fromkeys(tails.get(name, name) for name in close))
+    if match.name != ("*",):
+        return f"lpcompile policy check FILE --model MODEL, which lists the GEMMs of a model: {_some(names)}"
+    if match.class_ and (kinds := sorted({site.classes[0] for site in sites if site.classes})):
+        return f"a class of this model: {_some(kinds)}"
+    if match.layers and not any(layer_of(name) for name in names):
+        return "a condition on names: no path of this model has a number"
+    return "a wider condition"
+
+
+def _experts_like(pattern: str, names: Sequence[str]) -> str:
+    """The products of fused experts, where a pattern speaks of one expert by number."""
+    found = [name for name in names if ".experts." in name and not re.search(r"\.experts\.[0-9]", name)]
+    return _some(found) if re.search(r"\.experts\.[0-9]", pattern) else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _rounded_again(model: nn.Module, policy: Policy, resolution: Resolution) -> Iterator[Finding]:
+    dtypes = {parameter.dtype for parameter in model.parameters()} & {torch.bfloat16, torch.float16}
+    for rule, use in zip(policy.rules, resolution.rules):
+        roles = [role for role in ROLES if (gemm := rule.role(role)) and "out" in gemm.model_fields_set]
+        stated = [role for role in roles if (gemm := rule.role(role)) and gemm.out == "fp32"]
+        if dtypes and stated and use.num_rows and not rule._origin.is_shipped:
+            dtype = str(min(dtypes, key=str)).removeprefix("torch.")
+            what = f"out: fp32, and the model's tensors are {dtype}: a result leaves the layer rounded to {dtype}"
+            yield Finding("rounded-again", use.label, what, f"a model in fp32, or out: {_SHORT[dtype]} to say it")
+
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def _unsigned(policy: Policy, resolution: Resolution) -> Iterator[Finding]:
+    """Gradients have both signs, and so may activations; what a weight has is looked at in `_misfit`."""
+    for rule, use in zip(policy.rules, resolution.rules):
+        for role in ROLES if use.num_rows else ():
+            gemm = rule.role(role)
+            for key in ("x", "dy"):
+                operand = getattr(gemm, key, None)
+                if operand is None or is_block_format(operand.format) or get_format(operand.format).min < 0:
+                    continue
+                what = f"{role} {key}: {operand.format} has no negative values: those of {key} become 0"
+                hint = "int8, uint8:zero=128, or a rule for what follows a relu alone"
+                yield Finding("unsigned-operand", use.label, what, hint)
 
 
 def _tied(weights: dict[str, nn.Parameter], resolution: Resolution) -> Iterator[Finding]:
@@ -129,6 +194,10 @@ def _misfit(w: Tensor, cast: QuantSpec) -> _Misfit | None:
     if cast.is_block:
         return _misfit_of_blocks(w, amax, cast)
     row = get_format(cast.format)
+    if smallest < 0 and row.min >= 0 and cast.scale is not None:
+        share = float((w < 0).float().mean())
+        what = f"{share:.0%} of the weights are negative, and become 0: {cast.format} has no negative values"
+        return _Misfit("unsigned-operand", what, "int8, or uint8:zero=128", is_wrong=share == 1)
     if cast.scale is not None:
         if amax / row.max >= MIN_SCALE:
             return None

@@ -30,8 +30,10 @@ from lpcompile.errors import LpError, NotSupported
 from lpcompile.frontends.install import RECORD, captured_class, uninstall
 from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.frontends.leaves.find import Leaf, composite_forward, find_leaves
+from lpcompile.policy.describe import describe
 from lpcompile.policy.file import load_policy
-from lpcompile.policy.resolve import Policy, Resolution
+from lpcompile.policy.resolution import Resolution
+from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Site
 from lpcompile.reporting.rows import GemmRow
 from lpcompile.reporting.text import table
@@ -261,7 +263,8 @@ class _Root(_Stamp):
 def _stamp(model: nn.Module, policy: Policy) -> _Joint:
     leaves, _ = find_leaves(model)
     count = sum(leaf.index is not None for leaf in leaves)
-    sites = {leaf.name: Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves}
+    found = [Site(leaf.name, leaf.op, leaf.index, count, leaf.n, leaf.k) for leaf in leaves]
+    sites = {site.name: site for site in describe(found, model)}
     parameter = next(model.parameters(), None)
     state = RunState(watch_overflow=policy.loss_scale.kind != "none")
     device = parameter.device.type if parameter is not None else "cpu"

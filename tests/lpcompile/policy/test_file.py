@@ -102,7 +102,10 @@ WRONG_VALUES = [
     ),
     (fwd("{x: e4m3, a: bf16}"), '3: rules[0].fwd.a: "a" and "x" name the same operand. Try one of them.'),
     (fwd("{x: {rounding: stochastic}}"), '3: rules[0].fwd.x: the key "format" is missing.'),
-    ("rules:\n- match: {op: linear}\n", "2: rules[0]: the rule sets no role. Expected at least one of fwd, bwd, grad."),
+    (
+        "rules:\n- match: {op: linear}\n",
+        "2: rules[0]: the rule sets no role. Expected at least one of fwd, bwd, grad, or leave: true.",
+    ),
     (
         "rules:\n- fwd: {}\n  match:\n    op: [linear, liner]\n",
         '4: rules[0].match.op: "liner" is not an op. Did you mean "linear"? Known: linear, conv1d, conv2d, conv3d, '
@@ -120,7 +123,7 @@ WRONG_VALUES = [
     (
         "rules:\n- match: {shape: {k: ~64}}\n  fwd: {}\n",
         '2: rules[0].match.shape.k: "~64" is not a bound. Expected a size such as 64 or a comparison such as >=64 '
-        "(one of >= <= == != > <).",
+        "(one of >= <= == != > < !% %).",
     ),
     ("rules: {fwd: {}}\n", "1: rules: not a value this key takes. Expected a list. Got {'fwd': {}}."),
     ("wire: {block: 3}\n", '1: wire: the key "format" is missing.'),
@@ -427,8 +430,8 @@ INT_LINEAR = layer(
     sums="int32",
 )
 INT_CONV = layer(
-    "int8 nearest_even tensor/amax * int8 nearest_even tensor/amax",
-    "fp32 nearest_even * int8 nearest_even tensor/amax",
+    "int8 nearest_even tensor/amax * int8 nearest_even channel/amax",
+    "fp32 nearest_even * int8 nearest_even channel/amax",
     "fp32 nearest_even * int8 nearest_even tensor/amax",
 )
 ALONE = "left alone"

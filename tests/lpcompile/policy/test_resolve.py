@@ -1,6 +1,7 @@
 """Policies as values: which rule decides which role of which site, phases, hash and text."""
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpcompile.errors import NotSupported, PolicyError
+from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Match, Site
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, ScaleSpec
@@ -52,6 +54,17 @@ def names(match: dict[str, Any]) -> list[str]:
         ({"shape": {"n": "!=64"}}, [WIDE, LAST]),
         ({"shape": {"n": "<=10"}}, [LAST]),
         ({"shape": {"n": ">64"}}, [WIDE]),
+        ({"shape": {"n": ">=64,<=128"}}, [FIRST, MIDDLE]),
+        ({"shape": {"n": [">=64", "<256"]}}, [FIRST, MIDDLE]),
+        ({"shape": {"n": "%16"}}, [FIRST, MIDDLE, WIDE]),
+        ({"shape": {"n": "!%16"}}, [LAST]),
+        ({"shape": {"k": "%16", "n": "%128"}}, [WIDE]),
+        ({"name": ["head", "stem.*"]}, [FIRST, LAST]),
+        ({"not": "head"}, [FIRST, MIDDLE, WIDE, PRODUCT]),
+        ({"name": "blocks.*", "not": ["*.up", "re:.*matmul.*"]}, [MIDDLE]),
+        ({"name": "re:blocks\\.[0-9]+\\.(attn|mlp)\\..*"}, [MIDDLE, WIDE, PRODUCT]),
+        ({"name": "re:mlp"}, []),
+        ({"name": "[!b]*"}, [FIRST, LAST]),
     ],
 )
 def test_a_match_is_all_of_its_conditions(match: dict[str, Any], expected: list[Site]) -> None:
@@ -113,8 +126,46 @@ def test_a_rule_that_matches_nothing_is_a_sentence() -> None:
     ]
 
 
-def test_a_rule_that_matches_and_decides_nothing_is_not_reported() -> None:
-    assert policy({"fwd": {}}, {"fwd": {"x": "e4m3"}}).resolve(SITES).unmatched == []
+def test_a_rule_that_matches_and_decides_nothing_is_dead() -> None:
+    resolved = policy({"fwd": {}}, {"fwd": {"x": "e4m3"}}).resolve(SITES)
+    assert resolved.unmatched == []
+    assert resolved.dead == [
+        "rules[1] (every GEMM) matches 5 of the 5 GEMMs and decides none of their roles: rules[0] above it decide them"
+    ]
+    assert [(use.num_rows, len(use.sites), use.deciders) for use in resolved.rules] == [
+        (5, 5, ()),
+        (0, 5, ("rules[0]",)),
+    ]
+
+
+def test_a_rule_that_decides_one_row_is_not_dead() -> None:
+    rules = {"match": {"op": "linear"}, "fwd": {}, "bwd": {}, "grad": {}}, {"match": {"name": "head"}, "fwd": {}}
+    assert len(policy(*rules).resolve(SITES).dead) == 1
+    assert policy(*reversed(rules)).resolve(SITES).dead == []
+
+
+def test_what_a_rule_leaves_runs_as_it_was() -> None:
+    resolved = policy(
+        {"match": {"name": "head"}, "fwd": {"x": "bf16"}},
+        {"match": {"name": ["head", "*.up"]}, "leave": True},
+        {"match": {"op": "linear"}, "fwd": {"x": "e4m3"}, "bwd": {}, "grad": {}},
+    ).resolve(SITES)
+    assert resolved.specs[WIDE.name] is None
+    assert resolved.rule_of[WIDE.name] == dict.fromkeys(("fwd", "bwd", "grad"), "rules[1]")
+    assert resolved.specs["head"] == LayerSpec(fwd=GemmSpec(lhs=QuantSpec("bf16")))
+    assert resolved.rule_of["head"] == {"fwd": "rules[0]", "bwd": "rules[1]", "grad": "rules[1]"}
+    assert [use.num_rows for use in resolved.rules] == [1, 5, 3]
+    with pytest.raises(PolicyError, match="the rule leaves alone what it sets"):
+        policy({"leave": True, "fwd": {}})
+
+
+def test_what_another_file_overrides_is_not_dead(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("rules: [{match: {op: linear}, fwd: {x: e4m3}}]\n")
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: base.yaml\nrules: [{fwd: {x: e5m2}}]\n")
+    assert load_policy(own).resolve(SITES).dead == []
+    own.write_text("rules: [{fwd: {x: e5m2}}, {match: {op: linear}, fwd: {x: e4m3}}]\n")
+    assert len(load_policy(own).resolve(SITES).dead) == 1
 
 
 def test_a_bare_name_means_the_rounding_of_the_row_and_scale_one() -> None:
@@ -288,13 +339,19 @@ TABLES = {
     "grad": st.fixed_dictionaries({}, optional={"dy": OPERANDS, "a": OPERANDS, **OUT}),
 }
 WORDS = st.text(min_size=1, max_size=8)
+GLOBS = st.text("abz0_.*?", min_size=1, max_size=8).filter(lambda text: not text.startswith(".*"))
 MATCHES = st.fixed_dictionaries(
     {},
     optional={
-        "name": WORDS,
+        "name": st.one_of(GLOBS, st.lists(GLOBS, min_size=1, max_size=3)),
+        "not": GLOBS,
+        "class": GLOBS,
+        "layers": st.sampled_from(["2-13, -2..", "0", 3, [0, -1], "..4", "first 2"]),
         "op": st.lists(st.sampled_from(["linear", "conv2d", "matmul"]), min_size=1, max_size=2),
         "position": st.sampled_from(["first", ["first", "last"]]),
-        "shape": st.fixed_dictionaries({}, optional={"k": st.sampled_from([64, ">= 8", "!=3"]), "n": st.just("<9")}),
+        "shape": st.fixed_dictionaries(
+            {}, optional={"k": st.sampled_from([64, ">= 8", "!=3", ">=64, <=4096", "%16"]), "n": st.just("<9")}
+        ),
     },
 )
 RULES = st.lists(

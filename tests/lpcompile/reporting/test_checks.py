@@ -64,7 +64,9 @@ def test_tied_weights_under_one_policy_are_fine() -> None:
         ({"name": "*.boddy"}, "a name such as body"),
         ({"op": "conv2d"}, "an op of this model: linear"),
         ({"op": "matmul"}, "products of activations are found with example_inputs"),
-        ({"name": "zzz"}, "lpcompile inspect"),
+        ({"name": "zzz"}, "lpcompile policy check FILE --model MODEL, which lists the GEMMs of a model: body"),
+        ({"class": "Conv2d"}, "a class of this model: Linear"),
+        ({"layers": "0"}, "a condition on names: no path of this model has a number"),
         ({"shape": {"k": ">=100000"}}, "a wider condition"),
     ],
 )
@@ -176,3 +178,51 @@ def test_phases_are_checked_apart() -> None:
     assert report(model).warnings == []
     with pytest.raises(LoweringError, match="weight-vanishes"):
         lpcompile(_linear(0.1), policy, strict=True)
+
+
+def test_a_module_that_holds_products_is_answered_with_them() -> None:
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({name: nn.Linear(8, 8) for name in ("up", "down", "a", "b")})})
+    finding = _only(model, {"match": {"name": "mlp"}, **E4M3})
+    assert finding.hint == '"mlp.*" for the products under it: mlp.up, mlp.down, mlp.a and 1 more'
+
+
+def test_one_expert_of_fused_ones_is_answered_with_the_product_of_all() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    finding = _only(transformers.MixtralForCausalLM(config), {"match": {"name": "*.experts.3.*"}, **E4M3})
+    assert "model.layers.0.mlp.experts.gate_up_proj" in finding.hint
+    assert "all experts of a module are one product" in finding.hint
+
+
+def test_a_rule_that_decides_nothing_is_wrong() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+    whole = {role: {} for role in ("fwd", "bwd", "grad")}
+    rules = {"match": {"op": "linear"}, **whole}, {"match": {"name": "head"}, "fwd": {"x": "bf16"}}
+    finding = _only(model, *rules)
+    assert (finding.code, finding.where, finding.is_wrong) == ("rule-decides-nothing", "rules[1]", True)
+    assert finding.what == "(name head) decides nothing: of its 1 GEMMs every role is decided above it"
+    assert finding.hint == "it before rules[0], or not at all"
+    with pytest.raises(LoweringError, match="rule-decides-nothing"):
+        lpcompile(model, _policy(*rules), strict=True)
+
+
+@pytest.mark.parametrize("operand", ["w", "x", "dy"])
+def test_signed_values_in_an_unsigned_format_are_told(operand: str) -> None:
+    unsigned = {"format": "uint8", "scale": {"granularity": "row"}}
+    role = {"w": "fwd", "x": "fwd", "dy": "bwd"}[operand]
+    (finding,) = check_model(nn.Linear(8, 8), _policy({role: {operand: unsigned}}))[1]
+    assert finding.code == "unsigned-operand"
+    assert "become 0" in finding.what
+    affine = {"format": "uint8:zero=128", "scale": {"granularity": "row"}}
+    assert check_model(nn.Linear(8, 8), _policy({role: {operand: affine}}))[1] == []
+
+
+def test_a_result_in_fp32_of_a_bf16_model_says_what_happens() -> None:
+    finding = _only(nn.Linear(8, 8).to(torch.bfloat16), {"fwd": {"x": "bf16", "out": "fp32"}})
+    assert finding.code == "rounded-again"
+    assert "a result leaves the layer rounded to bfloat16" in finding.what
+    assert check_model(nn.Linear(8, 8), _policy({"fwd": {"x": "bf16", "out": "fp32"}}))[1] == []
+    assert check_model(nn.Linear(8, 8).to(torch.bfloat16), _policy({"fwd": {"x": "bf16"}}))[1] == []

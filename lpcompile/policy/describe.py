@@ -1,0 +1,30 @@
+"""Describing sites: what a rule can ask about a product beyond its name, read from the model that holds it."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lpcompile.policy.rules import Site
+
+
+def describe(sites: Sequence[Site], model: nn.Module, called: Collection[str] | None = None) -> list[Site]:
+    """The sites with the module that holds each, and its classes. `called`: paths of the leaves that example calls ran;
+    first and last are then among these.
+    """
+    modules = dict(model.named_modules())
+    described = []
+    for site in sites:
+        owner = site.name
+        while owner and owner not in modules:
+            owner = owner.rpartition(".")[0]
+        kinds = type(modules[owner]).__mro__
+        classes = tuple(kind.__name__ for kind in kinds[: kinds.index(nn.Module)] or kinds[:1])
+        described.append(replace(site, owner=owner, classes=classes))
+    return described if called is None else _renumbered(described, called)
+
+
+def _renumbered(sites: Sequence[Site], called: Collection[str]) -> list[Site]:
+    counted = [site.name for site in sites if site.index is not None and site.owner in called]
+    places = {name: index for index, name in enumerate(counted)}
+    return [replace(site, index=places.get(site.name), count=len(counted)) for site in sites]
