@@ -35,11 +35,10 @@ def test_routers_are_left_alone(name: str) -> None:
     model = lpcompile(build(name), "fp8-rowwise", example_kwargs={"input_ids": torch.arange(8).view(2, 4)})
     found = report(model)
     assert found.unmatched_rules == []
-    assert any(".mlp.gate" in site for site in found.left_alone)
+    assert any(".mlp.gate." in site for site in found.left_alone)
     for policy in ("fp8-rowwise", "hfp8", "int8", "fp16"):
         specs = load_policy(policy).resolve(get_compiled(model).sites).specs
         routers = [site for site in specs if ".mlp.gate." in site or site.endswith("shared_expert_gate")]
-        assert len(routers) == sum(".mlp.gate" in site or "shared_expert_gate" in site for site in specs)
         assert [specs[router] for router in routers] == [None] * len(routers)
         assert len(routers) >= 1
         assert all(specs[site] is not None for site in specs if "gate_up_proj" in site or site.endswith("o_proj"))
