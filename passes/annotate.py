@@ -14,7 +14,8 @@ from passes.ir.stored_specs import spec_as_stored
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.errors import NotSupported
-from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.kernels.registry import choose
+from runtime.kernels.request import GemmRequest
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.ops.plan import contraction_of, parse_geometry

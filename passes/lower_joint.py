@@ -22,7 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.annotate import as_stored, refusal
 from passes.ir.gemm_nodes import GemmNode
 from passes.joint_products import JointSite, Product
-from runtime.kernels.dispatch import Choice, GemmRequest, choose
+from runtime.kernels.registry import Choice, choose
+from runtime.kernels.request import GemmRequest
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
 from runtime.ops.layer import cast
 from runtime.ops.plan import GemmPlan
@@ -98,7 +99,7 @@ def _rewrite(casts: "_Casts", site: JointSite, gemm: GemmNode, plan: GemmPlan) -
     """Rewrite what the graph holds of a site; the roles that it holds."""
     spec = plan.spec
     held: list[Role] = ["fwd"]  # nodes that are replaced stay until the end, as readers of their operands
-    if plan.method("fwd") != "as_is":
+    if not plan.kernel("fwd").is_own_op:
         x = casts.of(gemm.lhs, spec.fwd.lhs)
         w = casts.of(gemm.rhs, spec.fwd.rhs)
         site.fwd.replace_all_uses_with(_multiply(casts, site.fwd, "fwd", plan, x, w, gemm.bias))
@@ -107,7 +108,7 @@ def _rewrite(casts: "_Casts", site: JointSite, gemm: GemmNode, plan: GemmPlan) -
             held.append(role)  # type: ignore[arg-type]
         if product is not None:
             held.append(role)  # type: ignore[arg-type]
-            if plan.method(role) != "as_is":  # type: ignore[arg-type]
+            if not plan.kernel(role).is_own_op:  # type: ignore[arg-type]
                 _rewrite_product(casts, gemm, plan, role, product)  # type: ignore[arg-type]
     if site.conv_backward is not None:
         held += _rewrite_conv_backward(casts, site.conv_backward, gemm, plan)
@@ -132,7 +133,7 @@ def _rewrite_conv_backward(casts: "_Casts", node: fx.Node, gemm: GemmNode, plan:
     held: list[Role] = [role for role, is_wanted in zip(("bwd", "grad"), mask) if is_wanted]  # type: ignore[misc]
     made: dict[int, fx.Node] = {}
     for index, role in enumerate(("bwd", "grad")):
-        if not mask[index] or plan.method(role) == "as_is":  # type: ignore[arg-type]
+        if not mask[index] or plan.kernel(role).is_own_op:  # type: ignore[arg-type]
             continue
         numbers = plan.spec.role(role)  # type: ignore[arg-type]
         other, like = (gemm.rhs, gemm.lhs) if role == "bwd" else (gemm.lhs, gemm.rhs)

@@ -8,7 +8,8 @@ from typing import ClassVar
 from passes.cast_keys import gemm_spec
 from passes.ir.program import SITE, Program
 from passes.manager import Pass
-from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.kernels.registry import choose
+from runtime.kernels.request import GemmRequest
 from runtime.numerics.specs import ROLES
 from runtime.ops.dialect import OPS
 

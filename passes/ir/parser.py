@@ -24,7 +24,7 @@ from passes.ir.types import META, tensor_meta, type_of
 from passes.ir.verifier import verify, verify_node, verify_site
 from passes.manager import split_items
 from runtime.errors import LpError, VerifyError, nearest_names
-from runtime.kernels.dispatch import Choice
+from runtime.kernels.registry import Choice
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.dialect import OP_OF, OPS, OpDef
 from runtime.ops.types import OpType, TensorType

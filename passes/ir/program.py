@@ -16,7 +16,7 @@ from typing import Literal
 from torch import fx
 
 from passes.finding import Finding
-from runtime.kernels.dispatch import Choice
+from runtime.kernels.registry import Choice
 from runtime.numerics.specs import LayerSpec, Role
 from runtime.ops.dialect import OPS
 

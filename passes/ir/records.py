@@ -2,7 +2,7 @@
 expected, or "" if nothing is wrong.
 
     device     a type of device that torch has                    passes    passes that there are, with their options
-    choice     a backend of runtime/kernels/dispatch.py, its method, and how exact it is
+    choice     a kernel of runtime/kernels/registry.py, its backend, and how exact it is
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,7 @@ import torch
 from passes.manager import parse_passes
 from passes.pipelines import PASSES
 from runtime.errors import PassError
-from runtime.kernels import cuda, torch_native
-from runtime.kernels.cpu import gemm as cpu_gemm
-from runtime.kernels.dispatch import Choice, Fidelity
-from runtime.numerics import reference_gemm as reference
-from runtime.ops.plan import METHODS
+from runtime.kernels.registry import Choice, Fidelity, kernels
 
 
 def wrong_device(text: str) -> str:
@@ -38,11 +34,12 @@ def wrong_passes(text: str) -> str:
 def wrong_choice(choice: Mapping[str, Any]) -> str:
     if choice.keys() != Choice.__dataclass_fields__.keys():
         return ", ".join(Choice.__dataclass_fields__)
-    for field, known in _KNOWN.items():
-        if choice[field] not in known:
-            return f"{field} {' or '.join(known)}"
+    known = {
+        "backend": sorted({kernel.backend for kernel in kernels()}),
+        "method": [kernel.name for kernel in kernels()],
+        "fidelity": get_args(Fidelity),
+    }
+    for field, values in known.items():
+        if choice[field] not in values:
+            return f"{field} {' or '.join(values)}"
     return ""
-
-
-BACKENDS = (cpu_gemm.NAME, cuda.NAME, torch_native.NAME, "cpu_emulation", reference.NAME)
-_KNOWN: dict[str, tuple[str, ...]] = {"backend": BACKENDS, "method": METHODS, "fidelity": get_args(Fidelity)}

@@ -1,1 +1,1 @@
-"""Kernels: one file a backend, and the dispatch that chooses among them."""
+"""Kernels: GEMMs and casts at the speed of the machine, and the registry that chooses among them."""

@@ -1,6 +1,6 @@
-"""The cuda backend: GEMMs of grid values on a GPU's matrix units, fp32 results.
+"""CUDA: products of grid values on a GPU's matrix units, fp32 results, for the kernels of this table.
 
-    method     operands        returns  needs
+    kernel     operands        returns  needs
     cuda_int8  int8            fp32     compute capability 7.5; exact
     cuda_fp8   e4m3, one e5m2  fp32     compute capability 8.9; both formats embed, after a shift if need be
     cuda_bf16  bf16            fp32     compute capability 8.0 and mm(out_dtype=); both formats embed in bf16
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from runtime.kernels.torch_native import check_int8_sum
+from runtime.kernels.int8_product import check_int8_sum
+from runtime.kernels.request import GemmRequest
 from runtime.kernels.triton import has_triton
 from runtime.numerics.formats import Format, finite_values, get_format, has_value
 
-NAME = "cuda"
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -71,6 +71,11 @@ class Capability:
         return self.compute >= (8, 9)
 
     @property
+    def casts_text(self) -> str:
+        """What a reason says of how operands are cast."""
+        return "" if self.has_triton else "; casts are torch ops: triton is not installed"
+
+    @property
     def fp8_sum(self) -> str:
         """How FP8 products are added, with the bound.
 
@@ -87,6 +92,14 @@ class Capability:
 def product_bound(fraction: int) -> str:
     """The bound at the head of this file, for a reason."""
     return f"|error| <= (K+1) 2^{1 - fraction} sum|a b|"
+
+
+def found_for(request: GemmRequest) -> Capability | str:
+    """The device that may run a request, or why none does."""
+    device = current_capability()
+    if device is None:
+        return "no CUDA device is here"
+    return device if request.is_plain else f"torch's own {request.kind} runs it"
 
 
 def current_capability() -> Capability | None:

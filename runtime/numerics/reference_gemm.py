@@ -44,7 +44,6 @@ from runtime.numerics.grid import binade, round_to_grid
 from runtime.numerics.random import random_bits
 from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
-NAME = "reference"
 DRAWS = 8
 """Draws of 16 bits in the four words of one Philox counter."""
 MANY_PRODUCTS = 10**7
@@ -128,6 +127,13 @@ def random_digits(how: AccumulateSpec) -> int:
     """b: how many of a draw's 16 bits stochastic rounding to this accumulator compares."""
     row = get_format(how.format)
     return 23 - row.mantissa if isinstance(row, FloatFormat) and 7 <= row.mantissa <= 15 else 16
+
+
+def random_text(how: AccumulateSpec) -> str:
+    """What a reason says of stochastic sums; "" for others."""
+    if how.mode != "stochastic":
+        return ""
+    return f"; {random_digits(how)} random bits: what is below 2^-{random_digits(how)} of an ulp of the sum is lost"
 
 
 def _rounding(how: AccumulateSpec, key: RandomKey, like: Tensor) -> Round:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cast.scales import compute_scale
+from runtime.kernels.registry import kernels
 from runtime.numerics.free_axes import Side
 from runtime.numerics.scaling import expand_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
@@ -33,7 +34,7 @@ from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from runtime.ops.layer import check_transforms, draw_of, run_gemm
-from runtime.ops.plan import KINDS, METHODS, GemmPlan, contraction_of, parse_geometry, print_geometry
+from runtime.ops.plan import KINDS, GemmPlan, contraction_of, parse_geometry, print_geometry
 from runtime.ops.sum_scales import why_not_scaled
 from runtime.ops.types import (
     VALUE,
@@ -385,8 +386,8 @@ _GEMM_RULES = (
     Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
     Rule(
-        f"`methods` must be empty before they are chosen, else each one of {', '.join(METHODS)}",
-        lambda a: a["methods"] == ",," or set(a["methods"].split(",")) <= {*METHODS},
+        "`methods` must be empty before they are chosen, else each the name of a kernel",
+        lambda a: a["methods"] == ",," or set(a["methods"].split(",")) <= {kernel.name for kernel in kernels()},
     ),
     _LIFETIME,
     Rule(

@@ -248,7 +248,7 @@ def _finished(
     residual: Tensor | None, activation: str, keeps: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """FWD with what follows it, and what the activation's backward needs where it `keeps` that."""
-    is_as_is = plan.method("fwd") == "as_is"
+    is_as_is = plan.kernel("fwd").is_own_op
     if torch.compiler.is_compiling():  # what follows is left to the compiler
         y = _native(plan, a, b, bias, dtype) if is_as_is else multiply_traced("fwd", plan, a, b, bias, dtype, state)
         y = y if residual is None else y + residual
@@ -268,7 +268,7 @@ def _gradient(
     role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, shape: torch.Size, dtype: torch.dtype, state: RunState
 ) -> Tensor:
     """BWD or GRAD: torch's own op where nothing is cast, else one op of products.py."""
-    if plan.method(role) != "as_is":
+    if not plan.kernel(role).is_own_op:
         run = multiply_traced if torch.compiler.is_compiling() else multiply
         return run(role, plan, dy, other, shape, dtype, state)
     of_role = plan.contraction.bwd if role == "bwd" else plan.contraction.grad

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from runtime.kernels.dispatch import EMULATED
+from runtime.kernels import gemm as gemm  # fills the registry
+from runtime.kernels.registry import AbstractKernel, get_kernel
 from runtime.numerics.specs import ROLES, LayerSpec, Role
 from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul
 from runtime.ops.im2col import unfolded
@@ -11,19 +12,12 @@ from runtime.ops.im2col import unfolded
 Attributes = tuple[str, str, str, int, str]
 """Those of an lp.gemm node: kind, spec, methods, site, geometry."""
 KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
-METHODS = (
-    *("as_is", "fp32", "bf16", "int8"),
-    *("cpu_bf16", "cpu_int8"),
-    *("cuda_fp8", "cuda_bf16", "cuda_fp16", "cuda_int8"),
-    *EMULATED,
-)
-"""What `methods` may name, of the backends of runtime/kernels/dispatch.py."""
 
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """Everything about one site that does not change from call to call. `methods` are those of the chosen backends,
-    by role.
+    """Everything about one site that does not change from call to call. `methods` names the chosen kernels
+    of runtime/kernels/registry.py, by role.
     """
 
     kind: str
@@ -39,13 +33,13 @@ class GemmPlan:
         return contraction_of(self.kind, self.geometry)
 
     def contraction_of(self, role: Role) -> AbstractContraction:
-        """What lays out the GEMM of one role: a convolution that rounds as it adds is unfolded."""
-        if self.geometry is not None and self.method(role) in EMULATED:
+        """What lays out the GEMM of one role: a convolution is unfolded for a kernel that has none."""
+        if self.geometry is not None and self.kernel(role).is_matrix_only:
             return unfolded(self.geometry)
         return self.contraction
 
-    def method(self, role: Role) -> str:
-        return self.methods[ROLES.index(role)]
+    def kernel(self, role: Role) -> AbstractKernel:
+        return get_kernel(self.methods[ROLES.index(role)])
 
     @cached_property
     def stochastic_sums(self) -> frozenset[Role]:

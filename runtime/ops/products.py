@@ -24,10 +24,8 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from runtime.kernels.cast.grid import fast_to_grid
-from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.cpu.epilogue import finish
-from runtime.kernels.dispatch import multiplier
-from runtime.kernels.torch_native import DTYPES
+from runtime.kernels.registry import AbstractKernel, Epilogue
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.free_axes import Side
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
@@ -115,30 +113,24 @@ def multiply_fwd(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """FWD with what follows it, in the dtype that the method gives."""
-    spec, method, kind = plan.spec.fwd, plan.method("fwd"), plan.contraction_of("fwd")
+    """FWD with what follows it, in the dtype that the kernel gives."""
+    spec, kernel, kind = plan.spec.fwd, plan.kernel("fwd"), plan.contraction_of("fwd")
     x, w = _foldable(plan, "fwd", x, w)
-    unscaled = x.scale is None and w.scale is None
-    if method in ("as_is", "fp32") and unscaled and spec.out == "fp32":
-        y = kind.native(
-            _load(x.grid, method), _load(w.grid, method), bias if bias is None or method == "as_is" else bias.float()
-        )
-        return add_and_relu(y, residual, relu)
-    if method == "cpu_bf16" and unscaled and spec.out == "fp32":
-        add_bias = partial(cpu_gemm.multiply, bias_N=None if bias is None else bias.float())
-        return add_and_relu(kind.fwd(_load(x.grid, method), _load(w.grid, method), add_bias), residual, relu)
+    lhs, rhs = kernel.load(x.grid), kernel.load(w.grid)
+    if kernel.has_native and spec.out == "fp32" and x.scale is None and w.scale is None:
+        return add_and_relu(kind.native(lhs, rhs, bias if bias is None else kernel.load(bias)), residual, relu)
     if plan.geometry is not None:
-        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, key))
+        y = kind.fwd(lhs, rhs, _product(plan, "fwd", x, w, key))
         if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
             return _finish_conv(plan.geometry, y, x.scale, w.scale, bias, residual, relu)
         y = _scaled(y, x.scale, _per_channel(w.scale, plan.geometry))
     else:
         is_one_pass = spec.out == "fp32" and plan.kind != "matmul"
         after = (bias, residual, relu) if is_one_pass else (None, None, False)
-        y = kind.fwd(_load(x.grid, method), _load(w.grid, method), _product(plan, "fwd", x, w, key, after=after))
+        y = kind.fwd(lhs, rhs, _product(plan, "fwd", x, w, key, after=after))
         if is_one_pass:
             return y
-    y = _round_out(y, spec, method)
+    y = _round_out(y, spec, kernel)
     if bias is not None:
         y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
     return add_and_relu(y, residual, relu)
@@ -162,40 +154,23 @@ def _finish_conv(
 
 
 def multiply_bwd(plan: GemmPlan, dy: QTensor, w: QTensor, lhs_shape: torch.Size, key: RandomKey) -> Tensor:
-    spec, method = plan.spec.bwd, plan.method("bwd")
+    spec, kernel = plan.spec.bwd, plan.kernel("bwd")
     dy, w = _foldable(plan, "bwd", dy, w)
-    lhs, rhs = _load(dy.grid, method), _load(w.grid, method)
-    dx = plan.contraction_of("bwd").bwd(lhs, rhs, lhs_shape, _product(plan, "bwd", dy, w, key))
-    return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, method)
+    multiply = _product(plan, "bwd", dy, w, key)
+    dx = plan.contraction_of("bwd").bwd(kernel.load(dy.grid), kernel.load(w.grid), lhs_shape, multiply)
+    return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, kernel)
 
 
 def multiply_grad(plan: GemmPlan, dy: QTensor, x: QTensor, rhs_shape: torch.Size, key: RandomKey) -> Tensor:
-    spec, method = plan.spec.grad, plan.method("grad")
+    spec, kernel = plan.spec.grad, plan.kernel("grad")
     dy, x = _foldable(plan, "grad", dy, x)
     multiply = _product(plan, "grad", dy, x, key, is_swapped=plan.contraction.grad_rows == "rhs")
-    dw = plan.contraction_of("grad").grad(_load(dy.grid, method), _load(x.grid, method), rhs_shape, multiply)
-    return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, method)
+    dw = plan.contraction_of("grad").grad(kernel.load(dy.grid), kernel.load(x.grid), rhs_shape, multiply)
+    return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, kernel)
 
 
-def _load(grid: Tensor, method: str) -> Tensor:
-    """Grid values in a dtype that the method multiplies; exact either way."""
-    if method == "as_is":
-        return grid
-    if method == "cpu_bf16":  # it reads fp32 too: block values below bf16's range
-        return grid if grid.dtype in cpu_gemm.DTYPES else grid.bfloat16()
-    dtype = DTYPES.get(method, torch.float32)
-    return _as_int8(grid) if dtype == torch.int8 else grid.to(dtype)
-
-
-def _as_int8(grid: Tensor) -> Tensor:
-    """In int8, or in the floating-point dtype that holds a NaN too, which the product looks for."""
-    if grid.dtype == torch.int8 or grid.is_cuda or bool(grid.isnan().any()):
-        return grid
-    return grid.to(torch.int8)
-
-
-def _round_out(y: Tensor, spec: GemmSpec, method: str) -> Tensor:
-    if spec.out == "fp32" or method == spec.out:
+def _round_out(y: Tensor, spec: GemmSpec, kernel: AbstractKernel) -> Tensor:
+    if spec.out in ("fp32", kernel.out):
         return y
     return fast_to_grid(y.float(), QuantSpec.parse(spec.out), None, dtype=storage_dtype(spec.out))
 
@@ -220,25 +195,18 @@ def _product(
     is_swapped: bool = False,
     after: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
 ) -> Multiply:
-    """The backend's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows. `after`:
+    """The kernel's product, times the scales of its rows and columns; `is_swapped` if rhs gives the rows. `after`:
     bias, residual and whether a relu comes.
     """
-    bias, residual, relu = after
-    spec = plan.spec.role(role)
+    spec, kernel = plan.spec.role(role), plan.kernel(role)
     rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
     if is_swapped:
         spec = replace(spec, lhs=spec.rhs, rhs=spec.lhs)
-    multiply = multiplier(plan.method(role), spec, key)
-    if plan.geometry is not None or (rows.scale is columns.scale is bias is residual is None and not relu):
-        return multiply  # the result of a conv is scaled
+    if plan.geometry is not None:
+        return partial(kernel.multiply, spec=spec, key=key)  # the result of a conv is scaled
     batched = plan.kind == "matmul"
-
-    def run(a: Tensor, b: Tensor) -> Tensor:
-        y = multiply(a, b)
-        summand = None if residual is None else residual.reshape(y.shape)
-        return finish(y, _along(rows, "row", batched), _along(columns, "column", batched), bias, summand, relu)
-
-    return run
+    epilogue = Epilogue(_along(rows, "row", batched), _along(columns, "column", batched), *after)
+    return partial(kernel.run, epilogue=epilogue, spec=spec, key=key)
 
 
 def _along(operand: QTensor, axis: str, batched: bool) -> Tensor | None:

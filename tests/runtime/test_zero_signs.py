@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 
-from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.kernels.registry import choose
+from runtime.kernels.request import GemmRequest
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.contractions import ConvGeometry
 from runtime.ops.dialect import OPS

@@ -39,7 +39,7 @@ from lpcompile.reporting.rows import GemmRow
 from lpcompile.reporting.text import table
 from passes.joint_products import ROOT_KEY, SITE_KEY, UNNAMED, NameProducts, find_joint_sites
 from passes.lower_joint import Lowered, lower_joint
-from runtime.kernels.dispatch import Choice
+from runtime.kernels.registry import Choice
 from runtime.numerics.specs import ROLES, LayerSpec, Role
 from runtime.state import RunState
 

@@ -1,4 +1,4 @@
-"""The cpu backend: GEMMs on the bf16 units with fp32 results, by gemm_amx.cpp where there are AMX tiles, else gemm.cpp.
+"""GEMMs on the bf16 units with fp32 results, by gemm_amx.cpp where there are AMX tiles, else gemm.cpp.
 
 Only a CPU with AVX512-BF16 has such units, and only a compiler brings them; elsewhere `gemm_library()` is None.
 """
@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from runtime.kernels.cpu.build import load_library
-from runtime.kernels.torch_native import check_int8_sum
+from runtime.kernels.int8_product import check_int8_sum
 
-NAME = "cpu"
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("gemm_amx.cpp", "gemm.cpp"))
 """The fastest first."""
 DTYPES = (torch.float32, torch.bfloat16)

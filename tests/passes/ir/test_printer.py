@@ -18,7 +18,7 @@ from passes.ir.types import META
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.errors import NotSupported
-from runtime.kernels.dispatch import Choice
+from runtime.kernels.registry import Choice
 from runtime.numerics.specs import LayerSpec
 from tests.models_for_tests import MODELS, build
 from tests.passes.programs_for_tests import SCALED

@@ -3,6 +3,7 @@
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from runtime.kernels import cuda
 from runtime.kernels.cuda import FP8, Capability, fp8_containers, multiply_fp8, multiply_int8
-from runtime.kernels.dispatch import Choice, GemmRequest, choose, multiplier
+from runtime.kernels.registry import Choice, choose, get_kernel
+from runtime.kernels.request import GemmRequest
 from runtime.numerics import quantize
 from runtime.numerics.formats import finite_values, get_format, has_value
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec, Role
@@ -48,14 +50,14 @@ def _choose(
         (H100, "1-4-3:bias=11,top=nan", "e5m2", "cuda_fp8", "bounded", "e4m3 shifted by 2^4 x e5m2"),
         (H100, "mxfp8", "e4m3", "cuda_bf16", "bounded", "no FP8 pair"),
         (H100, "fp16", "fp16", "cuda_fp16", "bounded", "embed in fp16"),
-        (H100, "fp16", "bf16", "fp32", "format-exact", "H100 has no unit that holds both"),
-        (A100, "e4m3", "e4m3", "cuda_bf16", "bounded", "no FP8 units; both embed in bf16, whose unit cuts sums"),
+        (H100, "fp16", "bf16", "fp32", "format-exact", "H100 has no fp16 unit that holds both"),
+        (A100, "e4m3", "e4m3", "cuda_bf16", "bounded", "both embed in bf16, whose unit cuts sums"),
         (A100, "bf16", "bf16", "cuda_bf16", "bounded", "(K+1) 2^-22"),
-        (A100, "1-6-9", "1-6-9", "fp32", "format-exact", "no unit that holds both"),
-        (T4, "e4m3", "e5m2", "cuda_fp16", "bounded", "T4 has no FP8 units; both embed in fp16"),
+        (A100, "1-6-9", "1-6-9", "fp32", "format-exact", "no fp16 unit that holds both"),
+        (T4, "e4m3", "e5m2", "cuda_fp16", "bounded", "both embed in fp16"),
         (V100, "hfp8-143", "e5m2", "cuda_fp16", "bounded", "embed in fp16"),
-        (V100, "bf16", "bf16", "fp32", "format-exact", "V100 has no unit"),
-        (Capability("P100", (6, 0)), "e4m3", "e4m3", "fp32", "format-exact", "P100 has no unit"),
+        (V100, "bf16", "bf16", "fp32", "format-exact", "V100 has no bf16 unit"),
+        (Capability("P100", (6, 0)), "e4m3", "e4m3", "fp32", "format-exact", "P100 has no fp16 unit"),
         (None, "e4m3", "e4m3", "fp32", "format-exact", "no CUDA device"),
     ],
 )  # fmt: skip
@@ -104,7 +106,7 @@ def test_other_facts_decide_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton is not installed" in _choose(monkeypatch, replace(H100, has_triton=False), "e4m3", "e4m3").reason
     assert _choose(monkeypatch, T4, "int8", "int8", "int32").fidelity == "bitwise"
     choice = _choose(monkeypatch, V100, "int8", "int8", "int32")
-    assert (choice.method, "no int8 linear of any size on cuda" in choice.reason) == ("sequential", True)
+    assert (choice.method, "V100 has no int8 units" in choice.reason) == ("exact_int", True)
 
 
 def test_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +162,7 @@ def _operands(lhs: str, rhs: str, m: int, k: int, n: int) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize(("lhs", "rhs"), [("e4m3", "e4m3"), ("e5m2", "e4m3"), ("1-4-3:bias=11,top=nan", "fp4-radix4")])
 def test_fp8_product_of_any_size_and_layout(lhs: str, rhs: str, m: int, k: int, n: int) -> None:
     a, b = _operands(lhs, rhs, m, k, n)
-    multiply = multiplier("cuda_fp8", GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs)))
+    multiply = partial(get_kernel("cuda_fp8").multiply, spec=GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs)))
     for right in (b, b.t().contiguous().t(), b.bfloat16()):
         got, want = multiply(a, right), a.double() @ b.double()
         assert (got.dtype, got.shape, got.is_contiguous()) == (torch.float32, (m, n), True)

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.kernels import cuda
 from runtime.kernels.cuda import Capability
-from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.kernels.registry import choose
+from runtime.kernels.request import GemmRequest
 from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.kernels.registry import choose
+from runtime.kernels.request import GemmRequest
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.layer import cast, run_gemm

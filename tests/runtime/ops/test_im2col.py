@@ -1,10 +1,12 @@
 """Convolutions as matrix products, against torch where the order of additions does not matter."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from runtime.kernels.cpu.accumulate import accumulate_library
-from runtime.kernels.dispatch import multiplier
+from runtime.kernels.registry import get_kernel
 from runtime.numerics import quantize
 from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import GemmSpec
@@ -73,5 +75,6 @@ def test_stochastic_sums_are_those_of_the_reference() -> None:
     spec = GemmSpec.parse("e4m3 nearest_even * e4m3 nearest_even -> 1-6-9/8 stochastic -> fp32")
     x, w = quantize(torch.randn(2, 4, 6, 5), "e4m3"), quantize(torch.randn(6, 2, 3, 3), "e4m3")
     conv, key = unfolded(ConvGeometry((1, 1), (1, 1), (1, 1), 2)), RandomKey(3, 1, 5)
-    sums = [conv.fwd(x, w, multiplier(method, spec, key)) for method in ("cpu_accumulate", "sequential")]
+    kernels = [get_kernel(name) for name in ("cpu_accumulate", "sequential")]
+    sums = [conv.fwd(x, w, partial(kernel.multiply, spec=spec, key=key)) for kernel in kernels]
     assert torch.equal(*sums)

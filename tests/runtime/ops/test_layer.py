@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.errors import NotSupported
-from runtime.kernels import torch_native
-from runtime.kernels.dispatch import GemmRequest, choose
+from runtime.kernels.registry import choose, get_kernel
+from runtime.kernels.request import GemmRequest
 from runtime.numerics import encode, quantize
 from runtime.numerics.casts import to_grid
 from runtime.numerics.scaling import compute_scale, expand_scale
@@ -222,7 +222,7 @@ def test_int8_sums_are_exact() -> None:
 def test_an_int8_sum_that_could_leave_int32_is_refused() -> None:
     long = torch.ones(1, 140_000, dtype=torch.int8)
     with pytest.raises(NotSupported, match="can overflow int32"):
-        torch_native.multiply(long, long.t())
+        get_kernel("int8").multiply(long, long.t(), _spec("int8", "int8", "int32"))
 
 
 def test_gradient_beyond_the_format_saturates_and_is_told() -> None:

@@ -1,0 +1,37 @@
+"""bf16: torch's own bf16 products, for a policy whose output is bf16: fp32 sums, rounded to bf16 by the library."""
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
+from runtime.kernels.request import GemmRequest
+from runtime.numerics.formats import embeds
+from runtime.numerics.reference_gemm import NO_KEY, RandomKey
+from runtime.numerics.specs import FP32_SUMS, GemmSpec
+
+
+class Bf16(AbstractKernel):
+    name, backend = "bf16", "torch_native"
+    dtype, out = torch.bfloat16, "bf16"
+
+    def consider(self, request: GemmRequest) -> Choice | Declined:
+        spec = request.spec
+        if spec.out != "bf16" or spec.accumulator != FP32_SUMS or request.leaves_grid:
+            return Declined()
+        if not all(embeds(row, "bf16") for row in request.rows):
+            return Declined(f"{request.operands} does not embed in bf16")
+        parts = ", parts of a sum too where torch splits K (allow_bf16_reduced_precision_reduction)"
+        return self.accepts(
+            "bounded",
+            f"bf16 GEMM, fp32 sums rounded once to bf16{parts if request.device == 'cuda' else ''}; subnormal bf16 "
+            f"operands may count as 0; {request.order_bound}",
+        )
+
+    def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
+        return torch.matmul(lhs, rhs)
+
+    def num_units(self, request: GemmRequest, num_k: int) -> float:
+        return num_k + 2.0**16 * (1 + num_k / 4 if request.device == "cuda" else 1)
+
+
+register(Bf16(), 90)
