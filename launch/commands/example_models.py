@@ -2,14 +2,19 @@
 
     gpt, llama                 what `train` trains, at its default sizes
     LlamaForCausalLM           a class of transformers, built from its config with small sizes
-    package.module:callable    whatever returns a model, or (model, args) or (model, kwargs)
+    package.module:callable    whatever returns a model, or (model, args) or (model, kwargs); also of the current folder
+    a/folder                   what save_pretrained of transformers wrote
 
 Nothing is fetched from a hub.
 """
 
 import importlib
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from lpcompile.errors import LpError, did_you_mean, nearest_names
 
 _VOCABULARY, _ROWS, _TOKENS = 97, 2, 8
 _MOST_PARAMETERS = 20_000_000
+_OTHERS = "a folder of transformers, or module:callable"
 _OWN_SIZES = "module:callable that builds it with sizes of your own"
 
 
@@ -38,6 +44,8 @@ def example_model(name: str) -> ExampleModel:
     torch.manual_seed(0)
     if ":" in name:
         return _from_callable(name)
+    if (Path(name) / "config.json").is_file():
+        return _from_folder(Path(name))
     if name in MODEL_NAMES:
         model = build_model(RunConfig(model=name), _VOCABULARY)  # type: ignore[arg-type]
         return ExampleModel(model, None, {"input_ids": _tokens()})
@@ -49,14 +57,15 @@ def example_model(name: str) -> ExampleModel:
         close = nearest_names(name, (*MODEL_NAMES, *(each for each in dir(transformers) if "For" in each)))
         guess = close.partition(" Known")[0] if close.startswith('"') else ""
         what = did_you_mean(f'"{name}" is not a model', guess) if guess else f'"{name}" is not a model'
-        raise LpError(what, hint=f"FILE.lpir, {', '.join(MODEL_NAMES)}, a class of transformers, or module:callable")
+        raise LpError(what, hint=f"{', '.join(MODEL_NAMES)}, a class of transformers, {_OTHERS}")
     return _from_transformers(name, cls)
 
 
 def _from_callable(name: str) -> ExampleModel:
     path, _, attribute = name.partition(":")
     try:
-        make = getattr(importlib.import_module(path), attribute)
+        with _current_folder_on_path():
+            make = getattr(importlib.import_module(path), attribute)
     except (ImportError, AttributeError) as error:
         raise LpError(
             f'"{name}" is not there', got=str(error), hint="module:callable, the module on the path"
@@ -77,6 +86,30 @@ def _from_callable(name: str) -> ExampleModel:
     if isinstance(call, dict):
         return ExampleModel(model, None, call)
     return ExampleModel(model, None if call is None else tuple(call))
+
+
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    """The console script, unlike `python -m`, does not look there."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _from_folder(folder: Path) -> ExampleModel:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        cls = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0])
+        model = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever is wrong with files of others
+        hint = "a folder that save_pretrained wrote, with its weights"
+        raise LpError(f'"{folder}" holds no model', got=_sentence(error), hint=hint) from error
+    return ExampleModel(model, None, _batch(model, config))
 
 
 def _sentence(error: Exception) -> str:
@@ -107,16 +140,17 @@ def _batch(model: nn.Module, config: Any) -> dict[str, Any]:
         size = getattr(config, "image_size", 32)
         size = (size, size) if isinstance(size, int) else tuple(size)
         return {"pixel_values": torch.randn(_ROWS, getattr(config, "num_channels", 3), *size)}
-    batch: dict[str, Any] = {"input_ids": _tokens()}
+    vocabulary = getattr(config, "vocab_size", None) or _VOCABULARY
+    batch: dict[str, Any] = {"input_ids": _tokens(vocabulary)}
     if "decoder_input_ids" in parameters:
-        batch["decoder_input_ids"] = _tokens()
+        batch["decoder_input_ids"] = _tokens(vocabulary)
     if "use_cache" in parameters:
         batch["use_cache"] = False
     return batch
 
 
-def _tokens() -> torch.Tensor:
-    return torch.randint(0, _VOCABULARY, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
+def _tokens(vocabulary: int = _VOCABULARY) -> torch.Tensor:
+    return torch.randint(0, min(vocabulary, _VOCABULARY), (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 _SIZES = {

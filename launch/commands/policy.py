@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 
-from launch.training.models import model_for_check
-from lpcompile.api import check_model
+from launch.commands.example_models import example_model
+from lpcompile import advance, lpcompile, report
+from lpcompile.compiled import get_compiled
 from lpcompile.errors import PolicyError
 from lpcompile.policy.file import load_policy, policy_schema, shipped_policies
 from lpcompile.policy.resolution import Resolution
-from lpcompile.policy.resolve import Policy
+from lpcompile.reporting.certificate import Report
 from runtime.numerics.specs import ROLES
 
 policy_app = typer.Typer(no_args_is_help=True, help="The policy files: which number format each GEMM computes in.")
@@ -55,11 +56,24 @@ def show(
 @policy_app.command("check", epilog="Example: lpcompile policy check my.yaml --model gpt --strict")
 def check(
     source: Source,
-    strict: Annotated[bool, typer.Option(help="What is wrong is an error: a rule that matches nothing, say.")] = False,
-    model: Annotated[str | None, typer.Option(help="Also resolve the policy for the GEMMs of this model.")] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Exit with 1 for a rule that matches or decides nothing, and what else is wrong.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Also compile this model: gpt, llama, a class of transformers, a folder of save_pretrained, or "
+            "package.module:callable.",
+        ),
+    ] = None,
 ) -> None:
-    """Read a policy file; with --model, also say what each GEMM of the model would compute in."""
-    check_policy(source, strict=strict, model=model)
+    """Read a policy file; with --model, also say what each GEMM of the model computes in, and which rule decides it.
+
+    Exit code 1: some GEMM does not run as the policy says, or, with --strict, a warning is of something wrong.
+    """
+    if not check_policy(source, strict=strict, model=model):
+        raise typer.Exit(1)
 
 
 @policy_app.command("schema", epilog="Example: lpcompile policy schema > policy.schema.json")
@@ -68,37 +82,53 @@ def schema() -> None:
     typer.echo(json.dumps(policy_schema(), indent=2))
 
 
-def check_policy(source: str, strict: bool = False, model: str | None = None) -> None:
-    """Load, and with a model resolve and check every phase: what is wrong is told, and an error under strict."""
+def check_policy(source: str, strict: bool = False, model: str | None = None) -> bool:
+    """Load, and with a model compile it and look at every phase. False where a GEMM does not run as the policy says, or
+    under strict where anything else is wrong.
+    """
     policy = load_policy(source)
     if model is None and strict:
         raise PolicyError("whether a policy fits depends on the model", where="--strict", hint="--model NAME too")
     _say(f'"{policy.name}" is well formed (rules: {len(policy.rules)}, hash {policy.hash[:16]})')
     if model is None:
         _say("not checked, for lack of --model: whether each rule matches something, and what a model's weights show")
-        return
-    built = model_for_check(model)
+        return True
+    built = example_model(model)
+    compiled = lpcompile(built.model, policy, built.args, built.kwargs)
+    is_fit = True
     for step, phase in policy.phases:
-        resolution, findings = check_model(built, phase)
-        _print_resolution(phase, step, resolution)
-        wrong = [str(finding) for finding in findings if finding.is_wrong]
-        if strict and wrong:
-            raise PolicyError("; ".join(wrong), hint="another rule, or no --strict")
-        for finding in findings:
+        advance(compiled, to_step=step)
+        found = report(compiled)
+        _say(f"from step {step}: {phase.name}")
+        _print_rows(found)
+        _print_rules(get_compiled(compiled).phase.resolution)
+        refused = [row for row in found.gemms if not row.runs_as_policy_says]
+        wrong = [finding for finding in found.warnings if finding.is_wrong]
+        for row in refused:
+            _say(f"does not run as the policy says: {row.name} {row.role}: {row.reason}")
+        for finding in found.warnings:
             _say(f"warning: {finding}")
+        is_fit = is_fit and not refused and not (strict and wrong)
+    return is_fit
 
 
-def _print_resolution(policy: Policy, step: int, resolution: Resolution) -> None:
+def _print_rows(found: Report) -> None:
     name_column = Column("GEMM", no_wrap=True)  # cut to a narrow terminal, c_attn and c_proj would read alike
-    table = Table(name_column, "role", "computes in", "decided by", box=None, header_style="bold")
-    for name, spec in resolution.specs.items():
-        if spec is None:
-            table.add_row(escape(name), "", "left alone", "no rule")
-            continue
-        for role in ROLES:
-            rule = resolution.rule_of[name].get(role, "no rule")
-            table.add_row(escape(name) if role == ROLES[0] else "", role, str(spec.role(role)), escape(rule))
-    _say(f"from step {step}: {policy.name}")
+    table = Table(name_column, "role", "computes in", "runs", "decided by", box=None, header_style="bold")
+    for row in found.gemms:
+        numbers = f"{row.lhs} * {row.rhs} -> {row.accumulate} -> {row.out}"
+        name = escape(row.name) if row.role == ROLES[0] else ""
+        table.add_row(name, row.role, numbers, row.fidelity, escape(row.rule))
+    for left in found.left_alone:
+        table.add_row(escape(left), "", "left alone", "", "")
+    _console().print(table)
+
+
+def _print_rules(resolution: Resolution) -> None:
+    """How many GEMMs each rule matches, and how many rows of the table it decides."""
+    table = Table("rule", "matches", "GEMMs", "rows", box=None, header_style="bold")
+    for use in resolution.rules:
+        table.add_row(escape(use.label), escape(use.condition), str(len(use.sites)), str(use.num_rows))
     _console().print(table)
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from launch.training.config import ConfigError, RunConfig
-from lpcompile.errors import did_you_mean, nearest_names
+from launch.training.config import RunConfig
 
 
 def build_model(config: RunConfig, vocab: int) -> nn.Module:
@@ -16,14 +15,6 @@ def build_model(config: RunConfig, vocab: int) -> nn.Module:
     torch.manual_seed(config.seed)
     model = _BUILDERS[config.model](config, vocab)
     return model.to(torch.bfloat16) if config.dtype == "bf16" else model
-
-
-def model_for_check(spec: str) -> nn.Module:
-    """A default model (`gpt` or `llama`), for `policy check --model`."""
-    if spec not in _BUILDERS:
-        what = did_you_mean(f'"{spec}" is not a model', nearest_names(spec, tuple(_BUILDERS)))
-        raise ConfigError(what, where="--model")
-    return build_model(RunConfig(model=spec), 256)  # type: ignore[arg-type]
 
 
 def _gpt(config: RunConfig, vocab: int) -> nn.Module:

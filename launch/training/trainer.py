@@ -30,7 +30,6 @@ from launch.training.summary import Summary, total
 from launch.training.world import World, bound_waiting, join_world
 from lpcompile import Policy, advance, load_policy, lpcompile, report
 from lpcompile.api import run_state
-from runtime.collectives.codec import WireSpec
 from runtime.collectives.counter import StepBytes
 from runtime.errors import LpError
 from runtime.optim.loss_scale import LossScale
@@ -288,14 +287,7 @@ def _agree_on_folder(config: RunConfig, policy: Policy, world: World) -> Path:
 
 
 def _build_engine(model: nn.Module, config: RunConfig, policy: Policy, world: World) -> AbstractEngine:
-    return engine_class(config.engine)(model, config, _wire_spec(policy), world)
-
-
-def _wire_spec(policy: Policy) -> WireSpec | None:
-    """None: gradients travel as they are, and are only counted."""
-    if policy.wire is None or policy.wire.format == "fp32":
-        return None
-    return WireSpec(policy.wire.format, policy.wire.block, policy.wire.min_numel)
+    return engine_class(config.engine)(model, config, policy.wire.spec() if policy.wire else None, world)
 
 
 def _loss_scale(policy: Policy) -> LossScale:

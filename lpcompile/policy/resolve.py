@@ -11,6 +11,7 @@ Invariants: `load_policy(file with policy.to_yaml()) == policy`; equal policies 
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from lpcompile.errors import PolicyError, nearest_names
+from lpcompile.errors import PolicyError, WireError, nearest_names
 from lpcompile.policy.fields import (
     Count,
     Flag,
@@ -46,6 +47,7 @@ from lpcompile.policy.fields import (
 from lpcompile.policy.resolution import Resolution, resolve
 from lpcompile.policy.rules import Rule, Site
 from lpcompile.policy.yaml_text import Inline, dump
+from runtime.collectives.codec import WireSpec
 from runtime.numerics.specs import (
     ROLES,
     ROUNDINGS,
@@ -86,7 +88,21 @@ class LossScale(Section):
     interval: Count = 2000
     """Steps without overflow before the scale grows."""
     min: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """The scale never falls below this."""
+    """The scale never falls below this; at most `init`."""
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> "LossScale":
+        """What runtime/optim/loss_scale.py refuses, with the key."""
+        for key in ("init", "growth", "backoff", "min"):
+            number = getattr(self, key)
+            if math.frexp(number)[0] != 0.5:
+                expected = "a power of two, so that scaling loses no bit"
+                raise refusal(
+                    f"{key} is {number:g}", expected=expected, hint=f"{2.0 ** round(math.log2(number)):g}", key=key
+                )
+        if self.kind == "dynamic" and self.min > self.init:
+            raise refusal(f"min is {self.min:g}", expected=f"at most init, which is {self.init:g}", key="min")
+        return self
 
 
 class Wire(Section):
@@ -102,6 +118,18 @@ class Wire(Section):
     """Add what a step rounded away to the next one. Not built in this version: refused."""
     min_numel: Annotated[int, Field(strict=True, ge=0)] = 1024
     """Tensors with fewer elements, and 1-D ones, travel uncompressed."""
+
+    def spec(self) -> WireSpec | None:
+        """What engines attach; None: gradients travel as they are."""
+        return None if self.format == "fp32" else WireSpec(self.format, self.block, self.min_numel)
+
+    @model_validator(mode="after")
+    def _check_format(self) -> "Wire":
+        try:
+            self.spec()
+        except WireError as error:
+            raise refusal(error.what, expected=error.expected, got=error.got, key="format") from None
+        return self
 
     @field_validator("hierarchical", mode="before")
     @classmethod

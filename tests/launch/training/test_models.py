@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from launch.training.config import ConfigError, RunConfig
-from launch.training.models import build_model, model_for_check
+from launch.training.config import RunConfig
+from launch.training.models import build_model
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
@@ -22,13 +22,3 @@ def test_same_seed_same_weights_and_logits_of_the_right_shape(family: str) -> No
 def test_dtype_is_that_of_the_parameters() -> None:
     model = build_model(RunConfig(layers=1, width=16, heads=2, context=8, dtype="bf16"), 256)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_a_model_for_check_ends_with_the_head(family: str) -> None:
-    assert list(dict(model_for_check(family).named_modules()))[-1] == "lm_head"
-
-
-def test_an_unknown_model_is_told_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r'"gtp" is not a model. Did you mean "gpt"'):
-        model_for_check("gtp")

@@ -313,7 +313,7 @@ def test_own_values_come_over_inherited_ones_key_by_key(folder: Path) -> None:
     write(
         folder, "name: base\nsource: book\nwire: {format: e4m3, block: 64}\nloss_scale: {kind: static}\n", "base.yaml"
     )
-    write(folder, "wire: {format: bf16, block: 32, min_numel: 7}\nloss_scale: {kind: none, init: 4}\n", "second.yaml")
+    write(folder, "wire: {format: int8, block: 32, min_numel: 7}\nloss_scale: {kind: none, init: 4}\n", "second.yaml")
     write(folder, "extends: [base.yaml, second.yaml]\nwire: {format: e5m2}\n")
     policy = load_policy("policy.yaml")
     assert policy.wire is not None

@@ -363,10 +363,10 @@ POLICIES = st.fixed_dictionaries(
         "source": st.text(max_size=20),
         "loss_scale": st.fixed_dictionaries(
             {"kind": st.sampled_from(["none", "static", "dynamic"])},
-            optional={"init": st.floats(1e-30, 1e30), "interval": st.integers(1, 10**6)},
+            optional={"init": st.integers(0, 90).map(lambda power: 2.0**power), "interval": st.integers(1, 10**6)},
         ),
         "wire": st.fixed_dictionaries(
-            {"format": FORMATS},
+            {"format": st.sampled_from(["e4m3", "e5m2", "int8", "fp32", "hfp8-143"])},
             optional={"block": st.integers(1, 999), "hierarchical": st.sampled_from([False, "auto"])},
         ),
         "schedule": st.tuples(RULES, st.integers(1, 10**6)).map(
