@@ -56,13 +56,17 @@ class RunState:
         self.__dict__.update(fields)
         self.__post_init__()
 
-    def note_overflow(self, beyond: Tensor) -> None:
-        """Set `overflow` where `beyond`, bool (), is True; on the device of the last gradient noted."""
+    def note_overflow(self, beyond: Tensor | bool) -> None:
+        """Set `overflow` where `beyond`, bool or bool (), is True; on the device of the last gradient noted."""
         if not self.is_scaled:
             self.is_scaled = True  # told once
             warnings.warn(_NO_LOSS_SCALE, LossScaleWarning, stacklevel=2)
         seen = self.overflow
-        self.overflow = beyond | (seen.to(beyond.device, non_blocking=True) if isinstance(seen, Tensor) else seen)
+        if isinstance(beyond, Tensor):
+            seen = seen.to(beyond.device, non_blocking=True) if isinstance(seen, Tensor) else seen
+            self.overflow = beyond | seen
+        elif beyond:
+            self.overflow = True
 
     @property
     def clock(self) -> tuple[int, int, int, int]:

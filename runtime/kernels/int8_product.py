@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from runtime.errors import NotSupported
+from runtime.kernels.cast.grid import fast_to_grid_checked
+from runtime.numerics.specs import QuantSpec
 
 LONGEST_INT8_SUM = (2**31 - 1) // (128 * 128)
 """131071, as -128 times itself is a product."""
@@ -19,9 +21,10 @@ def check_int8_sum(k: int) -> None:
 
 def as_int8(grid: Tensor) -> Tensor:
     """In int8, or in the floating-point dtype that holds a NaN too, which the product looks for."""
-    if grid.dtype == torch.int8 or grid.is_cuda or bool(grid.isnan().any()):
+    if grid.dtype == torch.int8 or grid.is_cuda:
         return grid
-    return grid.to(torch.int8)
+    narrow, is_beyond = fast_to_grid_checked(grid, _INT8, None, dtype=torch.int8)
+    return grid if is_beyond else narrow
 
 
 def keeping_nan(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
@@ -33,3 +36,6 @@ def keeping_nan(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tens
     is_nan = a.isnan().any(-1, keepdim=True) | b.isnan().any(-2, keepdim=True)
     a, b = (x.nan_to_num(0.0).to(torch.int8) for x in (a, b))
     return multiply(a, b).masked_fill(is_nan, torch.nan)
+
+
+_INT8 = QuantSpec.parse("int8 nearest_even")

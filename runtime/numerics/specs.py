@@ -16,7 +16,7 @@ Invariants: `QuantSpec.parse(str(spec)) == spec`, and the same for GemmSpec and 
 
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
@@ -180,6 +180,11 @@ class QuantSpec:
     def has_scale(self) -> bool:
         """Whether grid values are to be multiplied by a scale: a chosen one, or the 1 / S of a two-level format."""
         return self.scale is not None or (self.is_block and get_block_format(self.format).rule == "two_level")
+
+    @cached_property
+    def text(self) -> str:
+        """`str(self)`, once: what torch ops take."""
+        return str(self)
 
     def __str__(self) -> str:
         last = self.along if self.is_block else self.quantizer or self.scale

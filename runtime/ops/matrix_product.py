@@ -4,16 +4,18 @@ It is one op, lp::matrix_product, which fx, make_fx, export and torch.compile ke
 straight-through gradient, da = dy q(b)^T and db = q(a)^T dy with fp32 sums; `gemm` itself gives none.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from runtime.errors import FormatError
 from runtime.kernels.cast.public import quantize
 from runtime.kernels.cpu import accumulate, accumulate_wide
+from runtime.kernels.torch_ops import declare
 from runtime.numerics import reference_gemm as reference
 from runtime.numerics.block_formats import default_rounding, grid_format, is_block_format
 from runtime.numerics.formats import get_format
@@ -186,8 +188,11 @@ def _accumulator(
     return AccumulateSpec.parse(accumulate) if isinstance(accumulate, str) else accumulate
 
 
-_OPS = Library("lp", "FRAGMENT")
-_OPS.define("matrix_product(Tensor a, Tensor b, str spec, int seed, SymInt step) -> Tensor")
-_OPS.impl("matrix_product", _matrix_product, "CompositeExplicitAutograd")
-register_fake("lp::matrix_product", _shape, lib=_OPS)
-register_autograd("lp::matrix_product", _straight_through, setup_context=_save, lib=_OPS)
+def _flops(a: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
+    return 2 * math.prod(out_shape) * a[-1]
+
+
+declare(
+    "matrix_product(Tensor a, Tensor b, str spec, int seed, SymInt step) -> Tensor",
+    _matrix_product, fake=_shape, backward=_straight_through, setup_context=_save, flops=_flops,
+)  # fmt: skip

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.kernels.cast.grid import roomy_dtype
 from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.specs import LayerSpec, QuantSpec
@@ -142,20 +143,25 @@ def _cast_gradient(
     operand = gemms.cast_gradient(dy, parsed, state, site, slot)
     owner = find_state(key)
     if owner is not None:
-        owner.note_overflow(torch.as_tensor(state.overflow))
-    grid = operand.grid.float() if parsed.is_block else operand.grid
+        owner.note_overflow(state.overflow)
     scale = operand.scale if operand.scale is not None else dy.new_ones((), dtype=torch.float32)
-    return grid.contiguous() if grid is not dy else dy.clone(), scale
+    if parsed.is_identity:
+        return operand.grid.clone(memory_format=torch.contiguous_format), scale
+    return operand.grid.to(_gradient_dtype(parsed)), scale
 
 
 def _cast_gradient_shape(
     dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
 ) -> tuple[Tensor, Tensor]:
     parsed = QuantSpec.parse(spec)
-    dtype = dy.dtype if parsed.is_identity else storage_dtype(parsed.format)
-    grid = dy.new_empty(dy.shape, dtype=torch.float32 if parsed.is_block else dtype)
+    dtype = dy.dtype if parsed.is_identity else _gradient_dtype(parsed)
     scale = compute_scale(dy, parsed) if parsed.has_scale else None
-    return grid, dy.new_empty((), dtype=torch.float32) if scale is None else scale
+    ones = dy.new_empty((), dtype=torch.float32) if scale is None else scale
+    return torch.empty(dy.shape, dtype=dtype, device=dy.device), ones
+
+
+def _gradient_dtype(spec: QuantSpec) -> torch.dtype:
+    return roomy_dtype(spec, storage_dtype(spec.format))
 
 
 _SITE = "str kind, str spec, str methods, int site, str geometry"

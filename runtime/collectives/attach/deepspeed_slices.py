@@ -30,7 +30,7 @@ def cuts_of(
 ) -> list[tuple[int, int, Codec]]:
     """`segments` of a slice of the bucket, found by its place in the memory they share."""
     start = int(grad_slice.storage_offset() - bucket.storage_offset())
-    same_memory = grad_slice.untyped_storage().data_ptr() == bucket.untyped_storage().data_ptr()
+    same_memory = bool(vars(torch._C)["_is_alias_of"](grad_slice, bucket))
     cuts = list(segments(shapes, spec, dtype, start, start + grad_slice.numel()))
     if not same_memory or sum(stop - begin for begin, stop, _ in cuts) != grad_slice.numel():
         raise WireError("a gradient slice is not in the bucket that is reduced", where="deepspeed")

@@ -1,8 +1,9 @@
 """Block values: what `quantize` gives on a block format, by the fastest path there is.
 
-    lp::quantize_block_values       the same as an op, opaque, for code that is compiled
+    lp::quantize_block_values         x rounded, in x's dtype
+    lp::quantize_block_values_into    the same into a tensor that is there
 
-The op has a fake, and the straight-through gradient of lp::quantize_values. A compiler fuses nothing into it: the scale
+The first has the straight-through gradient of lp::quantize_values. A compiler fuses nothing into it: the scale
 of a block is decided by bits of its largest element, for which no compiler here makes vector code.
 """
 
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from runtime.kernels.cast.traced import Draw
 from runtime.kernels.cast_plans import block_plan
+from runtime.kernels.cpu.address import can_be_written
 from runtime.kernels.cpu.block_cast import fast_blocks
+from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_casts import quantize_blocks
-from runtime.numerics.block_formats import BlockFormat, get_block_format
+from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import Rounding
@@ -27,13 +29,25 @@ def block_values(
 ) -> Tensor:
     """x on the grid of a block format, in x's dtype, no gradient. rounding None is that of the elements' row.
 
-    `out`: where to write; x fp32, out contiguous, x itself or apart from it. It is not looked at in compiled code.
+    `out`: where to write, of x's shape and dtype; it is not looked at in compiled code.
     """
-    if torch.compiler.is_compiling() and isinstance(format, str):
-        given = (format, rounding, signed_seed(draw.seed), *draw[1:])
-        values: Tensor = torch.ops.lp.quantize_block_values(x.detach(), *given)
-        return values
-    row = get_block_format(format) if isinstance(format, str) else format
+    name = format if isinstance(format, str) else format.name
+    if not isinstance(format, str) and not (is_block_format(name) and get_block_format(name) == format):
+        values = quantize_blocks(x, format, rounding, **draw._asdict())  # no text says what it is
+        return values if out is None else out.copy_(values)
+    call = (name, rounding, signed_seed(draw.seed), *draw[1:])
+    if out is not None and not torch.compiler.is_compiling():
+        torch.ops.lp.quantize_block_values_into(x.detach(), out, *call)
+        return out
+    given: Tensor = torch.ops.lp.quantize_block_values(x.detach(), *call)
+    return given
+
+
+def _block_values(
+    x: Tensor, format: str, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    row, draw = get_block_format(format), Draw(seed, step, stream, offset)
     mode = rounding or get_format(row.element).rounding
     if mode == "stochastic":
         check_counter(*draw[1:])
@@ -42,31 +56,34 @@ def block_values(
     )
     if fast is not None:
         return fast.values if out is not None else fast.values.to(x.dtype)
-    values = quantize_blocks(x, row, mode, **draw._asdict())
+    values = quantize_blocks(x, row, mode, **draw._asdict()).contiguous()
     return values if out is None else out.copy_(values)
 
 
-def _block_values(
-    x: Tensor, format: str, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int
-) -> Tensor:
-    values = block_values(x, format, rounding, Draw(seed, step, stream, offset))
-    return values.clone() if values is x else values
+def _block_values_into(
+    x: Tensor, out: Tensor, format: str, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int
+) -> None:
+    is_written = x.dtype == torch.float32 and can_be_written(out, x)
+    values = _block_values(x, format, rounding, seed, step, stream, offset, out if is_written else None)
+    if not is_written:
+        out.copy_(values)
 
 
 def _shape(x: Tensor, format: str, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int) -> Tensor:
     get_block_format(format)
-    return x.new_empty(x.shape)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _nothing(
+    x: Tensor, out: Tensor, format: str, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int
+) -> None:
+    return None
 
 
 def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, None, None, None, None, None, None
 
 
-_OPS = Library("lp", "FRAGMENT")
-_OPS.define(
-    "quantize_block_values(Tensor x, str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset) "
-    "-> Tensor"
-)
-_OPS.impl("quantize_block_values", _block_values, "CompositeExplicitAutograd")
-register_fake("lp::quantize_block_values", _shape, lib=_OPS)
-register_autograd("lp::quantize_block_values", _straight_through, lib=_OPS)
+_WHAT = "str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset"
+declare(f"quantize_block_values(Tensor x, {_WHAT}) -> Tensor", _block_values, fake=_shape, backward=_straight_through)
+declare(f"quantize_block_values_into(Tensor x, Tensor(a!) out, {_WHAT}) -> ()", _block_values_into, fake=_nothing)

@@ -1,4 +1,7 @@
-"""Cast kernels: the grid values of runtime/numerics/casts.py, bit for bit, at the speed of memory.
+"""Casts to grid values: those of runtime/numerics/casts.py, bit for bit, at the speed of memory, as torch ops.
+
+    lp::to_grid            x / s on the grid of a cast, in the dtype asked for
+    lp::to_grid_checked    the same, and what a caller must know of it: SAID_OVERFLOW, SAID_NARROW
 
 The C++ kernel serves fp32, bf16 and fp16 tensors on the CPU (a strided one is copied first), every format within
 fp32's normal exponents, tables of up to 62 values, block formats, every rounding, every granularity of scale. All else
@@ -10,20 +13,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from runtime.kernels.cast.traced import Draw, is_traced, traced_to_grid
 from runtime.kernels.cast_plans import block_plan, cast_plan, table_plan
 from runtime.kernels.cpu.block_cast import fast_blocks
-from runtime.kernels.cpu.cast_library import (
-    CastPlan,
-    TablePlan,
-    cast_library,
-    is_readable,
-    run_cast,
-)
+from runtime.kernels.cpu.cast_library import CastPlan, TablePlan, cast_library, is_readable, run_cast
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.fake import has_values
+from runtime.kernels.torch_ops import declare
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.casts import to_grid
@@ -32,45 +29,43 @@ from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.scaling import expand_scale, matrix_shape, tile_shape
 from runtime.numerics.specs import QuantSpec, ScaleSpec
 
+SAID_OVERFLOW, SAID_NARROW = 1, 2
+"""Bits of what lp::to_grid_checked says: an element overflowed or is no number; the dtype does not hold every value."""
+
 
 def fast_to_grid(
     x: Tensor, spec: QuantSpec, scale: Tensor | None, *, dtype: torch.dtype = torch.float32,
     seed: int = 0, step: int = 0, stream: int = 0, offset: int = 0,
 ) -> Tensor:  # fmt: skip
-    """`casts.to_grid`, same values, held in `dtype`, which must have them all; x itself for the identity spec.
+    """`casts.to_grid`, same values, contiguous, held in `dtype`; x itself for the identity spec.
 
-    A scalar format gives a contiguous tensor, whatever x is. float32 (the default) is float64 for float64 x. bfloat16
-    is float32 for a block cast with values below its range, and for every block cast on CUDA, where only waiting for
-    the device would tell. int8 is float32 where x holds a NaN; on CUDA and in compiled code, which do not look, a NaN
-    is then lost.
+    float32 (the default) is float64 for float64 x. What `dtype` may not have is seen by looking: bfloat16 becomes
+    float32 for a block cast with values below its range, and int8 float32 where x holds a NaN. Where values cannot be
+    looked at (compiled, traced and fake tensors) it is `roomy_dtype`. Nothing waits for CUDA: there a block cast is
+    float32, and int8 loses a NaN in eager code.
     """
     if spec.is_identity:
         return x
+    draw = Draw(seed, step, stream, offset)
     if torch.compiler.is_compiling():
-        return _traced(x, spec, scale, dtype, Draw(seed, step, stream, offset))
-    if spec.is_block:
-        return _blocks_to_grid(x, spec, dtype, seed, step, stream, offset)[0]
-    if not _is_served(x, spec, scale):
-        return _held(to_grid(x.contiguous(), spec, scale, seed=seed, step=step, stream=stream, offset=offset), dtype)
-    given = (x.detach().contiguous(), scale, str(spec))
-    draw = (signed_seed(seed), step, stream, offset)
-    out, beyond = torch.ops.lp.cast_to_grid(*given, dtype, *draw)
-    return out if _has_room(out, beyond, x) else torch.ops.lp.cast_to_grid(*given, torch.float32, *draw)[0]
-
-
-def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
-    """The cast in code that is compiled: operations that fuse, or one opaque op."""
-    if spec.is_block or not is_traced(x, spec.format, spec.rounding):
-        result: Tensor = torch.ops.lp.to_grid(x, scale, str(spec), dtype, signed_seed(draw.seed), *draw[1:])
-        return result
-    divisor = None if scale is None else expand_scale(scale, x.shape, spec)
-    return traced_to_grid(x, spec.format, spec.rounding, divisor, draw).to(dtype)
+        return _traced(x, spec, scale, roomy_dtype(spec, dtype), draw)
+    call, draws = (x.detach(), scale, spec.text), (signed_seed(seed), step, stream, offset)
+    if dtype == torch.int8 or (spec.is_block and dtype == torch.bfloat16):
+        if x.is_cuda or not has_values(x):
+            dtype = dtype if x.is_cuda and not spec.is_block else roomy_dtype(spec, dtype)
+        else:
+            grid, said = torch.ops.lp.to_grid_checked.default(*call, dtype, *draws)
+            if not int(said) & SAID_NARROW:
+                return grid
+            dtype = torch.float32
+    values: Tensor = torch.ops.lp.to_grid.default(*call, dtype, *draws)
+    return values
 
 
 def fast_to_grid_checked(
     x: Tensor, spec: QuantSpec, scale: Tensor | None, *, dtype: torch.dtype = torch.float32,
     seed: int = 0, step: int = 0, stream: int = 0, offset: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | bool]:  # fmt: skip
     """`fast_to_grid` and whether any element overflowed, bool (): |x / scale| non-finite, or above max once rounded.
 
     Once rounded, as IEEE 754 defines overflow: under an amax scale the largest element is max (1 +- 2^-23) before
@@ -79,22 +74,35 @@ def fast_to_grid_checked(
     """
     if spec.is_identity:
         return x, _has_nonfinite(x)
+    call, draws = (x.detach(), scale, spec.text), (signed_seed(seed), step, stream, offset)
+    is_seen = has_values(x) and not x.is_cuda
+    if not is_seen and (spec.is_block or not x.is_cuda):
+        dtype = roomy_dtype(spec, dtype)
+    grid, said = torch.ops.lp.to_grid_checked.default(*call, dtype, *draws)
+    if not is_seen:
+        return grid, said & SAID_OVERFLOW != 0
+    bits = int(said)
+    if bits & SAID_NARROW:
+        grid = torch.ops.lp.to_grid.default(*call, torch.float32, *draws)
+    return grid, bool(bits & SAID_OVERFLOW)
+
+
+def roomy_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
+    """What holds all that a cast may give, where `dtype` is what holds all that it mostly gives: int8 has no NaN, and
+    values of blocks may be too small for bfloat16.
+    """
     if spec.is_block:
-        return _blocks_to_grid(x, spec, dtype, seed, step, stream, offset)
-    if not _is_served(x, spec, scale):
-        cast = partial(to_grid, x, spec, scale, seed=seed, step=step, stream=stream, offset=offset)
-        row = get_format(spec.format)
-        unbounded = cast(overflow="unbounded")
-        return _held(cast(), dtype), ~((unbounded >= row.min) & (unbounded <= row.max)).all()
-    given = (x.detach().contiguous(), scale, str(spec))
-    draw = (signed_seed(seed), step, stream, offset)
-    out, beyond = torch.ops.lp.cast_to_grid(*given, dtype, *draw)
-    return (out if _has_room(out, beyond, x) else torch.ops.lp.cast_to_grid(*given, torch.float32, *draw)[0]), beyond
+        return torch.float32
+    return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
-def _has_room(out: Tensor, beyond: Tensor, x: Tensor) -> bool:
-    """Whether `out` says what the cast gave: an integer dtype has no NaN."""
-    return out.is_floating_point() or not has_values(x) or x.is_cuda or not bool(beyond) or not bool(x.isnan().any())
+def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
+    """The cast in code that is compiled: operations that fuse, or one opaque op."""
+    if spec.is_block or not is_traced(x, spec.format, spec.rounding):
+        result: Tensor = torch.ops.lp.to_grid(x, scale, spec.text, dtype, signed_seed(draw.seed), *draw[1:])
+        return result
+    divisor = None if scale is None else expand_scale(scale, x.shape, spec)
+    return traced_to_grid(x, spec.format, spec.rounding, divisor, draw).to(dtype)
 
 
 def _has_nonfinite(x: Tensor) -> Tensor:
@@ -103,40 +111,79 @@ def _has_nonfinite(x: Tensor) -> Tensor:
     return ~torch.stack(torch.aminmax(x)).isfinite().all()
 
 
-def _blocks_to_grid(
-    x: Tensor, spec: QuantSpec, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
+def _to_grid(
+    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    return _cast(x, s, QuantSpec.parse(spec), dtype, Draw(seed, step, stream, offset), is_checked=False)[0]
+
+
+def _to_grid_checked(
+    x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """The grid values of a block spec, in float32 if `dtype` may not have all of them, and whether x holds an Inf or
-    NaN.
-    """
-    plan, is_stochastic = block_plan(get_block_format(spec.format), spec.rounding), spec.rounding == "stochastic"
-    if is_stochastic:
-        check_counter(step, stream, offset)
-    is_column = spec.along in ("column", "batched-column")
-    matrix = x.detach().reshape(matrix_shape(x.shape)) if spec.along == "column" else x.detach()
-    cast = partial(
-        fast_blocks, matrix, plan, is_divided=False, is_stochastic=is_stochastic, is_column=is_column,
-        seed=seed, step=step, stream=stream, offset=offset,
+    grid, said = _cast(x, s, QuantSpec.parse(spec), dtype, Draw(seed, step, stream, offset), is_checked=True)
+    return grid, torch.tensor(said, dtype=torch.uint8) if isinstance(said, int) else said
+
+
+def _cast(
+    x: Tensor, scale: Tensor | None, spec: QuantSpec, dtype: torch.dtype, draw: Draw, *, is_checked: bool
+) -> tuple[Tensor, Tensor | int]:
+    """A new contiguous tensor and what is said of it; 0 where nobody asked."""
+    if spec.rounding == "stochastic":
+        check_counter(*draw[1:])
+    if spec.is_identity:
+        return x.clone(memory_format=torch.contiguous_format), 0
+    if spec.is_block:
+        return _cast_blocks(x, spec, dtype, draw, is_checked=is_checked)
+    if not _is_served(x, spec, scale):
+        return _cast_by_oracle(x, scale, spec, dtype, draw, is_checked=is_checked)
+    tile, x = tile_shape(x.shape, spec.scale or _WHOLE), x.contiguous()
+    if x.is_cuda:
+        from runtime.kernels.triton.cast import launch_cast  # imports triton
+
+        plan = cast_plan(spec.format, spec.rounding)
+        assert plan is not None
+        grid, is_beyond = launch_cast(x, scale, plan, dtype, tile, draw if spec.rounding == "stochastic" else None)
+        return grid, is_beyond.to(torch.uint8)
+    out, cpu_plan = torch.empty(x.shape, dtype=dtype), _plan(spec)
+    assert cpu_plan is not None
+    random = random_plan(*draw) if spec.rounding == "stochastic" else None
+    said = int(run_cast(cpu_plan, x, out, scale, tile, random))
+    if said and is_checked and dtype == torch.int8 and bool(x.isnan().any()):
+        said |= SAID_NARROW
+    return out, said
+
+
+def _cast_by_oracle(
+    x: Tensor, scale: Tensor | None, spec: QuantSpec, dtype: torch.dtype, draw: Draw, *, is_checked: bool
+) -> tuple[Tensor, Tensor | int]:
+    cast = partial(to_grid, x.contiguous(), spec, scale, **draw._asdict())
+    grid = cast().contiguous()
+    held = grid if dtype == torch.float32 else grid.to(dtype)
+    if not is_checked:
+        return held, 0
+    row, unbounded = get_format(spec.format), cast(overflow="unbounded")
+    said = (~((unbounded >= row.min) & (unbounded <= row.max)).all()).to(torch.uint8)
+    if dtype == torch.int8:
+        said = said | SAID_NARROW * grid.isnan().any()
+    return held, said
+
+
+def _cast_blocks(
+    x: Tensor, spec: QuantSpec, dtype: torch.dtype, draw: Draw, *, is_checked: bool
+) -> tuple[Tensor, Tensor]:
+    is_stochastic, is_column = spec.rounding == "stochastic", spec.along in ("column", "batched-column")
+    matrix = x.reshape(matrix_shape(x.shape)) if spec.along == "column" else x
+    fast = fast_blocks(
+        matrix, block_plan(get_block_format(spec.format), spec.rounding), is_divided=False, is_column=is_column,
+        is_stochastic=is_stochastic, dtype=dtype, **draw._asdict(),
     )  # fmt: skip
-    fast = cast(dtype=torch.float32 if x.is_cuda and dtype == torch.bfloat16 else dtype)
-    if fast is None:
-        grid = to_grid(x, spec, None, seed=seed, step=step, stream=stream, offset=offset)
-        is_bad = grid.isnan().any()
-        if x.is_cuda:
-            return grid.float(), is_bad
-        held = _held(grid, dtype)
-        return held if bool(((held == grid) | grid.isnan()).all()) else grid.float(), is_bad
-    is_bad = fast.said & 1 != 0
-    if not x.is_cuda and dtype == torch.bfloat16 and int(fast.said) & 2:
-        fast = cast(dtype=torch.float32)
-        assert fast is not None
-    return fast.values.view(x.shape), is_bad
-
-
-def _held(grid: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float32 or (dtype == torch.int8 and has_values(grid) and bool(grid.isnan().any())):
-        return grid
-    return grid.to(dtype)
+    if fast is not None:
+        return fast.values.view(x.shape), fast.said if dtype == torch.bfloat16 else fast.said & SAID_OVERFLOW
+    grid = to_grid(x, spec, None, **draw._asdict()).contiguous()
+    held = grid if dtype == torch.float32 else grid.to(dtype)
+    is_bad = grid.isnan()
+    said = is_bad.any() * SAID_OVERFLOW
+    return held, (said | SAID_NARROW * ~((held == grid) | is_bad).all() if is_checked else said).to(torch.uint8)
 
 
 def _plan(spec: QuantSpec) -> CastPlan | TablePlan | None:
@@ -161,72 +208,23 @@ def _is_readable_on_cuda(x: Tensor, spec: QuantSpec) -> bool:
     return is_readable_by_triton(x) and cast_plan(spec.format, spec.rounding) is not None
 
 
-def _cast_to_grid_cuda(
-    x: Tensor, scale: Tensor | None, spec_text: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> tuple[Tensor, Tensor]:
-    from runtime.kernels.triton.cast import launch_cast  # imports triton
-
-    spec = QuantSpec.parse(spec_text)
-    plan = cast_plan(spec.format, spec.rounding)
-    assert plan is not None
-    draw = None
-    if spec.rounding == "stochastic":
-        check_counter(step, stream, offset)
-        draw = (seed, step, stream, offset)
-    return launch_cast(x, scale, plan, dtype, tile_shape(x.shape, spec.scale or _WHOLE), draw)
-
-
-def _cast_to_grid(
-    x: Tensor, scale: Tensor | None, spec_text: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> tuple[Tensor, Tensor]:
-    spec = QuantSpec.parse(spec_text)
-    plan = _plan(spec)
-    assert plan is not None
-    out = torch.empty(x.shape, dtype=dtype)
-    draw = None
-    if spec.rounding == "stochastic":
-        check_counter(step, stream, offset)
-        draw = random_plan(seed, step, stream, offset)
-    beyond = run_cast(plan, x, out, scale, tile_shape(x.shape, spec.scale or _WHOLE), draw)
-    return out, torch.tensor(beyond)
-
-
-def _cast_to_grid_shape(
-    x: Tensor, scale: Tensor | None, spec_text: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.bool)
-
-
-def _to_grid(
+def _shape(
     x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
 ) -> Tensor:
-    """Block formats in float32 always: whether bf16 has the values is known only once they are there."""
     parsed = QuantSpec.parse(spec)
-    held = torch.float32 if parsed.is_block else dtype
-    grid = fast_to_grid(x, parsed, s, dtype=held, seed=seed, step=step, stream=stream, offset=offset)
-    return grid.contiguous() if grid is not x else x.clone()
+    if parsed.is_identity:
+        dtype = x.dtype
+    is_wide = x.dtype == torch.float64 and dtype == torch.float32
+    return torch.empty(x.shape, dtype=torch.float64 if is_wide else dtype, device=x.device)
 
 
-def _to_grid_shape(
+def _checked_shape(
     x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
-) -> Tensor:
-    held = torch.float32 if QuantSpec.parse(spec).is_block else dtype
-    held = torch.float64 if x.dtype == torch.float64 and held == torch.float32 else held
-    return x.new_empty(x.shape, dtype=held)
+) -> tuple[Tensor, Tensor]:
+    return _shape(x, s, spec, dtype, seed, step, stream, offset), x.new_empty((), dtype=torch.uint8)
 
 
 _WHOLE = ScaleSpec()
-_OPS = Library("lp", "FRAGMENT")
-_OPS.define(
-    "cast_to_grid(Tensor x, Tensor? scale, str spec, ScalarType dtype, int seed, int step, int stream, int offset) "
-    "-> (Tensor, Tensor)"
-)
-_OPS.impl("cast_to_grid", _cast_to_grid, "CPU")
-_OPS.impl("cast_to_grid", _cast_to_grid_cuda, "CUDA")
-register_fake("lp::cast_to_grid", _cast_to_grid_shape, lib=_OPS)
-_OPS.define(
-    "to_grid(Tensor x, Tensor? s, str spec, ScalarType dtype, int seed, SymInt step, SymInt stream, SymInt offset) "
-    "-> Tensor"
-)
-_OPS.impl("to_grid", _to_grid, "CompositeExplicitAutograd")
-register_fake("lp::to_grid", _to_grid_shape, lib=_OPS)
+_CAST = "(Tensor x, Tensor? s, str spec, ScalarType dtype, int seed, SymInt step, SymInt stream, SymInt offset)"
+declare(f"to_grid{_CAST} -> Tensor", _to_grid, fake=_shape)
+declare(f"to_grid_checked{_CAST} -> (Tensor, Tensor)", _to_grid_checked, fake=_checked_shape)

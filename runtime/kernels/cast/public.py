@@ -8,13 +8,13 @@ runtime.numerics re-exports them. They are not differentiable: gradients are the
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from runtime.errors import FormatError, nearest_names
 from runtime.kernels.cast.block_values import block_values
 from runtime.kernels.cast.traced import Draw, is_traced, traced_quantize
 from runtime.kernels.cast.values import Overflow, fast_values, is_served, opaque_values
 from runtime.kernels.fake import has_values
+from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_formats import BlockFormat, is_block_format
 from runtime.numerics.codes import code_dtype, codes_of_grid, grid_of_codes
 from runtime.numerics.formats import FloatFormat, Format, IntFormat, LookupFormat, get_format
@@ -69,8 +69,7 @@ def quantize(
             raise FormatError(f"{name} makes its own scales", hint="no scale argument, or a scalar format")
         if overflow != "saturate":
             raise FormatError(f"the elements of {name} saturate", hint='overflow="saturate"')
-        is_compiling = torch.compiler.is_compiling()
-        if out is not None and x.dtype == torch.float32 and not is_compiling and _can_be_written(out, x, None):
+        if out is not None and not torch.compiler.is_compiling():
             return block_values(x, format, rounding, draw, out)
         return _given(block_values(x, format, rounding, draw), out)
     if torch.compiler.is_compiling():
@@ -79,9 +78,7 @@ def quantize(
     mode = rounding or row.rounding
     divisor = None if scale is None else _checked_scale(scale, x)
     if isinstance(format, str) and overflow == "saturate" and mode in ROUNDINGS and is_served(x, format, mode, divisor):
-        if out is None or _can_be_written(out, x, divisor):
-            return fast_values(x, format, mode, divisor, draw, out)
-        return out.copy_(fast_values(x, format, mode, divisor, draw))
+        return fast_values(x, format, mode, divisor, draw, out)
     q = round_to_grid(x, row, mode, divisor, seed, step, stream, offset, overflow)
     return _given((q if divisor is None else q * divisor).to(x.dtype), out)
 
@@ -135,17 +132,6 @@ def _check_out(out: Tensor, x: Tensor) -> None:
             got="one that requires a gradient" if is_leaf else "one expanded from fewer elements",
             hint="out.detach()" if is_leaf else "out.contiguous()",
         )  # fmt: skip
-
-
-def _can_be_written(out: Tensor, x: Tensor, scale: Tensor | None) -> bool:
-    """Whether a kernel may write `out` while it reads x and the scale: x itself, or memory of its own."""
-    if not out.is_contiguous():
-        return False
-    memory = out.untyped_storage().data_ptr()
-    if scale is not None and scale.untyped_storage().data_ptr() == memory:
-        return False
-    is_same = x.is_contiguous() and x.data_ptr() == out.data_ptr()
-    return is_same or x.untyped_storage().data_ptr() != memory
 
 
 @torch.no_grad()
@@ -244,13 +230,10 @@ def _values_shape(codes: Tensor, format: str) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
-_OPS = Library("lp", "FRAGMENT")
-_OPS.define(
+declare(
     "encode(Tensor x, Tensor? scale, str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset, "
-    "str overflow) -> Tensor"
+    "str overflow) -> Tensor",
+    _encode,
+    fake=_codes_shape,
 )
-_OPS.define("decode(Tensor codes, str format) -> Tensor")
-_OPS.impl("encode", _encode, "CompositeExplicitAutograd")
-_OPS.impl("decode", decode, "CompositeExplicitAutograd")
-register_fake("lp::encode", _codes_shape, lib=_OPS)
-register_fake("lp::decode", _values_shape, lib=_OPS)
+declare("decode(Tensor codes, str format) -> Tensor", decode, fake=_values_shape)

@@ -1,10 +1,14 @@
-"""Scales: those of runtime/numerics/scaling.py, bit for bit, in one pass of a kernel where one serves."""
+"""Scales: those of runtime/numerics/scaling.py, bit for bit, in one pass of a kernel where one serves, as a torch op.
+
+lp::compute_scale    the fp32 scale of x under a cast
+"""
 
 import torch
 from torch import Tensor
 
 from runtime.kernels.cpu.block_cast import fast_divisor
 from runtime.kernels.cpu.scale import fast_scale
+from runtime.kernels.torch_ops import declare
 from runtime.numerics import scaling
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import matrix_shape, scale_shape, tile_shape
@@ -14,8 +18,22 @@ from runtime.numerics.specs import QuantSpec
 @torch.no_grad()
 def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     """`scaling.compute_scale`: the fp32 scale of x under `spec`, None if the spec has none."""
-    fast = _by_kernel(x, spec) if spec.has_scale and x.is_floating_point() else None
-    return scaling.compute_scale(x, spec) if fast is None else fast
+    if not spec.has_scale:
+        return None
+    is_traced = torch.compiler.is_compiling() and not spec.is_block  # the oracle is operations that fuse
+    if is_traced or not x.is_floating_point():
+        return scaling.compute_scale(x, spec)
+    scale: Tensor = torch.ops.lp.compute_scale.default(x.detach(), spec.text)
+    return scale
+
+
+def _compute_scale(x: Tensor, spec: str) -> Tensor:
+    parsed = QuantSpec.parse(spec)
+    found = _by_kernel(x, parsed)
+    if found is None:
+        found = scaling.compute_scale(x, parsed)
+    assert found is not None
+    return found.contiguous()
 
 
 def _by_kernel(x: Tensor, spec: QuantSpec) -> Tensor | None:
@@ -24,9 +42,15 @@ def _by_kernel(x: Tensor, spec: QuantSpec) -> Tensor | None:
         lanes = x.reshape(matrix_shape(x.shape)) if spec.along == "column" else x
         divisor = fast_divisor(lanes, spec.along not in (None, "row"))
         return None if divisor is None else 1.0 / divisor
-    if torch.compiler.is_compiling():  # the oracle is operations that fuse
-        return None
     assert spec.scale is not None
     tile, largest = tile_shape(x.shape, spec.scale), get_format(spec.format).max
-    fast = fast_scale(x, tile, largest, spec.scale.rule == "pow2")
-    return None if fast is None else fast.reshape(scale_shape(x.shape, spec.scale))
+    return fast_scale(x, tile, largest, spec.scale.rule == "pow2", scale_shape(x.shape, spec.scale))
+
+
+def _shape(x: Tensor, spec: str) -> Tensor:
+    parsed = QuantSpec.parse(spec)
+    shape = () if parsed.scale is None else scale_shape(x.shape, parsed.scale)
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+declare("compute_scale(Tensor x, str spec) -> Tensor", _compute_scale, fake=_shape)

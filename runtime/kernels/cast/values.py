@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from runtime.kernels.cast.traced import Draw
 from runtime.kernels.cast_plans import cast_plan, table_plan
+from runtime.kernels.cpu.address import can_be_written
 from runtime.kernels.cpu.cast_library import cast_library, is_readable, run_cast
 from runtime.kernels.cpu.philox import random_plan
+from runtime.kernels.torch_ops import declare
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.formats import embeds, get_format
 from runtime.numerics.grid import round_to_grid
@@ -44,7 +45,7 @@ def fast_values(
     x: Tensor, format: str, rounding: Rounding, scale: Tensor | None, draw: Draw, out: Tensor | None = None
 ) -> Tensor:
     """round(x / scale) * scale in x's dtype, no gradient. `scale`: fp32, positive, broadcast against x. `is_served`
-    must hold. `out`: contiguous, x's shape and dtype, x itself or apart from x and the scale.
+    must hold. `out`: x's shape and dtype, whatever memory it shares with x and the scale.
     """
     given = (format, rounding, signed_seed(draw.seed), *draw[1:])
     if rounding == "stochastic":
@@ -84,7 +85,9 @@ def _values_into(
     offset: int,
 ) -> None:  # fmt: skip
     draw = Draw(seed, step, stream, offset)
-    if not is_served(x, format, rounding, scale):
+    if not can_be_written(out, x, scale):
+        out.copy_(_values(x, scale, format, rounding, *draw))
+    elif not is_served(x, format, rounding, scale):
         q = round_to_grid(x, get_format(format), rounding, scale, *draw)
         out.copy_(q if scale is None else q * scale)
     elif x.is_cuda:
@@ -149,11 +152,8 @@ def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WHAT = "str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset"
-_OPS = Library("lp", "FRAGMENT")
-_OPS.define(f'quantize_values(Tensor x, Tensor? scale, {_WHAT}, str overflow="saturate") -> Tensor')
-_OPS.impl("quantize_values", _values, "CompositeExplicitAutograd")
-register_fake("lp::quantize_values", _shape, lib=_OPS)
-register_autograd("lp::quantize_values", _straight_through, lib=_OPS)
-_OPS.define(f"quantize_values_into(Tensor x, Tensor? scale, Tensor(a!) out, {_WHAT}) -> ()")
-_OPS.impl("quantize_values_into", _values_into, "CompositeExplicitAutograd")
-register_fake("lp::quantize_values_into", _nothing, lib=_OPS)
+declare(
+    f'quantize_values(Tensor x, Tensor? scale, {_WHAT}, str overflow="saturate") -> Tensor',
+    _values, fake=_shape, backward=_straight_through,
+)  # fmt: skip
+declare(f"quantize_values_into(Tensor x, Tensor? scale, Tensor(a!) out, {_WHAT}) -> ()", _values_into, fake=_nothing)

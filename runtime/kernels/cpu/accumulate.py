@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cast_plans import cast_plan
+from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
 from runtime.kernels.cpu.philox import random_plan
@@ -198,9 +199,9 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     library.lp_accumulate(
         *(cast_plan(spec.accumulate, spec.accumulator.mode), how),
-        *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
-        *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
-        *(out.data_ptr(), m, n, k, spec.chunk or max(k, 1)),
+        *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
+        *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),
+        *(address(out), m, n, k, spec.chunk or max(k, 1)),
         torch.get_num_threads() if m * n * k > _SERIAL else 1,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import RandomPlan
 from runtime.kernels.cpu.philox import random_plan
@@ -83,9 +84,9 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, how: AccumulateSpec, p
     (m, k), n = a_MK.shape, b_KN.shape[1]
     library.lp_accumulate_wide(
         plan,
-        *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
-        *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
-        *(out_MN.data_ptr(), m, n, k, how.chunk or max(k, 1)),
+        *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
+        *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),
+        *(address(out_MN), m, n, k, how.chunk or max(k, 1)),
         torch.get_num_threads() if m * n * k > _SERIAL else 1,
     )
 

@@ -1,4 +1,4 @@
-"""Address: where the elements of a tensor lie, for the C++ kernels; the one place that asks."""
+"""Address: where the elements of a tensor lie, for kernels that run inside of a torch op; the one place that asks."""
 
 from torch import Tensor
 
@@ -16,3 +16,14 @@ def address(x: Tensor) -> int:
             hint="torch.ops.lp, whose ops know what shape they give",
         )  # fmt: skip
     return where
+
+
+def can_be_written(out: Tensor, x: Tensor, scale: Tensor | None = None) -> bool:
+    """Whether a kernel may write `out` while it reads x and the scale: x itself, or memory of its own."""
+    if not out.is_contiguous():
+        return False
+    memory = out.untyped_storage().data_ptr()
+    if scale is not None and scale.untyped_storage().data_ptr() == memory:
+        return False
+    is_same = x.is_contiguous() and x.data_ptr() == out.data_ptr()
+    return is_same or x.untyped_storage().data_ptr() != memory

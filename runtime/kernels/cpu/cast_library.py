@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 
 SOURCE = Path(__file__).with_name("cast.cpp")
@@ -137,8 +138,8 @@ def run_cast(
     run = library.lp_cast if isinstance(plan, CastPlan) else library.lp_cast_table
     beyond = run(
         plan,
-        *(x.data_ptr(), DTYPES.index(x.dtype), out.data_ptr(), OUT_DTYPES.index(out.dtype), m, k),
-        *(None if scale is None else scale.data_ptr(), *tile, is_multiplied),
+        *(address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), m, k),
+        *(None if scale is None else address(scale), *tile, is_multiplied),
         *(draw, num_threads(x.numel())),
     )
     return bool(beyond)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 
 _SOURCE = Path(__file__).with_name("epilogue.cpp")
@@ -56,11 +57,11 @@ def finish(
     t_kept, t_rows, t_columns = _strides(t, _ONE)
     b_kept, b_rows, b_columns = _strides(bias, _MINUS_ZERO)
     library.lp_epilogue(
-        *(y_MN.data_ptr(), m, n),
-        *(s_kept.data_ptr(), s_rows),
-        *(t_kept.data_ptr(), t_rows, t_columns),
-        *(b_kept.data_ptr(), b_rows, b_columns),
-        None if residual_MN is None else residual_MN.data_ptr(),
+        *(address(y_MN), m, n),
+        *(address(s_kept), s_rows),
+        *(address(t_kept), t_rows, t_columns),
+        *(address(b_kept), b_rows, b_columns),
+        None if residual_MN is None else address(residual_MN),
         *(int(relu), torch.get_num_threads() if m * n > _SERIAL else 1),
     )
     return y_MN

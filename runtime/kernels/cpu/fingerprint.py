@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import num_threads
 
@@ -29,7 +30,7 @@ def fingerprint(x: Tensor) -> bytes | None:
         return None
     x = in_memory_order(x.detach())
     out = (ctypes.c_uint64 * LANES)()
-    library.lp_fingerprint(_secret(), x.data_ptr(), x.numel() * x.element_size(), out, num_threads(x.numel()))
+    library.lp_fingerprint(_secret(), address(x), x.numel() * x.element_size(), out, num_threads(x.numel()))
     return bytes(out)
 
 

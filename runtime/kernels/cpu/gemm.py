@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
+from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.int8_product import check_int8_sum
 
@@ -55,31 +55,6 @@ def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor
 
     Values that are not bf16 values are cut to bf16: the caller answers for exact embedding. K = 0 gives the bias, or 0.
     """
-    return torch.ops.lp.gemm_fp32(a_MK, b_KN, bias_N)
-
-
-def multiply_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """a b of int8 matrices, summed exactly in int32, rounded once to fp32; NotSupported if a sum could leave int32."""
-    check_int8_sum(a_MK.shape[1])
-    return torch.ops.lp.gemm_int8(a_MK, b_KN)
-
-
-def _gemm_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    library = int8_library()
-    assert library is not None
-    a_MK, b_KN = _readable(a_MK), _readable(b_KN)
-    (m, k), n = a_MK.shape, b_KN.shape[1]
-    out = torch.empty(m, n, dtype=torch.float32)
-    library.lp_gemm_int8(
-        *(a_MK.data_ptr(), a_MK.stride(0), a_MK.stride(1)),
-        *(b_KN.data_ptr(), b_KN.stride(1), b_KN.stride(0)),
-        *(out.data_ptr(), m, n, k),
-        torch.get_num_threads() if m * n * k > _SERIAL else 1,
-    )
-    return out
-
-
-def _gemm(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
     library = gemm_library()
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
@@ -87,10 +62,27 @@ def _gemm(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
     out = torch.empty(m, n, dtype=torch.float32)
     bias = None if bias_N is None else bias_N.contiguous()
     library.lp_gemm(
-        *(a_MK.data_ptr(), DTYPES.index(a_MK.dtype), a_MK.stride(0), a_MK.stride(1)),
-        *(b_KN.data_ptr(), DTYPES.index(b_KN.dtype), b_KN.stride(1), b_KN.stride(0)),
-        None if bias is None else bias.data_ptr(),
-        *(out.data_ptr(), m, n, k),
+        *(address(a_MK), DTYPES.index(a_MK.dtype), a_MK.stride(0), a_MK.stride(1)),
+        *(address(b_KN), DTYPES.index(b_KN.dtype), b_KN.stride(1), b_KN.stride(0)),
+        None if bias is None else address(bias),
+        *(address(out), m, n, k),
+        torch.get_num_threads() if m * n * k > _SERIAL else 1,
+    )
+    return out
+
+
+def multiply_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a b of int8 matrices, summed exactly in int32, rounded once to fp32; NotSupported if a sum could leave int32."""
+    check_int8_sum(a_MK.shape[1])
+    library = int8_library()
+    assert library is not None
+    a_MK, b_KN = _readable(a_MK), _readable(b_KN)
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    out = torch.empty(m, n, dtype=torch.float32)
+    library.lp_gemm_int8(
+        *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
+        *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),
+        *(address(out), m, n, k),
         torch.get_num_threads() if m * n * k > _SERIAL else 1,
     )
     return out
@@ -101,16 +93,5 @@ def _readable(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def _gemm_shape(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=torch.float32)
-
-
 _SERIAL = 32**3
 """Multiply-adds below which waking the other threads costs more than they save."""
-_OPS = Library("lp", "FRAGMENT")
-_OPS.define("gemm_fp32(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-_OPS.impl("gemm_fp32", _gemm, "CPU")
-register_fake("lp::gemm_fp32", _gemm_shape, lib=_OPS)
-_OPS.define("gemm_int8(Tensor a, Tensor b) -> Tensor")
-_OPS.impl("gemm_int8", _gemm_int8, "CPU")
-register_fake("lp::gemm_int8", _gemm_shape, lib=_OPS)
