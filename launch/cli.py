@@ -15,9 +15,10 @@ from launch.commands.bench import find_benchmarks, run_benchmarks
 from launch.commands.inspect import inspect_app
 from launch.commands.opt import opt
 from launch.commands.policy import policy_app
-from launch.training.checkpoint import find_checkpoint, read_record
 from launch.training.config import RunConfig, flag_of, load_config
-from launch.training.launcher import WorkerError, check_run, launch, leave_last_words
+from launch.training.last_words import WorkerError, leave_last_words
+from launch.training.launcher import check_run, launch
+from launch.training.record import find_checkpoint, read_record
 from launch.training.summary import present
 from runtime.errors import LpError, NotSupported
 
@@ -48,9 +49,10 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         return int(app(arguments, prog_name="lpcompile", standalone_mode=False) or 0)
     except LpError as error:
-        leave_last_words(error)
+        code = error.exit_code if isinstance(error, WorkerError) else 2
+        leave_last_words(error, code)
         _complain(str(error))
-        return error.exit_code if isinstance(error, WorkerError) else 2
+        return code
     except _USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         verb = context.command_path if context else "lpcompile"

@@ -79,7 +79,7 @@ class DeepSpeedEngine(AbstractEngine):
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        path = ds.load_checkpoint(self._engine, str(folder), _TAG)
         if path is None:
             raise LpError("DeepSpeed found nothing to load", where=str(folder / _TAG))
 

@@ -1,127 +1,99 @@
-"""Checkpoints: written aside and renamed, so that whatever `latest` names is whole.
+"""Checkpoints: written aside and renamed, so that whatever `latest` names is whole; the newest sound one is loaded.
 
 <run>/checkpoints/latest         the name of the newest one
 <run>/checkpoints/step-000100/   run.json (step, loss scale, config, ranks), policy.yaml, rank-0.pt, ... (random states)
-                                 and of the engine: replica.pt (ddp) or engine/ (deepspeed, one shard per rank)
+                                 and of the engine: replica.pt (ddp) or engine/ (deepspeed, one shard per rank);
+                                 checksums.json of all of them
 """
 
-import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from launch.engines.engine import AbstractEngine
+from launch.training.checksums import checksums, damages, write_checksums
 from launch.training.config import ConfigError
+from launch.training.record import RunRecord, candidates, read_record
 from launch.training.world import World
-
-# Fields that say how a run is started and not what it is: a resumed run does not inherit them.
-_NOT_INHERITED = ("out", "overwrite", "resume", "compare", "device", "max_restarts", "strict")
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What run.json holds: everything but tensors."""
-
-    step: int  # optimizer steps done; the next one has this number
-    world_size: int
-    policy_name: str
-    policy_hash: str
-    loss_scale: dict[str, Any]
-    config: dict[str, Any]
-    torch_version: str
-
-    def inherited_config(self) -> dict[str, Any]:
-        """The layer under the flags of a resumed run."""
-        return {key: value for key, value in self.config.items() if key not in _NOT_INHERITED} | {
-            "nproc": self.world_size
-        }
+from runtime.errors import LpError
 
 
 def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: AbstractEngine, world: World) -> Path:
-    """Write one checkpoint with all ranks and make it the latest."""
+    """Write one checkpoint with all ranks and make it the latest. LpError on every rank if any cannot write."""
     final = run / "checkpoints" / f"step-{record.step:06d}"
     aside = final.with_name(final.name + ".tmp")
-    if world.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / "run.json").write_text(json.dumps(asdict(record), indent=2))
-        (aside / "policy.yaml").write_text(policy_yaml)
-    dist.barrier()
-    torch.save(_random_states(), aside / f"rank-{world.rank}.pt")
-    engine.save(aside)
-    dist.barrier()
-    if world.is_first:
-        if final.exists():  # a restarted run comes by again
-            shutil.rmtree(final)
-        aside.rename(final)
-        pointer = final.with_name("latest.tmp")
-        pointer.write_text(final.name + "\n")
-        os.replace(pointer, final.with_name("latest"))
-    dist.barrier()
+    with world.together():
+        if world.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            (aside / "run.json").write_text(record.model_dump_json(indent=2))
+            (aside / "policy.yaml").write_text(policy_yaml)
+    try:
+        with world.together():
+            torch.save(_random_states(), aside / f"rank-{world.rank}.pt")
+            engine.save(aside)
+        with world.together():
+            sums = world.gathered(checksums(aside, world.rank, world.size))
+            if world.is_first:
+                write_checksums(aside, {name: each for share in sums for name, each in share.items()})
+                _make_latest(aside, final)
+    except LpError:
+        if world.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     return final
 
 
 def load_checkpoint(folder: Path, engine: AbstractEngine, world: World) -> RunRecord:
     """Put weights, optimizer and random states back; returns the record for whatever else goes on from there."""
     record = read_record(folder)
-    engine.load(folder)
-    _set_random_states(torch.load(folder / f"rank-{world.rank}.pt", weights_only=True))
+    try:
+        engine.load(folder)
+        _set_random_states(torch.load(folder / f"rank-{world.rank}.pt", weights_only=True))
+    except LpError:
+        raise
+    except Exception as error:  # whatever torch and an engine say of files that are not theirs
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError("this checkpoint cannot be loaded", where=str(folder), got=reason[:300]) from error
     return record
 
 
-def find_checkpoint(place: str | Path) -> Path:
-    """The checkpoint meant by a run folder, its checkpoints folder, or one checkpoint."""
-    path = Path(place)
-    if not path.exists():
-        raise ConfigError("there is no such folder", where=f"--resume {place}")
-    if (path / "run.json").is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if (latest := folder / "latest").is_file() and (folder / latest.read_text().strip() / "run.json").is_file():
-            return folder / latest.read_text().strip()
-    raise ConfigError(
-        "this folder holds no checkpoint",
-        where=f"--resume {place}",
-        expected="a run folder with checkpoints/latest, or one checkpoint with run.json",
-    )
+def find_sound_checkpoint(place: str | Path, world: World) -> tuple[Path, list[str]]:
+    """The newest checkpoint that `place` means whose files are what was written, and what was found wrong with newer
+    ones. Every rank looks at its share of the files. ConfigError if none is sound.
+    """
+    found = world.from_first_or_raise(lambda: candidates(place))
+    notes: list[str] = []
+    for folder in found:
+        wrong = [each for share in world.gathered(_wrong_with(folder, world)) for each in share]
+        if not wrong:
+            return folder, notes
+        notes.append(f"checkpoint {folder} is damaged: {wrong[0]}")
+    hint = "an earlier checkpoint of the run" if len(found) == 1 else "starting afresh"
+    raise ConfigError(notes[0], where=f"--resume {place}", hint=hint)
 
 
-def has_checkpoint(run: Path) -> bool:
-    return (run / "checkpoints" / "latest").is_file()
+def _wrong_with(folder: Path, world: World) -> list[str]:
+    if world.is_first:
+        try:
+            read_record(folder)
+        except ConfigError as error:
+            return [str(error)]
+    return damages(folder, world.rank, world.size)
 
 
-def read_record(folder: Path) -> RunRecord:
-    try:
-        return RunRecord(**json.loads((folder / "run.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError("this checkpoint cannot be read", where=str(folder / "run.json"), got=str(error)) from None
-
-
-def check_resumable(folder: Path, policy_name: str, policy_hash: str, world_size: int) -> None:
-    """A checkpoint goes on as what it was: same policy, same number of ranks (the model is checked with the config)."""
-    record = read_record(folder)
-    if record.policy_hash != policy_hash:
-        raise ConfigError(
-            "this checkpoint was trained under another policy",
-            where=str(folder),
-            expected=f"{record.policy_name} ({record.policy_hash[:12]})",
-            got=f"{policy_name} ({policy_hash[:12]})",
-            hint=f"--policy {folder / 'policy.yaml'}",
-        )
-    if record.world_size != world_size:
-        raise ConfigError(
-            "this checkpoint was written by another number of ranks, among which its data and shards are divided",
-            where=str(folder),
-            expected=str(record.world_size),
-            got=str(world_size),
-        )
+def _make_latest(aside: Path, final: Path) -> None:
+    if final.exists():  # a restarted run comes by again
+        shutil.rmtree(final)
+    aside.rename(final)
+    pointer = final.with_name("latest.tmp")
+    pointer.write_text(final.name + "\n")
+    os.replace(pointer, final.with_name("latest"))
 
 
 def _random_states() -> dict[str, Any]:

@@ -14,6 +14,8 @@ from launch.engines.registry import ENGINES, known_engine
 from lpcompile.errors import LpError, did_you_mean, nearest_names
 from lpcompile.policy.yaml_read import read_mapping
 
+MOST_WORKERS = 65536  # ranks that have random streams of their own (runtime/state.py)
+
 
 class ConfigError(LpError, ValueError):
     """A run that cannot be started as configured."""
@@ -99,11 +101,20 @@ class RunConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
-# What a checkpoint was trained as: a resumed run may not differ in any of these.
+# What a checkpoint was trained as: a resumed run may not differ in any of these. Of data and tokenizer the tokens count
+# (record.py), of the policy its hash.
 IDENTITY_FIELDS = (
-    "model", "layers", "width", "heads", "context", "vocab", "data", "tokenizer", "batch", "grad_accumulation",
-    "dtype", "seed", "engine", "zero_stage",
+    "model", "layers", "width", "heads", "context", "vocab", "batch", "grad_accumulation", "dtype", "seed", "engine",
+    "zero_stage",
 )  # fmt: skip
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config as it reads from any folder: what names a file or folder that is there names it in full."""
+    paths = {key: getattr(config, key) for key in ("data", "tokenizer", "policy")}
+    return config.model_copy(
+        update={key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
+    )
 
 
 def load_config(

@@ -27,6 +27,7 @@ class Corpus:
 
     name: str  # what the text is, for people
     sha256: str  # of the whole text, in bytes
+    tokens_sha256: str  # of the tokens, in their order: what a resumed run and the other ranks must have too
     train: Tensor  # int64 tokens
     validation: Tensor  # int64 tokens
     vocab: int  # number of token values
@@ -73,9 +74,11 @@ def load_corpus(config: RunConfig) -> Corpus:
             expected=f"more than {config.context} tokens (--context) in each of its 90/10 splits",
             got=f"{len(train)} and {len(validation)}",
         )
+    text_sha256 = hashlib.sha256(raw).hexdigest()
     return Corpus(
         name=name,
-        sha256=hashlib.sha256(raw).hexdigest(),
+        sha256=text_sha256,
+        tokens_sha256=text_sha256 if config.tokenizer is None else _tokens_sha256(train, validation),
         train=train,
         validation=validation,
         vocab=resolve_vocab(config.vocab, vocab),
@@ -85,8 +88,8 @@ def load_corpus(config: RunConfig) -> Corpus:
     )
 
 
-def check_data(config: RunConfig) -> None:
-    """What the parent can say about the data without tokenizing it."""
+def check_data(config: RunConfig) -> str | None:
+    """What the parent can say about the data without tokenizing it; of bytes the sha256 of the tokens."""
     _, raw, _ = _read(config.data)
     if config.tokenizer is None:
         shortest = min(int(len(raw) * TRAIN_SHARE), len(raw) - int(len(raw) * TRAIN_SHARE))
@@ -98,10 +101,15 @@ def check_data(config: RunConfig) -> None:
                 got=f"{len(raw)} bytes in all",
             )
         resolve_vocab(config.vocab, 256)
-    elif not Path(config.tokenizer).is_dir():
+        return hashlib.sha256(raw).hexdigest()
+    if not Path(config.tokenizer).is_dir():
         raise ConfigError(
-            "there is no such folder", where=f"--tokenizer {config.tokenizer}", expected="a saved tokenizer"
+            "there is no such folder",
+            where=f"--tokenizer {config.tokenizer}",
+            expected="a folder that save_pretrained of a transformers tokenizer wrote",
+            got="a file" if Path(config.tokenizer).is_file() else "nothing of this name; names are not looked up",
         )
+    return None
 
 
 def resolve_vocab(asked: int | None, needed: int) -> int:
@@ -178,6 +186,13 @@ def _bytes(raw: bytes) -> Tensor:
 def _encode(tokenizer: Any, raw: bytes) -> Tensor:
     ids = tokenizer(raw.decode("utf-8", errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
+
+
+def _tokens_sha256(*splits: Tensor) -> str:
+    total = hashlib.sha256()
+    for split in splits:
+        total.update(split.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _utf8_boundary(raw: bytes, cut: int) -> int:

@@ -4,30 +4,21 @@ The workers are torchrun's: its elastic agent runs in this process, starts N tim
 them if one is lost, and hands a worker's last words back.
 """
 
-import json
 import logging
 import os
+import signal
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 
-from launch.training.checkpoint import check_resumable, find_checkpoint, read_record
 from launch.training.config import ConfigError, RunConfig
 from launch.training.data import check_data
+from launch.training.last_words import WorkerError, first_cause, resume_hint
+from launch.training.record import check_corpus, check_resumable, find_checkpoint, read_record
 from launch.training.run_folder import prepare_folder, write_config
 from launch.training.summary import present
 from lpcompile import Policy, load_policy
-from runtime.errors import LpError
-
-
-class WorkerError(LpError):
-    """A worker ended with an error of its own; `exit_code` is what the command should end with."""
-
-    def __init__(self, what: str, exit_code: int, **parts: str) -> None:
-        super().__init__(what, **parts)
-        self.exit_code = exit_code
 
 
 def launch(config: RunConfig) -> None:
@@ -53,11 +44,14 @@ def check_run(config: RunConfig, world_size: int) -> Policy:
             raise ConfigError(
                 "a resumed run cannot be compared: the other run would start from nothing", where="--compare"
             )
-    check_data(config)
+    corpus_sha256 = check_data(config)
     if config.resume:
         found = find_checkpoint(config.resume)
+        record = read_record(found)
         check_resumable(found, policy.name, policy.hash, world_size)
-        if (step := read_record(found).step) >= config.steps:
+        if corpus_sha256:
+            check_corpus(found, record, corpus_sha256, config.data or "Python's documentation")
+        if (step := record.step) >= config.steps:
             raise ConfigError(
                 "this checkpoint is past the end of the run",
                 where=str(found),
@@ -67,15 +61,8 @@ def check_run(config: RunConfig, world_size: int) -> Policy:
     return policy
 
 
-def leave_last_words(error: LpError) -> None:
-    """Hand a worker's error to the agent that started it, in the file torchrun has set aside for this."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
-
-
 def _run_workers(config: RunConfig, folder: Path) -> None:
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -100,20 +87,13 @@ def _run_workers(config: RunConfig, folder: Path) -> None:
         try:
             elastic_launch(settings, sys.executable)(*command)
         except ChildFailedError as error:
-            raise _last_words(error, folder) from None
+            raise first_cause(error.failures, folder) from None
+        except SignalException as error:
+            raise _stopped(error.sigval, folder) from None
 
 
-def _last_words(error: "Exception", folder: Path) -> WorkerError:
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
-    if failure.exitcode == 2 and isinstance(failure.message, dict):
-        return _Repeated(failure.message["message"])
-    cause = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    hint = f"--resume {folder}" if (folder / "checkpoints" / "latest").is_file() else ""
-    return WorkerError(f"worker {rank} was lost ({cause})", 1, where=str(folder), hint=hint)
-
-
-class _Repeated(WorkerError):
-    """A worker's own sentence, word by word."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence.rstrip("."), 2)
+def _stopped(number: int, folder: Path) -> WorkerError:
+    """The exit code is that of a shell for a process that a signal ended."""
+    name = signal.Signals(number).name
+    hint = resume_hint(folder) or "a smaller --save-every: no checkpoint was written"
+    return WorkerError(f"stopped by {name}", 128 + int(number), where=str(folder), hint=hint)

@@ -19,11 +19,14 @@ from torch.nn.functional import cross_entropy
 from launch.engines.engine import AbstractEngine
 from launch.engines.registry import engine_class
 from launch.training import checkpoint
-from launch.training.config import ConfigError, RunConfig
+from launch.training.agreement import check_agreement
+from launch.training.config import RunConfig, with_absolute_paths
 from launch.training.data import Corpus, load_corpus
+from launch.training.last_words import WorkerError, is_lost_peer, is_timeout, leave_last_words, resume_hint, told
 from launch.training.metrics import MetricsLog, StepMetrics
 from launch.training.models import build_model
 from launch.training.monitor import Monitor
+from launch.training.record import LossScaleRecord, RunRecord, check_corpus, check_resumable, has_checkpoint
 from launch.training.run_folder import prepare_folder
 from launch.training.scaling import GradientUnscaler
 from launch.training.summary import Summary, total
@@ -46,8 +49,40 @@ def work(config: RunConfig, is_prepared: bool) -> Path:
     with join_world(config) as world:
         policy = load_policy(config.policy)
         folder = Path(str(config.out)) if is_prepared else _agree_on_folder(config, policy, world)
-        Run(config, policy, folder, world).train()
+        try:
+            Run(config, policy, folder, world).train()
+        except LpError:
+            raise
+        except Exception as error:
+            raise _explained(error, config, folder, world) from error
         return folder
+
+
+def _explained(error: Exception, config: RunConfig, folder: Path, world: World) -> Exception:
+    """The error as a sentence where it is no fault of the code: a frozen rank, a lost one, a full disk."""
+    if is_timeout(error) and (frozen := world.watch.find_frozen()):
+        names = ", ".join(map(str, frozen))
+        sentence = WorkerError(
+            f"worker {names} is frozen: no sign of life, and a collective waited in vain",
+            where=str(folder),
+            expected=f"an answer in {config.timeout:g} s (--timeout)",
+            hint=resume_hint(folder),
+        )
+        leave_last_words(sentence, 1)
+        for rank in frozen:
+            world.watch.end_frozen(rank)
+        return sentence
+    if is_timeout(error):
+        return WorkerError(
+            f"worker {world.rank} waited in vain for a collective of the others",
+            where=str(folder),
+            expected=f"an answer in {config.timeout:g} s (--timeout)",
+            hint=resume_hint(folder),
+        )
+    if of_the_machine := told(error, folder):
+        return of_the_machine
+    leave_last_words(error, 1, follows=is_lost_peer(error))
+    return error
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -68,9 +103,11 @@ class Run:
 
     def __init__(self, config: RunConfig, policy: Policy, folder: Path, world: World) -> None:
         self.config, self.policy, self.folder, self.world = config, policy, folder, world
-        self.corpus: Corpus = load_corpus(config)
-        self.model: nn.Module = build_model(config, self.corpus.vocab).to(world.device)
+        with world.together():
+            self.corpus: Corpus = load_corpus(config)
+            self.model: nn.Module = build_model(config, self.corpus.vocab).to(world.device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        check_agreement(config, policy.hash, self.corpus.tokens_sha256, self.num_parameters, world)
         self.scale = _loss_scale(policy)
         self._compile()
         self.unscaler = GradientUnscaler(self.model, self.scale, world)
@@ -79,9 +116,11 @@ class Run:
         self.skips = 0
 
     def train(self) -> None:
-        start = self._resume()
+        start, notes = self._resume()
         log = MetricsLog(self.folder, start) if self.world.is_first else None
         with Monitor(self.policy.name, start, self.config.steps, self.world.is_first) as monitor:
+            for note in notes:
+                monitor.say(f"warning: {note}")
             monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
             if self.corpus.skipped:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
@@ -129,26 +168,26 @@ class Run:
             (self.folder / "certificate.json").write_text(certificate.to_json())
             (self.folder / "certificate.txt").write_text(certificate.to_text())
 
-    def _resume(self) -> int:
-        """The number of the first step: 0, or where a checkpoint stopped."""
+    def _resume(self) -> tuple[int, list[str]]:
+        """The number of the first step, 0 or where a checkpoint stopped, and what was wrong with newer ones.
+
+        A worker lost after the last step restarts where nothing is left to train: the run is finished all the same.
+        """
         place = self.config.resume
-        if self.world.restart and checkpoint.has_checkpoint(self.folder):
+        if self.world.restart and has_checkpoint(self.folder):
             place = str(self.folder)
         if place is None:
-            return 0
-        found = checkpoint.find_checkpoint(place)
-        checkpoint.check_resumable(found, self.policy.name, self.policy.hash, self.world.size)
-        record = checkpoint.load_checkpoint(found, self.engine, self.world)
-        if record.step >= self.config.steps:
-            raise ConfigError(
-                "this checkpoint is past the end of the run",
-                where=str(found),
-                expected=f"fewer than {self.config.steps} steps (--steps)",
-                got=str(record.step),
-            )
-        self.scale.load_state_dict(record.loss_scale)
+            return 0, []
+        found, notes = checkpoint.find_sound_checkpoint(place, self.world)
+        check_resumable(found, self.policy.name, self.policy.hash, self.world.size)
+        with self.world.together():
+            record = checkpoint.load_checkpoint(found, self.engine, self.world)
+        check_corpus(found, record, self.corpus.tokens_sha256, self.corpus.name)
+        self.scale.load_state_dict(record.loss_scale.model_dump())
         advance(self.model, to_step=record.step)
-        return record.step
+        if notes:
+            notes.append(f"going on from {found}, step {record.step}")
+        return record.step, notes
 
     def step(self, step: int) -> StepMetrics:
         """One optimizer step, and the validation if one is due; called by all ranks."""
@@ -224,13 +263,14 @@ class Run:
             )
 
     def _save(self, step: int) -> None:
-        record = checkpoint.RunRecord(
+        record = RunRecord(
             step=step,
             world_size=self.world.size,
             policy_name=self.policy.name,
             policy_hash=self.policy.hash,
-            loss_scale=self.scale.state_dict(),
-            config=self.config.model_dump(),
+            corpus_sha256=self.corpus.tokens_sha256,
+            loss_scale=LossScaleRecord(**self.scale.state_dict()),
+            config=with_absolute_paths(self.config).model_dump(),
             torch_version=torch.__version__,
         )
         checkpoint.save_checkpoint(self.folder, record, self.policy.to_yaml(), self.engine, self.world)
@@ -274,7 +314,7 @@ class Run:
 def _agree_on_folder(config: RunConfig, policy: Policy, world: World) -> Path:
     """Rank 0 makes the folder (its default name holds the time), or its error is everybody's."""
     made: Path | LpError | None = None
-    if world.restart and config.out and checkpoint.has_checkpoint(Path(config.out)):
+    if world.restart and config.out and has_checkpoint(Path(config.out)):
         return Path(config.out)
     if world.is_first:
         try:

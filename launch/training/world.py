@@ -2,15 +2,17 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launch.training.config import ConfigError, RunConfig
+from launch.training.last_words import told
+from launch.training.watch import Watch
 from runtime.collectives.attach.deepspeed import detach_all
 from runtime.collectives.process_group import init_process_group_safely, set_group_timeouts
 from runtime.errors import LpError
@@ -27,6 +29,7 @@ class World:
     local_rank: int
     device: torch.device
     restart: int  # how often torchrun has restarted the workers
+    watch: Watch
 
     @property
     def is_first(self) -> bool:
@@ -39,6 +42,44 @@ class World:
         if isinstance(box[0], LpError):
             raise box[0]
         return box[0]
+
+    def from_first_or_raise(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; its LpError is everybody's."""
+        made: T | LpError | None = None
+        if self.is_first:
+            try:
+                made = make()
+            except LpError as error:
+                made = error
+        return self.from_first(made)  # type: ignore[return-value]
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every rank, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that may fail on one rank alone: if it does, every rank raises what that rank would have.
+
+        Of errors that are no sentence yet, those of a disk become one; others are raised where they are.
+        """
+        mine: LpError | None = None
+        try:
+            yield
+        except LpError as error:
+            mine = error
+        except Exception as error:
+            mine = told(error)
+            if mine is None:
+                raise
+        told_by = self.gathered(mine)
+        for rank, failure in enumerate(told_by):
+            if failure is not None:
+                if len({str(each) for each in told_by}) > 1:  # not everybody's
+                    failure.args = (f"rank {rank}: {failure}",)
+                raise failure
 
     def largest(self, number: float) -> float:
         tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
@@ -63,8 +104,11 @@ def join_world(config: RunConfig) -> Iterator[World]:
         )
     device = _device(config, local_size)
     init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
+    watch = Watch()
     try:
+        watch.start()
         yield World(
+            watch=watch,
             rank=int(os.environ["RANK"]),
             size=size,
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
@@ -72,6 +116,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
             restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
     finally:
+        watch.stop()
         detach_all()
         gc.collect()  # engines hold groups in cycles, and a group that outlives this point can abort the process
         dist.destroy_process_group()

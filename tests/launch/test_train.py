@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,13 +86,18 @@ def test_resume_is_bit_exact(
         assert (tmp_path / "half" / file).exists()
     assert not list((tmp_path / "whole" / "checkpoints").glob("*.tmp"))
 
+    shutil.copy(tmp_path / "text.txt", tmp_path / "same.txt")
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "--resume", "whole/checkpoints/step-000004", "--data", "same.txt", "--nproc", "7"]) == 2
+    assert "written by another number of ranks" in capsys.readouterr().err, "the same bytes under another path"
+    (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text()[::-1])
     for arguments, sentence in (
+        (["--data", "other.txt"], "was trained on another corpus"),
         (["--policy", "fp32"], "was trained under another policy"),
         (["--width", "32"], "--width: this is another model than the checkpoint's"),
         (["--nproc", "1"], "written by another number of ranks"),
         (["--steps", "8"], "past the end of the run"),
     ):
-        monkeypatch.chdir(tmp_path)
         assert run(["train", "--resume", "whole", *arguments]) == 2
         told = capsys.readouterr()
         assert sentence in told.err
@@ -216,7 +222,10 @@ def test_a_hung_worker_ends_the_run(tmp_path: Path) -> None:
         finally:
             if Path(f"/proc/{victim}").exists():
                 os.kill(victim, signal.SIGCONT)
-    assert "was lost" in (tmp_path / "log").read_text().splitlines()[-1]
+    told = (tmp_path / "log").read_text()
+    assert "is frozen: no sign of life" in told.splitlines()[-1]
+    assert "Expected an answer in 8 s (--timeout)" in told.splitlines()[-1]
+    assert "lpcompile train --resume" in told.splitlines()[-1]
 
 
 def _a_worker_of(parent: "subprocess.Popen[bytes]", run: Path) -> int:

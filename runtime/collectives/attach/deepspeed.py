@@ -46,6 +46,35 @@ def initialize(
     return engine
 
 
+def load_checkpoint(engine: Any, folder: str, tag: str) -> str | None:
+    """engine.load_checkpoint, with an unpickler that makes tensors, plain values and the classes of _IN_CHECKPOINTS,
+    and runs nothing else: DeepSpeed's own runs whatever a file says. Returns where it was, or None.
+
+    Raises pickle.UnpicklingError for a file that holds anything else.
+    """
+    classes = [getattr(_import(module), name) for module, name in _IN_CHECKPOINTS]
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"  # of torch.load, over what its caller says
+    try:
+        with torch.serialization.safe_globals(classes):
+            path, _ = engine.load_checkpoint(folder, tag=tag)
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
+    return None if path is None else str(path)
+
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_IN_CHECKPOINTS = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+"""What DeepSpeed 0.19 puts into its files beside tensors and plain values, at every stage."""
+
+
 def attach_deepspeed(
     engine: Any,
     spec: WireSpec | None,

@@ -1,65 +1,137 @@
-"""Checkpoints: what counts as one, and what is said when it is none."""
+"""Checkpoints: every file has a checksum, damage is told, files of others are a sentence and never run."""
 
 import json
-from dataclasses import asdict
+import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from launch.training.checkpoint import RunRecord, check_resumable, find_checkpoint, read_record
-from launch.training.config import ConfigError, RunConfig
+from launch.training.checkpoint import find_sound_checkpoint, load_checkpoint, save_checkpoint
+from launch.training.checksums import NAME, damages
+from launch.training.config import ConfigError
+from launch.training.watch import Watch
+from launch.training.world import World
+from runtime.errors import LpError
+from tests.launch.training.test_record import record
+from tests.multiprocess import run_ranks
 
-RECORD = RunRecord(
-    step=4,
-    world_size=2,
-    policy_name="hfp8",
-    policy_hash="a" * 64,
-    loss_scale={},
-    config=RunConfig(out="runs/x", overwrite=True, compare="fp32").model_dump(),
-    torch_version="2",
-)
+
+class Engine:
+    """Writes one file a rank, or fails as a full disk does."""
+
+    def __init__(self, rank: int, full: bool = False) -> None:
+        self.rank, self.full, self.loaded = rank, full, None
+
+    def save(self, folder: Path) -> None:
+        path = Path("/dev/full") if self.full else folder / f"weights-{self.rank}.pt"
+        torch.save({"w": torch.arange(1000.0)}, path)
+
+    def load(self, folder: Path) -> None:
+        self.loaded = torch.load(folder / f"weights-{self.rank}.pt", weights_only=True)
+
+
+def _world(rank: int, size: int) -> World:
+    return World(rank, size, rank, torch.device("cpu"), 0, Watch())
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """The world of one rank, in this process."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield _world(0, 1)
+    dist.destroy_process_group()
+
+
+def _save_two(folder: Path, world: World) -> Path:
     for step in (4, 8):
-        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(asdict(RECORD)))
-    (tmp_path / "checkpoints" / "latest").write_text("step-000008\n")
-    return tmp_path
+        save_checkpoint(folder, record(step), "name: x\n", Engine(world.rank), world)  # type: ignore[arg-type]
+    return folder / "checkpoints" / "step-000008"
 
 
-def test_a_run_its_checkpoints_and_one_checkpoint_are_found(run: Path) -> None:
-    latest = run / "checkpoints" / "step-000008"
-    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(latest) == latest
-    assert find_checkpoint(run / "checkpoints" / "step-000004").name == "step-000004"
+def _damage(path: Path, change: str) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes({"flip": raw, "cut": raw[: len(raw) // 2]}.get(change, b""))
+    if change == "gone":
+        path.unlink()
 
 
-def test_a_checkpoint_half_written_is_none(run: Path) -> None:
-    (run / "checkpoints" / "latest").write_text("step-000012\n")
-    (run / "checkpoints" / "step-000012.tmp").mkdir()
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
-        find_checkpoint(run)
+@pytest.mark.parametrize("name", ["weights-0.pt", "rank-0.pt", "run.json", "policy.yaml", NAME])
+@pytest.mark.parametrize("change", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_file_means_the_previous_checkpoint(tmp_path: Path, alone: World, name: str, change: str) -> None:
+    saved, engine = _save_two(tmp_path, alone), Engine(0)
+    assert find_sound_checkpoint(tmp_path, alone) == (saved, [])
+    _damage(saved / name, change)
+    found, notes = find_sound_checkpoint(tmp_path, alone)
+    assert found.name == "step-000004"
+    assert len(notes) == (0 if (name, change) == ("run.json", "gone") else 1)
+    assert all("step-000008 is damaged: " in note for note in notes)
+    load_checkpoint(found, engine, alone)  # type: ignore[arg-type]
+    assert engine.loaded is not None
+    if (saved / "run.json").is_file():
+        with pytest.raises(ConfigError, match=r"step-000008 is damaged: .* Try an earlier checkpoint of the run"):
+            find_sound_checkpoint(saved, alone)
 
 
-def test_a_resumed_run_does_not_inherit_where_and_how_it_was_started(run: Path) -> None:
-    inherited = read_record(find_checkpoint(run)).inherited_config()
-    assert not {"out", "overwrite", "compare", "resume"} & set(inherited)
-    assert inherited["nproc"] == 2
+def test_what_is_whole_has_a_sum_of_every_file(tmp_path: Path, alone: World) -> None:
+    saved = _save_two(tmp_path, alone)
+    assert damages(saved, 0, 1) == []
+    sums = json.loads((saved / NAME).read_text())
+    assert set(sums) == {path.name for path in saved.iterdir()} - {NAME}
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
-def test_a_record_that_is_not_json_is_a_sentence(run: Path) -> None:
-    latest = find_checkpoint(run)
-    (latest / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="this checkpoint cannot be read"):
-        read_record(latest)
+def _save_on_two_ranks(rank: int, size: int, folder: str) -> list[str]:
+    """What each rank sees: a damaged shard of rank 1, then a disk that is full for rank 1."""
+    world, root = _world(rank, size), Path(folder)
+    saved = _save_two(root, world)
+    if world.is_first:
+        _damage(saved / "weights-1.pt", "flip")
+    dist.barrier()
+    found, notes = find_sound_checkpoint(root, world)
+    try:
+        save_checkpoint(root / "full", record(4), "", Engine(rank, full=rank == 1), world)  # type: ignore[arg-type]
+    except LpError as error:
+        return [found.name, *notes, str(error)]
+    return []
 
 
-@pytest.mark.parametrize(
-    ("policy_hash", "ranks", "sentence"),
-    [("b" * 64, 2, "under another policy. Expected hfp8"), ("a" * 64, 4, "another number of ranks")],
-)
-def test_another_policy_or_world_is_refused(run: Path, policy_hash: str, ranks: int, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        check_resumable(find_checkpoint(run), "other", policy_hash, ranks)
+def test_ranks_agree_on_damage_and_on_a_full_disk(tmp_path: Path) -> None:
+    told = run_ranks(_save_on_two_ranks, 2, str(tmp_path))
+    assert told[0] == told[1]
+    found, note, full = told[0]
+    assert found == "step-000004"
+    assert "weights-1.pt has another checksum than was written" in note
+    assert full.startswith("rank 1: ")
+    assert "a file cannot be written. Got " in full
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == [], "what was half written is gone"
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("content", ["hostile", "empty", "text", "pickle", "cut"])
+def test_files_of_others_are_a_sentence_and_do_not_run(tmp_path: Path, alone: World, content: str) -> None:
+    saved = _save_two(tmp_path, alone)
+    path = saved / "weights-0.pt"
+    contents = {"empty": b"", "text": b"hello", "pickle": pickle.dumps({"a": 1}), "cut": path.read_bytes()[:500]}
+    if content == "hostile":
+        torch.save({"w": _Hostile(tmp_path / "ran")}, path)
+    else:
+        path.write_bytes(contents[content])
+    with pytest.raises(ConfigError, match="this checkpoint cannot be loaded"):
+        load_checkpoint(saved, Engine(0), alone)  # type: ignore[arg-type]
+    assert not (tmp_path / "ran").exists()

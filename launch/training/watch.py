@@ -1,0 +1,75 @@
+"""Watch: a thread of every worker that says it is alive, and ends the worker when whoever started it is gone.
+
+    every second: alive/RANK in the store += 1          the parent is another process than at the start: end
+
+A rank whose count stands still while others wait for it is frozen: its whole process is (stopped, swapping, debugged).
+One whose count goes on is busy or waits itself.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from torch.distributed import distributed_c10d
+
+_BEAT_S = 1.0
+
+
+class Watch:
+    """The heart of this worker, and its view of the others'. For the time in which the process group is joined."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Call it when the process group is there: its store is what the beats go through."""
+        self._store().set(f"who/{self._rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def find_frozen(self) -> list[int]:
+        """The ranks that are not heard of for three beats."""
+        before = self._beats()
+        time.sleep(3 * _BEAT_S)
+        after = self._beats()
+        return [rank for rank in range(self._size) if rank != self._rank and before[rank] == after[rank]]
+
+    def end_frozen(self, rank: int) -> None:
+        """Kill a frozen rank if it is a process of this machine: nothing else reaches a stopped one, and whoever
+        started the workers would wait for it.
+        """
+        host, _, pid = self._store().get(f"who/{rank}").decode().partition(" ")
+        if host == socket.gethostname():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def _beats(self) -> list[int]:
+        store = self._store()
+        return [store.add(f"alive/{rank}", 0) for rank in range(self._size)]
+
+    def _beat(self) -> None:
+        store = self._store()
+        while not self._stop.wait(_BEAT_S):
+            if os.getppid() != self._parent:
+                os._exit(1)
+            try:
+                store.add(f"alive/{self._rank}", 1)
+            except RuntimeError:  # the store's owner ends: so will this worker
+                self._stop.wait(_BEAT_S)
+
+    @staticmethod
+    def _store() -> Any:
+        """A connection of its own: the group's may be held by whatever waits."""
+        store: Any = distributed_c10d._get_default_store()
+        return store.clone()
