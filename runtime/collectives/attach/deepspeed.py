@@ -1,6 +1,7 @@
 """DeepSpeed: ZeRO 0 to 3 average their gradients over the compressed wire.
 
 initialize            deepspeed.initialize without its JIT build
+load_checkpoint       its engine.load_checkpoint with an unpickler that runs nothing
 attach_deepspeed      wraps the entry points of one engine (deepspeed_entry_points.py) and puts the proxy in place
 detach, detach_all    the way back
 assert_active         a wire that carries nothing is an error
@@ -52,7 +53,7 @@ def load_checkpoint(engine: Any, folder: str, tag: str) -> str | None:
 
     Raises pickle.UnpicklingError for a file that holds anything else.
     """
-    classes = [getattr(_import(module), name) for module, name in _IN_CHECKPOINTS]
+    classes = [getattr(load(module), name) for module, name in _IN_CHECKPOINTS]
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"  # of torch.load, over what its caller says
     try:
