@@ -116,4 +116,4 @@ def _additions(m_acc: int, after: int, n: int) -> Iterator[Tensor]:
     """i from 2 to n - 1 as float64, in pieces: those above `after`, and where erfc(2^m_acc / sqrt(2 i)) is not 0."""
     first = max(2, after + 1, math.floor(2.0 ** (2 * m_acc) / (2 * 27.3**2)))
     for start in range(first, n, _TERMS_AT_ONCE):
-        yield torch.arange(start, min(start + _TERMS_AT_ONCE, n), dtype=torch.float64)
+        yield torch.arange(start, min(start + _TERMS_AT_ONCE, n), dtype=torch.float64, device="cpu")

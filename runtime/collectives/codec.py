@@ -191,4 +191,4 @@ def _decode(codes_N: Tensor, format: str) -> Tensor:
 @lru_cache(maxsize=64)
 def _value_table(format: str, device: torch.device) -> Tensor:
     """The fp32 values of codes 0 to 255."""
-    return decode(torch.arange(256), format).to(device)
+    return decode(torch.arange(256, device="cpu"), format).to(device)

@@ -69,7 +69,7 @@ def table_plan(format: str, rounding: Rounding) -> TablePlan | None:
         return None
     before = -row.beyond_max if row.min == -row.max else 2 * row.grid[0] - row.grid[1]
     with beside_tracing():
-        tensor = torch.tensor((before, *row.grid, row.beyond_max), dtype=torch.float32)
+        tensor = torch.tensor((before, *row.grid, row.beyond_max), dtype=torch.float32, device="cpu")
         values = tensor.tolist()
         starts = values if rounding == "stochastic" else _starts(tensor, row, rounding).tolist()
     fill = MAX_TABLE - len(values)
@@ -115,7 +115,7 @@ def _starts(values: torch.Tensor, row: LookupFormat, rounding: Rounding) -> torc
         middle = (low + high).div(2, rounding_mode="floor")
         reached = round_to_grid(_number(middle), row, rounding, overflow="unbounded") >= values[1:]
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    return torch.cat([torch.tensor([-math.inf]), _number(high)])
+    return torch.cat([torch.tensor([-math.inf], dtype=torch.float32, device="cpu"), _number(high)])
 
 
 def _ordered(x: torch.Tensor) -> torch.Tensor:

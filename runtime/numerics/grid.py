@@ -81,7 +81,7 @@ def round_to_grid(
     if overflow != "unbounded":
         low, high = int_range(row, working) if isinstance(row, IntFormat) else (row.min, row.max)
         top = _meaning_of_overflow(row) if overflow == "ieee" else None
-        beyond = q.clamp(low, high) if top is None else torch.copysign(torch.as_tensor(top).to(q), wide)
+        beyond = q.clamp(low, high) if top is None else torch.copysign(torch.full_like(q, top), wide)
         if top is not None and rounding == "toward_zero":  # IEEE 754-2019, 7.4: only what is infinite stays so
             beyond = torch.where(wide.isinf(), beyond, q.clamp(low, high))
         q = torch.where((q < low) | (q > high), beyond, q)
@@ -100,7 +100,7 @@ def neighbours(x: float, row: Format) -> tuple[float | None, float | None]:
         return (below[-1] if below else None), (above[0] if above else None)
     if not row.min <= x <= row.max:
         return (row.max, None) if x > row.max else (None, row.min)
-    a = torch.tensor(abs(x), dtype=torch.float64)
+    a = torch.tensor(abs(x), dtype=torch.float64, device="cpu")
     ulp = _spacing(a, row)
     near, far = (float(torch.floor(a / ulp) * ulp), float(torch.ceil(a / ulp) * ulp))
     low, high = (near, far) if x >= 0 else (-far, -near)

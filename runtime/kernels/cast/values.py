@@ -102,7 +102,7 @@ def _on_cpu(x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding:
     random = random_plan(*draw) if rounding == "stochastic" else None
     # A product by the scale, and a grid that x's dtype does not hold, are rounded to that dtype by torch.
     is_exact = scale is None and embeds(get_format(format), _NAMES[x.dtype])
-    into = out if x.dtype == torch.float32 or is_exact else torch.empty(x.shape, dtype=torch.float32)
+    into = out if x.dtype == torch.float32 or is_exact else torch.empty(x.shape, dtype=torch.float32, device="cpu")
     factors, tile = (None, (1, 1)) if scale is None else _tiles(scale, x.shape)
     run_cast(plan, x, into, factors, tile, random, is_multiplied=True)
     if into is not out:

@@ -183,11 +183,11 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         left, right = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
         size = a.shape[-2] * b.shape[-1]
-        out = torch.empty(len(left), a.shape[-2], b.shape[-1])
+        out = torch.empty(len(left), a.shape[-2], b.shape[-1], dtype=torch.float32, device="cpu")
         for index, (x, y) in enumerate(zip(left, right)):
             _multiply(x, y, out[index], spec, _how(spec, key, index * size, out.numel()))
         return out.view(*batch, *out.shape[-2:])
-    out = torch.empty(a.shape[0], b.shape[1])
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device="cpu")
     _multiply(a, b, out, spec, _how(spec, key, 0, out.numel()))
     return out
 

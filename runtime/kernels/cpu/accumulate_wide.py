@@ -72,7 +72,7 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     m, n = a.shape[-2], b.shape[-1]
     left, right = (x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (a, b))
-    out = torch.empty(left.shape[0], m, n)
+    out = torch.empty(left.shape[0], m, n, dtype=torch.float32, device="cpu")
     for index, (x, y) in enumerate(zip(left, right)):
         _multiply(x, y, out[index], spec.accumulator, _plan(spec.accumulator, key, index * m * n, out.numel()))
     return out.view(*batch, m, n)

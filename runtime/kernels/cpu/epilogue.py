@@ -98,6 +98,6 @@ def _strides(value: Tensor | None, neutral: Tensor) -> tuple[Tensor, int, int]:
     return value.contiguous(), int(is_column), int(not is_column)
 
 
-_ONE, _MINUS_ZERO = torch.tensor(1.0), torch.tensor(-0.0)
+_ONE, _MINUS_ZERO = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (1.0, -0.0))
 _SERIAL = 64**2
 """Elements below which waking the other threads costs more than they save."""
