@@ -121,7 +121,7 @@ def _to_grid_checked(
     x: Tensor, s: Tensor | None, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, offset: int
 ) -> tuple[Tensor, Tensor]:
     grid, said = _cast(x, s, QuantSpec.parse(spec), dtype, Draw(seed, step, stream, offset), is_checked=True)
-    return grid, torch.tensor(said, dtype=torch.uint8) if isinstance(said, int) else said
+    return grid, torch.tensor(said, dtype=torch.uint8, device="cpu") if isinstance(said, int) else said
 
 
 def _cast(
@@ -144,7 +144,7 @@ def _cast(
         assert plan is not None
         grid, is_beyond = launch_cast(x, scale, plan, dtype, tile, draw if spec.rounding == "stochastic" else None)
         return grid, is_beyond.to(torch.uint8)
-    out, cpu_plan = torch.empty(x.shape, dtype=dtype), _plan(spec)
+    out, cpu_plan = torch.empty(x.shape, dtype=dtype, device="cpu"), _plan(spec)
     assert cpu_plan is not None
     random = random_plan(*draw) if spec.rounding == "stochastic" else None
     said = int(run_cast(cpu_plan, x, out, scale, tile, random))

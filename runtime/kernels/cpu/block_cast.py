@@ -42,7 +42,7 @@ def fast_blocks(
     draw = (signed_seed(seed), step, stream, offset) if is_stochastic else None
     if x.is_cuda:
         return _on_cuda(x, divisor, out, plan, is_column, is_divided and is_two_level, dtype, draw)
-    out = torch.empty(x.shape, dtype=dtype) if out is None else out
+    out = torch.empty(x.shape, dtype=dtype, device="cpu") if out is None else out
     library = cast_library()
     assert library is not None
     said = library.lp_cast_blocks(
@@ -50,7 +50,7 @@ def fast_blocks(
         is_column, divisor.item(), is_divided and is_two_level, random_plan(*draw) if draw else None,
         num_threads(x.numel()),
     )  # fmt: skip
-    return BlockValues(out, torch.tensor(said, dtype=torch.uint8))
+    return BlockValues(out, torch.tensor(said, dtype=torch.uint8, device="cpu"))
 
 
 def fast_divisor(x: Tensor, is_column: bool = False) -> Tensor | None:
@@ -80,7 +80,7 @@ def _divisor(x: Tensor, is_column: bool) -> Tensor:
     assert library is not None
     shape, threads = _matrices(x, is_column), num_threads(x.numel())
     amax = library.lp_finite_amax(address(x), DTYPES.index(x.dtype), *shape, is_column, threads)
-    return divisor_of_amax(torch.tensor(amax, dtype=torch.float32))
+    return divisor_of_amax(torch.tensor(amax, dtype=torch.float32, device="cpu"))
 
 
 def _on_cuda(

@@ -59,7 +59,7 @@ def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    out = torch.empty(m, n, dtype=torch.float32)
+    out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     bias = None if bias_N is None else bias_N.contiguous()
     library.lp_gemm(
         *(address(a_MK), DTYPES.index(a_MK.dtype), a_MK.stride(0), a_MK.stride(1)),
@@ -78,7 +78,7 @@ def multiply_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    out = torch.empty(m, n, dtype=torch.float32)
+    out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     library.lp_gemm_int8(
         *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
         *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),

@@ -18,7 +18,7 @@ def fast_scale(x: Tensor, tile: tuple[int, int], largest: float, is_pow2: bool, 
     library = cast_library() if is_readable(x) else None
     if library is None:
         return None
-    x, out = x.contiguous(), torch.empty(tuple(shape), dtype=torch.float32)
+    x, out = x.contiguous(), torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     k = x.shape[-1] if x.ndim else 1
     dtype, threads = DTYPES.index(x.dtype), num_threads(x.numel())
     library.lp_scale(address(x), dtype, address(out), x.numel() // k, k, *tile, largest, is_pow2, threads)
