@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.annotate import as_stored, refusal
 from passes.ir.gemm_nodes import GemmNode
 from passes.joint_products import JointSite, Product
+from runtime.kernels.cast.grid import roomy_dtype
 from runtime.kernels.registry import Choice, choose
 from runtime.kernels.request import GemmRequest
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
@@ -29,6 +30,7 @@ from runtime.ops.layer import cast
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import has_free_scales, with_scales
 from runtime.quantize.qtensor import CastKey, QTensor
+from runtime.quantize.storage import storage_dtype
 
 aten: Any = torch.ops.aten
 lp: Any = torch.ops.lp
@@ -57,12 +59,15 @@ def lower_joint(
     specs: Mapping[str, LayerSpec],
     *,
     device: str,
-    decompositions: Mapping[Any, Callable[..., Any]],
+    decompositions: Mapping[Any, Callable[..., Any]] | None,
     overflow_key: int = -1,
 ) -> Lowered:
-    """Rewrite the sites of `specs` in place. overflow_key: of the RunState that watches gradients; -1 for none."""
+    """Rewrite the sites of `specs` in place. decompositions: those of the compiler that casts are written for, or None
+    where the graph runs op by op: then a scale and a cast are one op each, and a product multiplies by its scales
+    itself. overflow_key: of the RunState that watches gradients; -1 for none.
+    """
     done = Lowered()
-    casts = _Casts(graph, dict(decompositions), overflow_key, done)
+    casts = _Casts(graph, decompositions, overflow_key, done)
     for site in sites:
         spec = specs.get(site.name)
         if spec is None:
@@ -160,7 +165,7 @@ def _multiply(
     op, numbers = {"fwd": lp.fwd, "bwd": lp.bwd, "grad": lp.grad}[role].default, plan.spec.role(role)
     value = at.meta["val"]
     dtype = value.dtype if isinstance(value, Tensor) else value[{"bwd": 0, "grad": 1}[role]].dtype
-    is_free = has_free_scales(plan, role, _operand(a, numbers.lhs), _operand(b, numbers.rhs))
+    is_free = casts.is_decomposed and has_free_scales(plan, role, _operand(a, numbers.lhs), _operand(b, numbers.rhs))
     bias = rest if role == "fwd" else None
     operands: tuple[Any, ...] = (*a, *b, rest)
     if is_free:
@@ -220,10 +225,15 @@ class _Casts:
     """The casts of one graph, each written once."""
 
     def __init__(
-        self, graph: fx.Graph, decompositions: dict[Any, Callable[..., Any]], overflow_key: int, done: Lowered
+        self,
+        graph: fx.Graph,
+        decompositions: Mapping[Any, Callable[..., Any]] | None,
+        overflow_key: int,
+        done: Lowered,
     ) -> None:
         self.graph = graph
-        self._decompositions = decompositions
+        self.is_decomposed = decompositions is not None
+        self._decompositions = dict(decompositions or {})
         self._overflow_key = overflow_key
         self._done = done
         self._made: dict[Any, tuple[fx.Node, fx.Node | None]] = {}
@@ -263,12 +273,23 @@ class _Casts:
         return self._representatives.setdefault(key, x)
 
     def _write(self, x: fx.Node, spec: QuantSpec, at: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        if not self.is_decomposed:
+            scale = self._call(at, lp.compute_scale.default, x, spec.text) if spec.has_scale else None
+            dtype = roomy_dtype(spec, storage_dtype(spec.format))
+            return self._call(at, lp.to_grid.default, x, scale, spec.text, dtype, *_NO_CLOCK), scale
+
         def run(x: Tensor) -> tuple[Tensor, ...]:
             operand = cast(x, spec, None, 0, 0)
             return (operand.grid,) if operand.scale is None else (operand.grid, operand.scale)
 
         outputs = self.splice(at, run, {"x": x})
         return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def _call(self, at: fx.Node, op: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(at):
+            node = self.graph.call_function(op, args)
+        node.meta["val"] = op(*fx.map_arg(args, lambda each: each.meta["val"]))
+        return node
 
     def _write_watched(self, x: fx.Node, spec: QuantSpec, at: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         args = (x, str(spec), _NO_CLOCK, self._overflow_key, 0, 0)

@@ -43,7 +43,9 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     largest, is_pow2 = get_format(spec.format).max, spec.scale.rule == "pow2"
     is_compiling = torch.compiler.is_compiling()  # then operations that fuse
     amax = group_amax(x, spec.scale)
-    if is_compiling and not is_pow2 and not x.is_cuda and _is_fp32(largest):
+    if is_compiling and is_pow2:
+        return _pow2_scale(amax if x.dtype == torch.float64 else amax.float(), largest)
+    if is_compiling and not x.is_cuda and _is_fp32(largest):
         return _amax_scale(amax.float(), largest)
     # In float64: the quotient of two fp32 numbers rounded to 53 bits and then to 24 is the one rounded to 24 at once.
     scale = amax.double() / largest
@@ -80,6 +82,22 @@ def _amax_scale(amax: Tensor, largest: float) -> Tensor:
     code divides as IEEE 754 says, and so rounds at once as float64 does in two steps.
     """
     scale = (amax / torch.full_like(amax, largest)).clamp(MIN_SCALE, MAX_SCALE)
+    return torch.where((amax > 0) & (amax < math.inf), scale, 1.0)
+
+
+def _pow2_scale(amax: Tensor, largest: float) -> Tensor:
+    """The smallest 2^k >= amax / largest by comparing fractions, as bits: Inductor has no vector code for frexp.
+
+    amax = m 2^a and largest = f 2^e with 1/2 <= m, f < 1: k = a - e, and one more where m > f.
+    """
+    is_wide = amax.dtype == torch.float64
+    integers, digits, bias = (torch.int64, 52, 1022) if is_wide else (torch.int32, 23, 126)
+    fraction, exponent = math.frexp(largest)
+    is_small = amax < 2.0**-100  # of fp32 some have fewer bits
+    bits = torch.where(is_small, amax * 2.0**100, amax).view(integers)
+    k = (bits >> digits) - (bias + exponent) - 100 * is_small.to(integers)
+    k = k + ((bits & ((1 << digits) - 1)) > math.floor((2 * fraction - 1) * 2.0**digits)).to(integers)
+    scale = ((k.clamp(-126, 127).to(torch.int32) + 127) << 23).view(torch.float32)
     return torch.where((amax > 0) & (amax < math.inf), scale, 1.0)
 
 

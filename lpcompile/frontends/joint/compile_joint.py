@@ -169,7 +169,7 @@ class _Joint:
     lowered: Lowered = field(default_factory=Lowered)
     stamps: dict[str, "_Leaf"] = field(default_factory=dict)
 
-    def lower(self, graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    def lower(self, graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]] | None) -> None:
         """Rewrite one graph, with backward or without, in place."""
         self.num_graphs += 1
         if self.print_graph:
@@ -303,7 +303,7 @@ def _inductor(joint: _Joint) -> Callable[..., Any]:
 class _Pass(CustomGraphPass):
     """The rewriting as Inductor calls it."""
 
-    def __init__(self, joint: _Joint, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(self, joint: _Joint, decompositions: Mapping[Any, Callable[..., Any]] | None) -> None:
         self._joint = joint
         self._decompositions = decompositions
 
@@ -317,12 +317,12 @@ class _Pass(CustomGraphPass):
 
 def _aot_eager(joint: _Joint) -> Callable[..., Any]:
     def partition(graph: fx.GraphModule, joint_inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        joint.lower(graph.graph, {})
+        joint.lower(graph.graph, None)
         graph.recompile()
         return default_partition(graph, joint_inputs, **options)
 
     def infer(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        joint.lower(graph.graph, {})
+        joint.lower(graph.graph, None)
         graph.recompile()
         return _boxed(graph, inputs)
 
