@@ -101,12 +101,13 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
         found = report(compiled)
         _say(f"from step {step}: {phase.name}")
         _print_rows(found)
-        _print_rules(get_compiled(compiled).phase.resolution)
+        code = get_compiled(compiled).phase
+        _print_rules(code.resolution)
         refused = [row for row in found.gemms if not row.runs_as_policy_says]
-        wrong = [finding for finding in found.warnings if finding.is_wrong]
+        wrong = [finding for finding in code.program.findings if finding.is_wrong]
         for row in refused:
             _say(f"does not run as the policy says: {row.name} {row.role}: {row.reason}")
-        for finding in found.warnings:
+        for finding in code.program.findings:
             _say(f"warning: {finding}")
         is_fit = is_fit and not refused and not (strict and wrong)
     return is_fit

@@ -31,8 +31,11 @@ class Report:
     left_alone: list[str]
     """GEMM sites that no rule names: they run as the uncompiled model does."""
     unmatched_rules: list[str]
+    """Of every phase of the schedule."""
     warnings: list[Finding]
-    """What the checks of the policy against the model found, rules that match nothing among it."""
+    """What the checks of the policy against the model found, in any phase of the schedule: rules that match or decide
+    nothing among it.
+    """
     unreached: dict[str, str]
     """Modules whose GEMMs no graph shows, with the reason."""
     opaque: dict[str, str]
@@ -103,8 +106,8 @@ def report(model: nn.Module) -> Report:
         policy_hash=compiled.policy.hash,
         gemms=rows,
         left_alone=[site.name for site in compiled.sites if phase.resolution.specs.get(site.name) is None],
-        unmatched_rules=phase.resolution.unmatched,
-        warnings=phase.program.findings,
+        unmatched_rules=[*dict.fromkeys(each for phase in compiled.phases for each in phase.resolution.unmatched)],
+        warnings=[*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)],
         unreached={item.path: item.reason for item in compiled.unreached},
         opaque={path: str(reason) for path, reason in compiled.calls.opaque.items()},
         uncalled=[site.name for site in compiled.sites if site.name in compiled.uncalled],

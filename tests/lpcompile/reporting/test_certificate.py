@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lpcompile import lpcompile, report
+from lpcompile import Policy, advance, lpcompile, report
 from tests.models_for_tests import tiny_llama, token_batch
 
 POLICY = """
@@ -148,3 +148,16 @@ def test_text_of_many_layers_is_short() -> None:
     assert len(lines) < 20
     assert any("layers.{0..31}.up_proj" in line and " 32 x " in line for line in lines)
     assert len(found.to_text(full=True).splitlines()) > 3 * 2 * 32
+
+
+def test_warnings_are_of_every_phase_of_a_schedule() -> None:
+    idle = {"match": {"name": "nothing.*"}, "fwd": {"x": "bf16"}}
+    rules = {"fwd": {"x": "e4m3"}}, idle
+    warm = {"name": "warm", "rules": [{"fwd": {"x": "bf16"}}]}
+    schedule = [{"from_step": 0, "policy": warm}, {"from_step": 5}]
+    policy = Policy.model_validate({"name": "two", "rules": rules, "schedule": schedule})
+    model = lpcompile(nn.Sequential(nn.Linear(4, 4)), policy)
+    for step in (0, 5):
+        advance(model, to_step=step)
+        assert [finding.code for finding in report(model).warnings] == ["rule-matches-nothing"]
+        assert len(report(model).unmatched_rules) == 1
