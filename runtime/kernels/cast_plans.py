@@ -6,7 +6,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from runtime.kernels.cpu.cast_library import MAX_TABLE, BlockPlan, CastPlan, TablePlan
+from runtime.kernels.constants import MAX_TABLE, RULE_NUMBERS
+from runtime.kernels.cpu.cast_library import BlockPlan, CastPlan, TablePlan
 from runtime.kernels.fake import beside_tracing
 from runtime.numerics.block_formats import BlockFormat
 from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
@@ -88,21 +89,24 @@ def table_plan(format: str, rounding: Rounding) -> TablePlan | None:
 def block_plan(row: BlockFormat, rounding: Rounding) -> BlockPlan | None:
     """The plan of a cast to a block format; None where the loop cannot do it."""
     element = cast_plan(row.element, rounding) if rounding in ROUNDINGS else None
-    scale = cast_plan("e4m3", "nearest_even")
-    blocks = {"e8m0": 32, "e4m3": 16}
     is_two_level = row.rule == "two_level"
-    if element is None or blocks.get(row.scale) != row.block or is_two_level != (row.scale == "e4m3"):
+    scale = cast_plan(row.scale, "nearest_even") if is_two_level else CastPlan()  # of 2^k nothing is rounded
+    if element is None or scale is None or row.block != (16 if is_two_level else 32):
+        return None
+    if is_two_level == (row.scale == "e8m0"):
         return None
     facts = get_format(row.element)
     digits = facts.mantissa if isinstance(facts, FloatFormat) else facts.bits - 2
     quantum = (facts.quantum if isinstance(facts, FloatFormat) else 1.0) * row.element_unit
     return BlockPlan(
-        rule=("floor", "ceil", "rceil", "even", "two_level").index(row.rule),
+        rule=RULE_NUMBERS[row.rule],
         exponent=math.frexp(row.element_max)[1] - 1,
         max=row.element_max,
         round_from=2 - 2.0 ** -(digits + 1),
         unit=row.element_unit,
         bf16_from=-133 - (math.frexp(quantum)[1] - 1),
+        block=row.block,
+        per_max=1.0 / row.element_max,
         element=element,
         scale=scale,
     )

@@ -132,7 +132,7 @@ def _round_blocks(
         raise FormatError("only real numbers are quantized", expected="a floating-point tensor", got=str(x.dtype))
     element, is_two_level = get_format(row.element), row.rule == "two_level"
     if is_two_level:
-        scale, factor, tensor_scale = _two_level_scales(_block_amax(x.float(), row))
+        scale, factor, tensor_scale = _two_level_scales(_block_amax(x.float(), row), row)
         scaled = x.float() * _per_element(factor, x, row)
     else:
         scale, tensor_scale = _shared_scales(_block_amax(x.double(), row), row), torch.ones((), device=x.device)
@@ -159,13 +159,13 @@ def _shared_scales(amax: Tensor, row: BlockFormat) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
-def _two_level_scales(amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _two_level_scales(amax: Tensor, row: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
     """(s_b, what x is multiplied by, S), in fp32; NaN, NaN in a block that holds NaN or Inf."""
     finite, greatest = torch.where(amax.isfinite(), amax, 0.0), torch.finfo(torch.float32).max
     whole = finite.amax() if finite.numel() else finite.new_zeros(())
     tensor_scale = divisor_of_amax(whole)
-    e4m3 = get_format("e4m3")
-    scale = round_to_grid(finite * (tensor_scale * torch.tensor(1.0 / 6.0)), e4m3, "nearest_even")
+    per_max = torch.full_like(tensor_scale, 1.0 / row.element_max)  # fp32(1 / 6)
+    scale = round_to_grid(finite * (tensor_scale * per_max), get_format(row.scale), "nearest_even")
     factor = (1.0 / (scale * (1.0 / tensor_scale))).clamp(max=greatest)
     is_bad = ~amax.isfinite()
     return scale.masked_fill(is_bad, torch.nan), factor.masked_fill(is_bad, torch.nan), tensor_scale

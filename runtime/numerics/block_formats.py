@@ -17,6 +17,7 @@ from runtime.errors import FormatError, nearest_names
 from runtime.numerics.formats import BLOCK_NAMES, DefaultRounding, FloatFormat, Format, get_format
 
 BlockScaleRule = Literal["floor", "ceil", "rceil", "even", "two_level"]
+BLOCK_RULES: tuple[BlockScaleRule, ...] = get_args(BlockScaleRule)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class BlockFormat:
         """Largest value of an element, in the units of the scale."""
         return get_format(self.element).max * self.element_unit
 
+    @property
+    def block_max(self) -> float:
+        """Largest value of an element under the largest scale of a block: 6 * 448 in nvfp4."""
+        return self.element_max * get_format(self.scale).max
+
 
 def is_block_format(name: str) -> bool:
     """Whether `name` is written as a block format; its option may still be wrong."""
@@ -69,7 +75,7 @@ def get_block_format(name: str) -> BlockFormat:
             f'"{name}": "{option}" is not an option of {base}',
             expected="no option" if row.rule == "two_level" else f"scale={'|'.join(_MX_RULES)}",
         )
-    return replace(row, name=name, rule=rule)  # type: ignore[arg-type]
+    return replace(row, name=name, rule=rule)
 
 
 def default_rounding(name: str) -> DefaultRounding:
@@ -96,7 +102,7 @@ def grid_format(name: str) -> Format:
     return FloatFormat(name, 5, digits, 1 - digits - (math.frexp(quantum)[1] - 1), top="none")
 
 
-_MX_RULES = get_args(BlockScaleRule)[:4]
+_MX_RULES = BLOCK_RULES[:4]
 _OCP = "OCP Microscaling Formats v1.0, section 5.2"
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {

@@ -138,7 +138,7 @@ def two_level_divisor(x: Tensor, along: Along | None, block: int) -> Tensor:
 
 def divisor_of_amax(amax: Tensor) -> Tensor:
     """S = min(448 * 6 / amax, FLT_MAX) in fp32; 1 for an amax of 0."""
-    quotient = torch.full_like(amax, 448.0 * 6.0) / amax
+    quotient = torch.full_like(amax, get_block_format("nvfp4").block_max) / amax
     return torch.where(amax > 0, quotient.clamp(max=torch.finfo(torch.float32).max), torch.ones_like(amax))
 
 

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.kernels.constants import RULE_NUMBERS
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.cast_library import DTYPES, OUT_DTYPES, BlockPlan, cast_library, is_readable, num_threads
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton
+from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.random import signed_seed
 from runtime.numerics.scaling import divisor_of_amax
 
@@ -37,7 +39,7 @@ def fast_blocks(
     """
     if plan is None or not _is_served(x):
         return None
-    x, is_two_level = x.contiguous(), plan.rule == TWO_LEVEL
+    x, is_two_level = x.contiguous(), plan.rule == RULE_NUMBERS["two_level"]
     divisor = _divisor(x, is_column) if is_two_level else torch.ones((), device=x.device)
     draw = (signed_seed(seed), step, stream, offset) if is_stochastic else None
     if x.is_cuda:
@@ -75,7 +77,7 @@ def _divisor(x: Tensor, is_column: bool) -> Tensor:
     if x.is_cuda:
         from runtime.kernels.triton.block_cast import launch_finite_amax  # imports triton
 
-        return divisor_of_amax(launch_finite_amax(_lanes(x, is_column).contiguous(), 16))
+        return divisor_of_amax(launch_finite_amax(_lanes(x, is_column).contiguous(), get_block_format("nvfp4").block))
     library = cast_library()
     assert library is not None
     shape, threads = _matrices(x, is_column), num_threads(x.numel())
@@ -97,7 +99,3 @@ def _on_cuda(
 
 def _lanes(x: Tensor, is_column: bool) -> Tensor:
     return x.transpose(-1, -2) if is_column else x
-
-
-TWO_LEVEL = 4
-"""BlockPlan.rule of nvfp4."""

@@ -24,6 +24,8 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
+from runtime.kernels.constants import DEFINES
+
 COMPILERS = ("g++", "c++", "clang++")
 # -fno-trapping-math: comparisons become vector selects; -ffp-contract=off: a * b + c stays two roundings, as in torch
 FLAGS = (
@@ -57,7 +59,7 @@ def _built(source: Path) -> Path:
         raise OSError(f"no C++ compiler: looked for {', '.join(COMPILERS)}")
     version = _run([compiler, "--version"]).stdout
     headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
-    facts = "\n".join((source.read_text(), *headers, *FLAGS, compiler, version, _cpu_features()))
+    facts = "\n".join((source.read_text(), *headers, *FLAGS, *DEFINES, compiler, version, _cpu_features()))
     folder, stem = _cache_folder(), f"{source.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
     if found := _found(folder, stem):
         return found
@@ -67,7 +69,7 @@ def _built(source: Path) -> Path:
             return found
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             fresh = Path(aside) / f"{stem}.so"
-            _run([compiler, *FLAGS, "-o", str(fresh), str(source)])
+            _run([compiler, *FLAGS, *DEFINES, "-o", str(fresh), str(source)])
             target = folder / f"{stem}-{_digest(fresh)}.so"
             os.replace(fresh, target)
     return target

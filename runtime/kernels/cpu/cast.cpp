@@ -54,21 +54,23 @@ struct CastPlan {
 // Mirrors TablePlan: the table continued by one value past each end, so that overflow is judged after rounding.
 struct TablePlan {
   int64_t count;       // of values; there are count - 1 thresholds
-  float values[64];  // the last is repeated to the end, which starts at Inf
+  float values[LP_MAX_TABLE];  // the last is repeated to the end, which starts at Inf
   // starts[i]: the least y that values[i] is chosen for; starts[0] is not read. stochastic: starts[i] = values[i], and
   // chance decides between values[i] and values[i + 1].
-  float starts[64];
+  float starts[LP_MAX_TABLE];
   float max, min, zero;
 };
 
 // Mirrors BlockPlan: how the blocks of a block format are scaled; runtime/numerics/block_casts.py has the rules.
 struct BlockPlan {
-  int rule;          // 0 floor, 1 ceil, 2 rceil, 3 even, 4 two_level
+  int rule;          // LP_RULE_..., by the flags of runtime/kernels/constants.py
   int exponent;      // of the largest element, in units of the scale: floor(log2 max)
   double max;        // the largest element
   float round_from;  // even: the significand from which amax rounds up to the next power of two
   float unit;        // what an element of 1 stands for
   int bf16_from;     // smallest k at which every element times 2^k is a bf16
+  int block;         // elements that share a scale: 16 or 32
+  float per_max;     // two_level: fp32(1 / max)
   CastPlan element, scale;
 };
 
@@ -442,9 +444,9 @@ inline int shared_exponent(const BlockPlan& p, float amax) {
   const bool is_tiny = amax < 0x1p-126f;
   const uint32_t bits = bits_of(is_tiny ? amax * 0x1p24f : amax), fraction = bits & 0x7fffffu;
   int k = int(bits >> 23) - 127 - (is_tiny ? 24 : 0) - p.exponent;
-  if (p.rule == 1) k += fraction != 0;
-  if (p.rule == 2) k += amax > p.max * std::ldexp(1.0, k);
-  if (p.rule == 3) k += float_of(fraction | 0x3f800000u) >= p.round_from;
+  if (p.rule == LP_RULE_CEIL) k += fraction != 0;
+  if (p.rule == LP_RULE_RCEIL) k += amax > p.max * std::ldexp(1.0, k);
+  if (p.rule == LP_RULE_EVEN) k += float_of(fraction | 0x3f800000u) >= p.round_from;
   return std::clamp(k, -127, 127);
 }
 
@@ -459,9 +461,9 @@ struct BlockScales {
 int scale_blocks(const BlockPlan& p, BlockScales& s, int64_t count, float divisor) {
   const float greatest = std::numeric_limits<float>::max(), nan = std::numeric_limits<float>::quiet_NaN();
   int said = 0;
-  if (p.rule == 4) {
+  if (p.rule == LP_RULE_TWO_LEVEL) {
     const CastPlan e4m3 = p.scale;
-    const float up = divisor * float(1.0 / 6.0), down = 1.0f / divisor;
+    const float up = divisor * p.per_max, down = 1.0f / divisor;
 #pragma omp simd reduction(| : said)
     for (int64_t i = 0; i < count; ++i) {
       const bool is_bad = !(s.amax[i] <= greatest);
@@ -720,7 +722,7 @@ int lp_cast_table(const TablePlan* plan, const void* x, int dtype, void* out, in
 int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t matrices, int64_t rows,
                    int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random, int threads) {
   ask_for_huge_pages(out, matrices * rows * columns * kOutBytes[type]);
-  const bool is_short = plan->rule == 4;
+  const bool is_short = plan->block == 16;
   const auto cast = dtype == 0   ? (is_short ? cast_all_blocks<Fp32, 16> : cast_all_blocks<Fp32, 32>)
                     : dtype == 1 ? (is_short ? cast_all_blocks<Bf16, 16> : cast_all_blocks<Bf16, 32>)
                                  : (is_short ? cast_all_blocks<Fp16, 16> : cast_all_blocks<Fp16, 32>);

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.kernels.constants import MAX_TABLE
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 
@@ -71,10 +72,6 @@ class CastPlan(ctypes.Structure):
     ]
 
 
-MAX_TABLE = 64
-"""Values a table may have, those past its ends counted."""
-
-
 class TablePlan(ctypes.Structure):
     """A lookup format as a step function; mirrors TablePlan of cast.cpp."""
 
@@ -98,6 +95,8 @@ class BlockPlan(ctypes.Structure):
         ("round_from", ctypes.c_float),
         ("unit", ctypes.c_float),
         ("bf16_from", ctypes.c_int),
+        ("block", ctypes.c_int),
+        ("per_max", ctypes.c_float),
         ("element", CastPlan),
         ("scale", CastPlan),
     ]

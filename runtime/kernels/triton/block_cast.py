@@ -13,11 +13,10 @@ from torch import Tensor
 from runtime.kernels.cpu.cast_library import BlockPlan
 from runtime.kernels.triton.cast import signed_draw
 from runtime.kernels.triton.rounding import held_in, loaded, rounded, words_of
+from runtime.numerics.block_formats import BLOCK_RULES
 
 ELEMENTS = 1024
 """That one program casts."""
-TWO_LEVEL = 4
-"""BlockPlan.rule of nvfp4, whose blocks have 16 elements; those of MX have 32. The kernel says 4."""
 
 
 def launch_block_cast(
@@ -32,7 +31,7 @@ def launch_block_cast(
     """
     out, said = torch.empty_like(x, dtype=dtype), torch.zeros(2, dtype=torch.int32, device=x.device)
     columns = x.shape[-1] if x.dim() else 1
-    block = 16 if plan.rule == TWO_LEVEL else 32
+    block = plan.block
     per_row = -(-columns // block)
     count = x.numel() // max(columns, 1) * per_row
     seed, step, stream, offset = draw or (0, 0, 0, 0)
@@ -42,10 +41,10 @@ def launch_block_cast(
             x, out, said, divisor, count, columns, per_row,
             *signed_draw(seed, step, stream), offset,
             p.low, p.magic, p.spacing, p.up_at, p.down_below, p.min, p.max, p.zero, plan.unit, 1.0 / plan.unit,
-            plan.max / 2.0**plan.exponent, plan.round_from, plan.exponent, plan.bf16_from,
+            plan.max / 2.0**plan.exponent, plan.round_from, plan.exponent, plan.bf16_from, plan.per_max,
             scale.low, scale.magic, scale.spacing, scale.up_at, scale.down_below, scale.max,
             SHIFT=p.shift, BIAS=p.round_bias, ODD=p.odd_mask, SCALE_SHIFT=scale.shift, SCALE_BIAS=scale.round_bias,
-            SCALE_ODD=scale.odd_mask, RULE=plan.rule, DIVIDED=is_divided, STOCHASTIC=draw is not None,
+            SCALE_ODD=scale.odd_mask, RULE=BLOCK_RULES[plan.rule], DIVIDED=is_divided, STOCHASTIC=draw is not None,
             INDEX=tl.int64 if x.numel() + 2 * ELEMENTS >= 2**31 else tl.int32,
             BLOCK=block, BLOCKS=ELEMENTS // block, enable_fp_fusion=False,
         )  # fmt: skip
@@ -83,7 +82,7 @@ def _cast_blocks(  # type: ignore[no-untyped-def]
     x_ptr, out_ptr, said_ptr, divisor_ptr, count, columns, per_row,
     seed, high, step, stream, offset,
     low, magic, spacing, up_at, down_below, least, largest, zero, unit, per_unit,
-    max_significand, round_from, exponent, bf16_from,
+    max_significand, round_from, exponent, bf16_from, per_max,
     scale_low, scale_magic, scale_spacing, scale_up_at, scale_down_below, scale_largest,
     SHIFT: tl.constexpr, BIAS: tl.constexpr, ODD: tl.constexpr, SCALE_SHIFT: tl.constexpr, SCALE_BIAS: tl.constexpr,
     SCALE_ODD: tl.constexpr, RULE: tl.constexpr, DIVIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -98,9 +97,9 @@ def _cast_blocks(  # type: ignore[no-untyped-def]
     top = tl.max(magnitude, axis=1)  # in the order of magnitudes, NaN above Inf
     amax = top.to(tl.float32, bitcast=True)
     is_bad = top >= 0x7F800000
-    if RULE == 4:
+    if RULE == "two_level":
         divisor = tl.load(divisor_ptr)
-        up, one = divisor * tl.full((), 0.16666667163372040, tl.float32), tl.full((), 1.0, tl.float32)  # fp32(1 / 6)
+        up, one = divisor * tl.full((), per_max, tl.float32), tl.full((), 1.0, tl.float32)
         down = tl.div_rn(one, divisor)
         scale = rounded(
             amax * up, tl.zeros_like(top).to(tl.uint32), scale_low, scale_magic, scale_spacing, scale_up_at,
@@ -117,11 +116,11 @@ def _cast_blocks(  # type: ignore[no-untyped-def]
         fraction = bits & 0x7FFFFF
         significand = (fraction | 0x3F800000).to(tl.float32, bitcast=True)
         k = (bits >> 23).to(tl.int32) - 127 - tl.where(is_tiny, 24, 0) - exponent
-        if RULE == 1:
+        if RULE == "ceil":
             k += tl.where(fraction != 0, 1, 0)
-        if RULE == 2:
+        if RULE == "rceil":
             k += tl.where(significand > tl.full((), max_significand, tl.float32), 1, 0)
-        if RULE == 3:
+        if RULE == "even":
             k += tl.where(significand >= tl.full((), round_from, tl.float32), 1, 0)
         k = tl.where(top == 0, -127, tl.where(is_bad, 0, tl.minimum(tl.maximum(k, -127), 127)))
         scale = tl.where(k >= -126, (k + 127) << 23, 1 << 22).to(tl.float32, bitcast=True)
