@@ -383,7 +383,10 @@ _GEMM_RULES = (
         "a convolution, and nothing else, has a `geometry`", lambda a: (a["kind"] == "conv") == bool(a.get("geometry"))
     ),
     Rule("`geometry` must say stride, padding, dilation and groups of a convolution", _is_geometry),
-    Rule("a scale that varies along the sum must be a power of two", _scales_leave_the_sum),
+    Rule(
+        "a scale that varies along the sum must be a power of two, or, per block or channel, in a GEMM with fp32 sums",
+        _scales_leave_the_sum,
+    ),
     Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
     Rule(
         "`methods` must be empty before they are chosen, else each the name of a kernel",
