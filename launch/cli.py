@@ -6,6 +6,7 @@ A user's mistake is one sentence on stderr and exit code 2, under torchrun from 
 import inspect
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -15,7 +16,7 @@ from launch.commands.bench import find_benchmarks, run_benchmarks
 from launch.commands.inspect import inspect_app
 from launch.commands.opt import opt
 from launch.commands.policy import policy_app
-from launch.training.config import RunConfig, flag_of, load_config
+from launch.training.config import RunConfig, Whole, flag_of, load_config
 from launch.training.last_words import WorkerError, leave_last_words
 from launch.training.launcher import check_run, launch
 from launch.training.record import find_checkpoint, read_record
@@ -35,6 +36,17 @@ _PLANNED = {
     "export": "write a quantized model for another runtime",
     "reproduce": "rerun a paper's table",
 }
+
+_OTHER_NAMES = {
+    "--learning-rate": "--lr", "--seq-len": "--context", "--sequence-length": "--context", "--block-size": "--context",
+    "--max-steps": "--steps", "--iters": "--steps", "--batch-size": "--batch", "--hidden-size": "--width",
+    "--num-layers": "--layers", "--num-heads": "--heads", "--output-dir": "--out", "--dataset": "--data",
+    "--gradient-accumulation-steps": "--grad-accumulation", "--warmup-steps": "--warmup", "--max-grad-norm": "--clip",
+    "--num-workers": "--nproc", "--precision": "--policy",
+}  # fmt: skip
+"""What other trainers call our flags."""
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_RANK_0_SPEAKS_S = 3.0
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # click's ClickException, which typer may carry inside
 
@@ -58,6 +70,10 @@ def run(arguments: list[str] | None = None) -> int:
         verb = context.command_path if context else "lpcompile"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # none: a verb without arguments, whose help stands on stdout
+            known = next(
+                (ours for theirs, ours in _OTHER_NAMES.items() if f"{theirs} " in f"{message} ".replace(".", " ")), ""
+            )
+            message = f"{message.rstrip('.')}. It is {known} here." if known else message
             _complain(f"{verb}: {message.rstrip('.')}{'' if message.endswith('?') else '.'} Try {verb} --help.")
         return 2
     except (typer.Abort, KeyboardInterrupt):
@@ -65,9 +81,21 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _complain(sentence: str) -> None:
-    """Once: a worker that our launcher started is silent (the launcher speaks); under torchrun rank 0 speaks."""
-    if "--prepared" not in sys.argv and os.environ.get("RANK", "0") == "0":
-        print(sentence, file=sys.stderr, flush=True)
+    """Once: a worker that our launcher started is silent (the launcher speaks); under torchrun rank 0 speaks.
+
+    Another rank speaks too if it is still there after a while: torchrun ends it at once where rank 0 failed as well.
+    """
+    if "--prepared" in sys.argv:
+        return
+    if is_worker() and (rank := os.environ["RANK"]) != "0":
+        time.sleep(_RANK_0_SPEAKS_S)
+        sentence = f"rank {rank}: {sentence.removeprefix(f'rank {rank}: ')}"
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def is_worker() -> bool:
+    """Whether torchrun started this process: its whole set of variables is there. A scheduler may set one or two."""
+    return all(name in os.environ for name in _OF_TORCHRUN)
 
 
 def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
@@ -87,11 +115,10 @@ def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
     if flags.get("resume"):
         found = find_checkpoint(flags["resume"])
         base, base_name = read_record(found).inherited_config(), str(found)
-    is_worker = "WORLD_SIZE" in os.environ
-    if is_worker:
+    if is_worker():
         base.pop("nproc", None)
     run_config = load_config(flags, config, base, base_name)
-    if not is_worker:
+    if not is_worker():
         launch(run_config)
         return
     from launch.training.trainer import work  # here: it imports the compiler and the engines, which only workers need
@@ -151,7 +178,7 @@ def _metavar(annotation: Any) -> str:
     arguments = get_args(annotation)
     if arguments and not any(isinstance(each, type) for each in arguments) and get_origin(annotation) is not None:
         return f"[{'|'.join(str(each) for each in arguments)}]"
-    kinds = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    kinds: dict[Any, str] = {int: "INTEGER", Whole: "INTEGER", float: "NUMBER", str: "TEXT"}
     return next((kinds[each] for each in (annotation, *arguments) if each in kinds), "TEXT")
 
 
@@ -166,7 +193,8 @@ def _bench(
     Examples:
       lpcompile bench --list
       lpcompile bench
-      lpcompile bench gemm -- --size 1024
+      lpcompile bench training_step
+      lpcompile bench numerics -- --rounds 9
     """
     if list_only:
         for each, what in find_benchmarks().items():

@@ -16,7 +16,8 @@ class LpError(Exception):
             parts.append(f"Got {got}")
         if hint:
             parts.append(f"Try {hint}")
-        super().__init__(". ".join(part.rstrip(".") for part in parts) + ".")
+        sentences = (part.rstrip(".") for part in parts)
+        super().__init__(" ".join(each if each.endswith("?") else f"{each}." for each in sentences))
 
 
 class LpWarning(UserWarning):

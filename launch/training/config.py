@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from launch.engines.registry import ENGINES, known_engine
 from lpcompile.errors import LpError, did_you_mean, nearest_names
@@ -21,19 +21,34 @@ class ConfigError(LpError, ValueError):
     """A run that cannot be started as configured."""
 
 
+def _whole(value: Any) -> Any:
+    """1e3, as text or as YAML reads it, is the integer 1000."""
+    try:
+        number = float(value) if isinstance(value, (str, float)) else value
+    except ValueError:
+        return value
+    is_short = isinstance(value, float) or (isinstance(value, str) and "e" in value.lower())
+    return int(number) if is_short and abs(number) < 2**53 and number == int(number) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""An integer, which may be written as 1e3."""
+_LONGEST_WAIT_S = 30 * 24 * 3600.0
+
+
 class RunConfig(BaseModel):
     """One training run. Two equal configs on the same world size give the same bits."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: Literal["gpt", "llama"] = Field(
         default="gpt", description="Model family: GPT-2, or Llama (RoPE, RMSNorm, SwiGLU)."
     )
-    layers: int = Field(default=3, ge=1, description="Number of transformer blocks.")
-    width: int = Field(default=256, ge=8, description="Width of the residual stream, in elements.")
-    heads: int = Field(default=4, ge=1, description="Attention heads per block; must divide the width.")
-    context: int = Field(default=128, ge=2, description="Tokens per training window.")
-    vocab: int | None = Field(
+    layers: Whole = Field(default=3, ge=1, description="Number of transformer blocks.")
+    width: Whole = Field(default=256, ge=8, description="Width of the residual stream, in elements.")
+    heads: Whole = Field(default=4, ge=1, description="Attention heads per block; must divide the width.")
+    context: Whole = Field(default=128, ge=2, description="Tokens per training window.")
+    vocab: Whole | None = Field(
         default=None, ge=2, description="Vocabulary size; omitted: 256 for bytes, else the tokenizer's."
     )
 
@@ -42,10 +57,10 @@ class RunConfig(BaseModel):
         description="Text file, or folder of UTF-8 text files; omitted: Python's own documentation (pydoc topics).",
     )
     tokenizer: str | None = Field(default=None, description="Folder of a saved transformers tokenizer; omitted: bytes.")
-    batch: int = Field(default=4, ge=1, description="Windows per micro-batch and rank.")
-    grad_accumulation: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    batch: Whole = Field(default=4, ge=1, description="Windows per micro-batch and rank.")
+    grad_accumulation: Whole = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
 
-    steps: int = Field(default=300, ge=1, description="Optimizer steps.")
+    steps: Whole = Field(default=300, ge=1, description="Optimizer steps.")
     lr: float = Field(
         default=1e-3,
         gt=0,
@@ -55,7 +70,7 @@ class RunConfig(BaseModel):
         default="trapezoid",
         description="After warm-up. trapezoid: constant, its last fifth linear to lr / 10; cosine: down to lr / 10.",
     )
-    warmup: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
+    warmup: Whole = Field(default=30, ge=0, description="Steps of linear warm-up.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
     beta2: float = Field(
         default=0.99, ge=0, lt=1, description="AdamW: decay of the second moment (0.99 suits runs this short)."
@@ -65,7 +80,9 @@ class RunConfig(BaseModel):
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Dtype of the parameters (bf16 keeps an fp32 master)."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the weights, the data order and the stochastic roundings.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the weights, the data order and the stochastic roundings."
+    )
 
     policy: str = Field(default="hfp8", description="Precision policy: a shipped name or a path to a policy file.")
     strict: bool = Field(default=False, description="Refuse to start if a GEMM would not run as the policy says.")
@@ -77,13 +94,15 @@ class RunConfig(BaseModel):
         default="auto", description="auto: a GPU per rank where there are enough, else the CPU."
     )
     nproc: int | None = Field(
-        default=None, ge=1, description="Workers to start on this machine; under torchrun: omit it."
+        default=None, ge=1, le=MOST_WORKERS, description="Workers to start on this machine; under torchrun: omit it."
     )
-    timeout: float = Field(default=300.0, gt=0, description="Seconds after which a collective gives up on a hung rank.")
+    timeout: float = Field(
+        default=300.0, ge=1, le=_LONGEST_WAIT_S, description="Seconds after which a collective gives up on a hung rank."
+    )
     max_restarts: int = Field(default=0, ge=0, description="Restarts from the latest checkpoint after a lost worker.")
 
-    eval_every: int = Field(default=100, ge=0, description="Steps between validations; 0: only at the end.")
-    save_every: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    eval_every: Whole = Field(default=100, ge=0, description="Steps between validations; 0: only at the end.")
+    save_every: Whole = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
     out: str | None = Field(default=None, description="Folder of the run; omitted: runs/<date-time>-<policy>-<engine>.")
     overwrite: bool = Field(default=False, description="Empty the run's folder first if it holds an earlier run.")
     resume: str | None = Field(default=None, description="Run folder, or one checkpoint in it, to go on from.")

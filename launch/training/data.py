@@ -136,7 +136,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError("this tokenizer cannot be loaded", where=f"--tokenizer {folder}", got=reason) from None
 
 

@@ -69,7 +69,12 @@ def _run_workers(config: RunConfig, folder: Path) -> None:
     workers = config.nproc or 1
     absolute = {"out": str(folder), "nproc": workers, "compare": None, "overwrite": False}
     run_file = write_config(folder, config.model_copy(update=absolute))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    if (
+        threads != "1"
+    ):  # OpenMP's threads spin for milliseconds at the end of every loop, and take the core from the one
+        # that they wait for: beside one busy process a step took 45 times as long (benchmarks/beside_busy.py)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its news is told below, in one sentence
     with tempfile.TemporaryDirectory(prefix="lpcompile-") as words:
         settings = LaunchConfig(

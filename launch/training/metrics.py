@@ -1,7 +1,8 @@
 """Metrics: what one step reports, and its three homes: metrics.jsonl, TensorBoard, memory."""
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ class StepMetrics:
     """One optimizer step, as one line of metrics.jsonl."""
 
     step: int  # from 1: steps done
-    loss: float  # mean over ranks and micro-batches, nats per token
+    loss: float  # mean over ranks and micro-batches, nats per token; not finite: null in the file
     lr: float
     ms: float  # milliseconds, from the first micro-batch to the end of the update
     tokens: int  # of all ranks
@@ -57,7 +58,7 @@ class MetricsLog:
             "wire/parameter_bytes": step.parameter_bytes,
         }
         for name, value in scalars.items():
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 self._board.add_scalar(name, value, step.step)
 
     def close(self) -> None:
@@ -73,11 +74,17 @@ def read_metrics(folder: Path) -> list[StepMetrics]:
     steps = []
     for line in path.read_text().splitlines():
         try:
-            steps.append(StepMetrics(**json.loads(line)))
+            step = StepMetrics(**json.loads(line))
         except (ValueError, TypeError):
             break
+        steps.append(replace(step, loss=math.nan) if step.loss is None else step)
     return steps
 
 
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with None in the place of NaN and infinity, which JSON does not have."""
+    return {key: None if isinstance(each, float) and not math.isfinite(each) else each for key, each in values.items()}
+
+
 def _line(step: StepMetrics) -> str:
-    return json.dumps(asdict(step)) + "\n"
+    return json.dumps(finite(asdict(step)), allow_nan=False) + "\n"

@@ -1,6 +1,9 @@
 """Monitor: the run as it goes. A live line on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -8,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from launch.training.metrics import StepMetrics
 
+_NARROW = 110  # columns; below, counts and time to go are worth more than a bar
 _PLAIN_LINES = 15  # per run, where there is no terminal
 
 
@@ -20,13 +24,13 @@ class Monitor:
         self._console = Console(file=sys.stdout, highlight=False)
         self._progress: Progress | None = None
         if is_first and self._console.is_terminal:
+            is_narrow = self._console.width < _NARROW
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
+                *([] if is_narrow else [TextColumn("[bold]{task.description}"), BarColumn(bar_width=24)]),
                 MofNCompleteColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[state]}"),
                 TimeRemainingColumn(),
+                *([] if is_narrow else [TaskProgressColumn()]),
+                TextColumn("{task.fields[state]}"),  # last: where a line is too short, this is cut
                 console=self._console,
             )
             self._task = self._progress.add_task(title, total=steps, completed=start, state="")
@@ -45,7 +49,8 @@ class Monitor:
     def say(self, text: str) -> None:
         """One line above the progress."""
         if self._is_first:
-            self._console.print(text, markup=False, soft_wrap=True)
+            with unless_closed():
+                self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, step: StepMetrics) -> None:
         if not self._is_first:
@@ -56,9 +61,26 @@ class Monitor:
         if step.validation is not None:
             self.say(f"{self._title}: step {step.step}/{self._steps}  {state}  validation {step.validation:.4f}")
         elif step.skipped:
-            self.say(f"{self._title}: step {step.step} skipped: a gradient overflowed; loss scale {step.loss_scale:g}")
+            self.say(f"{self._title}: step {step.step} skipped: {why_skipped(step)}")
         elif not self._progress and (step.step % self._every == 0 or step.step in (1, self._steps)):
             self.say(f"{self._title}: step {step.step}/{self._steps}  {state}")
+
+
+@contextmanager
+def unless_closed() -> Iterator[None]:
+    """Printing into a pipe that its reader has closed (`| head -2`) is no reason to lose a run: the rest is unsaid."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def why_skipped(step: StepMetrics) -> str:
+    """A scale above 1 backs off and may cure it; at 1 nothing is left to back off."""
+    if step.loss_scale > 1:
+        return f"a gradient overflowed; loss scale {step.loss_scale:g}"
+    return "a gradient is not finite at loss scale 1: the run diverges"
 
 
 def describe_step(step: StepMetrics) -> str:

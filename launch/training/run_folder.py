@@ -15,6 +15,8 @@ from launch.training.config import ConfigError, RunConfig
 def prepare_folder(config: RunConfig, policy_name: str) -> Path:
     """Make the folder of a run and its run.yaml; an earlier run in it is an error, or emptied with --overwrite."""
     folder = Path(config.out) if config.out else _fresh(policy_name, config.engine)
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError("this is a link to what is not there", where=f"--out {folder}", got=str(folder.readlink()))
     if folder.exists() and not folder.is_dir():
         raise ConfigError("this is a file and not a folder", where=f"--out {folder}")
     if folder.is_dir() and any(folder.iterdir()):

@@ -1,16 +1,20 @@
 """Summary: the result of one run, or of two side by side, as summary.json, a table and a plot."""
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.training.config import ConfigError
-from launch.training.metrics import StepMetrics, read_metrics
+from launch.training.last_words import WorkerError
+from launch.training.metrics import StepMetrics, finite, read_metrics
+from launch.training.monitor import unless_closed
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,17 @@ class Summary:
     folder: str
 
     def save(self) -> None:
-        (Path(self.folder) / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+        text = json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
+        (Path(self.folder) / "summary.json").write_text(text + "\n")
+
+    @property
+    def failure(self) -> str:
+        """What the run came to if it learned nothing that counts, as a sentence; else ""."""
+        if 2 * self.skipped_steps > self.steps:
+            return f"{self.policy}: {self.skipped_steps} of {self.steps} steps were skipped"
+        losses = {"training": self.train_loss, "validation": self.validation_loss}
+        bad = [name for name, loss in losses.items() if loss is None or not math.isfinite(loss)]
+        return f"{self.policy}: the {bad[0]} loss is not finite" if bad else ""
 
 
 @dataclass(frozen=True)
@@ -80,29 +94,43 @@ def total(steps: list[StepMetrics]) -> StepTotals:
 
 def load_summary(folder: Path) -> Summary:
     try:
-        return Summary(**json.loads((folder / "summary.json").read_text()))
+        values: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        is_number = {each.name for each in fields(Summary) if each.type in ("float", float)}
+        values |= {key: math.nan for key, each in values.items() if each is None and key in is_number}
+        return Summary(**values)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError("this run has no readable summary", where=str(folder), got=str(error)) from None
 
 
 def present(folder: Path, other: Path | None = None) -> None:
-    """Plot and print a finished run, and the one it is compared with."""
+    """Plot and print a finished run, and the one it is compared with.
+
+    Raises WorkerError, for the exit code 1, where a run came to nothing: most steps skipped, or a loss not finite.
+    """
     folders = [folder, *([other] if other else [])]
     runs = [load_summary(each) for each in folders]
     plot_losses(folder / "loss.png", runs)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)  # a log file has no edge at 80
-    console.print(build_table(runs))
-    console.print(
-        f"{folder}/: checkpoints/, tensorboard/, loss.png, summary.json, certificate.txt (what each GEMM runs as)",
-        markup=False,
-        soft_wrap=True,
-    )
+    with unless_closed():
+        console.print(build_table(runs))
+        console.print(
+            f"{folder}/: checkpoints/, tensorboard/, loss.png, summary.json, certificate.txt (what each GEMM runs as)",
+            markup=False,
+            soft_wrap=True,
+        )
+    if failures := [run.failure for run in runs if run.failure]:
+        hint = "a smaller --lr, a dynamic loss_scale in the policy, or formats with a wider range"
+        raise WorkerError("; ".join(failures), 1, where=str(folder), hint=hint)
+
+
+def num_workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
 
 
 def build_table(runs: list[Summary]) -> Table:
-    table = Table(title=f"{runs[0].engine}, {runs[0].world_size} workers, {runs[0].parameters:,} parameters")
+    table = Table(title=f"{runs[0].engine}, {num_workers(runs[0].world_size)}, {runs[0].parameters:,} parameters")
     table.add_column("")
     for run in runs:
         table.add_column(run.policy, justify="right")
@@ -138,7 +166,9 @@ def plot_losses(path: Path, runs: list[Summary]) -> None:
         axes.plot([x for x, _ in seen], [y for _, y in seen], "o", color=color, label=f"{run.policy}: validation")
     axes.axhline(runs[0].bigram, color="grey", linestyle="--", label="byte bigram")
     axes.set(
-        xlabel="optimizer step", ylabel="loss, nats per byte", title=f"{runs[0].engine}, {runs[0].world_size} workers"
+        xlabel="optimizer step",
+        ylabel="loss, nats per byte",
+        title=f"{runs[0].engine}, {num_workers(runs[0].world_size)}",
     )
     axes.legend()
     figure.savefig(path, dpi=120)

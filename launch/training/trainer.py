@@ -121,6 +121,11 @@ class Run:
         with Monitor(self.policy.name, start, self.config.steps, self.world.is_first) as monitor:
             for note in notes:
                 monitor.say(f"warning: {note}")
+            if self.config.warmup >= self.config.steps:
+                monitor.say(
+                    f"warning: --warmup {self.config.warmup} is not over in {self.config.steps} steps: the rate ends at"
+                    f" {learning_rate(self.config, self.config.steps - 1):g} and never reaches --lr {self.config.lr:g}"
+                )
             monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
             if self.corpus.skipped:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
@@ -278,7 +283,7 @@ class Run:
 
     def _summarize(self, steps: list[StepMetrics], peak_memory: int) -> Summary:
         sums = total(steps)
-        validation = next(step.validation for step in reversed(steps) if step.validation is not None)
+        validation = next((step.validation for step in reversed(steps) if step.validation is not None), math.nan)
         certificate = report(self.model)
         return Summary(
             policy=self.policy.name,

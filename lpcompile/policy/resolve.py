@@ -208,6 +208,15 @@ class Policy(Section):
     kv_cache: Any = None
     """Format of the attention cache. Not built in this version: refused."""
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        """Reports, tables and folders are called by it."""
+        if not 0 < len(value) <= 100 or not value.isprintable() or set(value) & set("/\\"):
+            expected = "1 to 100 printable characters without / and \\"
+            raise refusal(f"{value[:100]!a} is not a name", expected=expected)
+        return value
+
     @model_validator(mode="wrap")
     @classmethod
     def _say_where(cls, value: Any, handler: ModelWrapValidatorHandler["Policy"], info: ValidationInfo) -> "Policy":

@@ -7,17 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
+from launch.cli import is_worker, run
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 TINY = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "RANK"):
+    monkeypatch.setattr("launch.cli._RANK_0_SPEAKS_S", 0.0)
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
+
+
+def under_torchrun(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in {**TORCHRUN, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -45,11 +52,23 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data", "no-such-file"], "--data no-such-file: the corpus cannot be read"),
         (["--tokenizer", "no-such-folder"], "--tokenizer no-such-folder: there is no such folder"),
         (["--vocab", "7"], "vocab: the vocabulary is too small"),
-        (["--config", "no-such.yaml"], "no-such.yaml: this config file cannot be read"),
+        (["--config", "no-such.yaml"], "no-such.yaml: this file cannot be read"),
         (["--resume", "nowhere"], "--resume nowhere: there is no such folder"),
         (["--resume", "."], "--resume .: this folder holds no checkpoint"),
         (["--no-such-flag"], "No such option: --no-such-flag"),
         (["--nproc", "0"], "--nproc: this value does not fit"),
+        (["--nproc", "1000000"], "--nproc: this value does not fit"),
+        (["--timeout", "inf"], "--timeout: this value does not fit. Expected a finite number"),
+        (["--timeout", "1e300"], "--timeout: this value does not fit"),
+        (["--timeout", "1e-9"], "--timeout: this value does not fit"),
+        (["--timeout", "nan"], "--timeout: this value does not fit"),
+        (["--seed", str(2**64)], "--seed: this value does not fit"),
+        (["--seed", "9" * 5000], "--seed: this value does not fit"),
+        (["--lr", "1e999"], "--lr: this value does not fit. Expected a finite number"),
+        (["--lr", "inf"], "--lr: this value does not fit. Expected a finite number"),
+        (["--clip", "inf"], "--clip: this value does not fit"),
+        (["--steps", "1.5e0"], "--steps: this value does not fit"),
+        (["--tokenizer", "gpt2"], "names are not looked up"),
     ],
 )
 def test_train_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
@@ -67,16 +86,45 @@ def test_train_refuses_a_folder_that_is_not_empty(capsys: pytest.CaptureFixture[
 def test_train_under_torchrun_counts_its_workers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "0")
+    under_torchrun(monkeypatch, rank=0)
     assert "has set the number of workers. Expected 4" in refuse(capsys, "train", "--policy", "fp32", "--nproc", "2")
 
 
-def test_under_torchrun_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "1")
-    assert run(["train", "--policy", "hfp9"]) == 2
-    assert capsys.readouterr().err == ""
+def test_under_torchrun_another_rank_speaks_if_rank_0_did_not_fail_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    under_torchrun(monkeypatch, rank=1)
+    assert refuse(capsys, "train", "--policy", "hfp9").startswith('rank 1: "hfp9" is neither')
+    assert len(waited) == 1, "time for torchrun to end it where rank 0 failed as well"
+    under_torchrun(monkeypatch, rank=0)
+    assert refuse(capsys, "train", "--policy", "hfp9").startswith('"hfp9" is neither')
+    assert len(waited) == 1
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"])
+@pytest.mark.parametrize("arguments", [["train", "--policy", "nope"], ["policy", "show", "nope"], ["bench", "nope"]])
+def test_one_variable_of_torchrun_changes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert "nope" in refuse(capsys, *arguments)
+    assert not is_worker()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("--learning-rate", "--lr"), ("--seq-len", "--context")])
+def test_what_others_call_a_flag_is_known(capsys: pytest.CaptureFixture[str], theirs: str, ours: str) -> None:
+    assert f"It is {ours} here" in refuse(capsys, "train", theirs, "1")
+
+
+def test_no_sentence_ends_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "?." not in refuse(capsys, "opt", "gtp", "--policy", "hfp8")
+
+
+def test_a_link_to_nothing_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    assert "this is a link to what is not there" in refuse(capsys, "train", "--out", "run")
 
 
 @pytest.mark.parametrize("verb", ["quantize", "search", "export", "reproduce"])

@@ -43,6 +43,14 @@ def test_names_file_line_and_field(tmp_path: Path, text: str, sentence: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("written", ["1e3", "1000", "1E3"])
+def test_an_integer_may_be_written_short(tmp_path: Path, written: str) -> None:
+    assert load_config({"steps": written}).steps == 1000
+    file = tmp_path / "run.yaml"
+    file.write_text(f"steps: {written}\n")
+    assert load_config({}, file).steps == 1000
+
+
 def test_names_the_flag() -> None:
     with pytest.raises(ConfigError, match=r"^--grad-accumulation: this value does not fit. Expected .* Got '0'"):
         load_config({"grad_accumulation": "0"})
