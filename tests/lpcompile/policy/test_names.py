@@ -10,7 +10,7 @@ from lpcompile.policy.resolve import Policy
     "name", ["a/b", "../../x", "/etc/x", "a\\b", "a\0b", "a\nb", "\ud800", "", "x" * 101, "x" * 5000, "\x1b[31m"]
 )
 def test_a_name_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(PolicyError, match="is not a name. Expected 1 to 100 printable characters"):
+    with pytest.raises(PolicyError, match=r"is not a name\. Expected 1 to 100 printable characters"):
         Policy(name=name)
 
 
