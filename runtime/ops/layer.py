@@ -5,7 +5,7 @@ and once as the values that are multiplied. Backward keeps the cast operands tha
 originals; BWD's cast of a weight is made in backward from the parameter itself, or found there among the casts that
 runtime/quantize/kept_casts.py keeps, so that nothing outlives a partitioned or resharded weight.
 
-    y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias        the bias is added in the output's dtype, after `out`
+    y = out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n] + bias)         `out` is the last step, and rounds once
 
     z = activation(y + residual)        what follows a product may be a part of it, with the bits of separate ops
 
@@ -97,6 +97,8 @@ def run_gemm(
     if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
             state.gemm_calls += 1
+        if (dtype := result_dtype(lhs)) != lhs.dtype:  # aten's own convolution knows nothing of autocast
+            lhs, rhs, bias = lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)
         return followed_by(plan.contraction.native(lhs, rhs, bias), residual, activation)
     flat: list[Tensor | None] = []
     for name in CAST_NAMES:
@@ -136,6 +138,14 @@ def check_transforms(is_identity: bool) -> None:
             where="lpcompile",
             hint="loss.backward() or torch.autograd.grad, or a policy that does not name these layers",
         )
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what a product of x gives: under autocast what torch's own would, else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
@@ -212,7 +222,7 @@ class _Gemm(torch.autograd.Function):
         spec = plan.spec.fwd
         a, b = QTensor(fwd_lhs, fwd_lhs_scale, spec.lhs), QTensor(fwd_rhs, fwd_rhs_scale, spec.rhs)
         keeps = is_recording and any(ctx.needs_input_grad[:4])
-        y, needed = _finished(plan, a, b, bias, lhs.dtype, state, residual, activation, keeps)
+        y, needed = _finished(plan, a, b, bias, result_dtype(lhs), state, residual, activation, keeps)
         ctx.save_for_backward(*kept, needed)
         return y
 

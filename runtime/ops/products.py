@@ -1,6 +1,6 @@
 """Products: each GEMM of a layer, with all that follows it, as one torch op a role.
 
-    lp::fwd    y = activation(out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n]) + bias + residual)
+    lp::fwd    y = activation(out(sum_k q_x[m,k] q_w[n,k] * s_x[m] s_w[n] + bias) + residual)
     lp::bwd    dx = dy . w, in the shape of x
     lp::grad   dw = dy . x, in the shape of w
 
@@ -113,27 +113,30 @@ def multiply_fwd(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """FWD with what follows it, in the dtype that the kernel gives."""
+    """FWD with what follows it, in the dtype that the kernel gives. Scales and bias come before `out`, which rounds
+    once; residual and relu after it.
+    """
     spec, kernel, kind = plan.spec.fwd, plan.kernel("fwd"), plan.contraction_of("fwd")
     x, w = _foldable(plan, "fwd", x, w)
     lhs, rhs = kernel.load(x.grid), kernel.load(w.grid)
-    if kernel.has_native and spec.out == "fp32" and x.scale is None and w.scale is None:
+    is_unscaled = x.scale is None and w.scale is None
+    if kernel.has_native and spec.out == kernel.out and is_unscaled:
         return add_and_relu(kind.native(lhs, rhs, bias if bias is None else kernel.load(bias)), residual, relu)
+    after = (bias, residual, relu) if spec.out == "fp32" else (bias, None, False)
     if plan.geometry is not None:
         y = kind.fwd(lhs, rhs, _product(plan, "fwd", x, w, key))
-        if spec.out == "fp32" and y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
-            return _finish_conv(plan.geometry, y, x.scale, w.scale, bias, residual, relu)
-        y = _scaled(y, x.scale, _per_channel(w.scale, plan.geometry))
-    else:
-        is_one_pass = spec.out == "fp32" and plan.kind != "matmul"
-        after = (bias, residual, relu) if is_one_pass else (None, None, False)
+        if y.is_contiguous() and all(s is None or s.dim() == 0 for s in (x.scale, w.scale)):
+            y = _finish_conv(plan.geometry, y, x.scale, w.scale, *after)
+        else:
+            y = _scaled(y, x.scale, _per_channel(w.scale, plan.geometry))
+            channels = (-1, *(1,) * len(plan.geometry.stride))
+            y = add_and_relu(y if bias is None else y + bias.view(channels), *after[1:])
+    elif plan.kind != "matmul":
         y = kind.fwd(lhs, rhs, _product(plan, "fwd", x, w, key, after=after))
-        if is_one_pass:
-            return y
-    y = _round_out(y, spec, kernel)
-    if bias is not None:
-        y = y + (bias if plan.geometry is None else bias.view(-1, *(1,) * len(plan.geometry.stride)))
-    return add_and_relu(y, residual, relu)
+    else:
+        y = kind.fwd(lhs, rhs, _product(plan, "fwd", x, w, key))
+        y = add_and_relu(y if bias is None else y + bias, *after[1:])
+    return y if spec.out == "fp32" else add_and_relu(_round_out(y, spec, kernel), residual, relu)
 
 
 def _finish_conv(
@@ -170,6 +173,7 @@ def multiply_grad(plan: GemmPlan, dy: QTensor, x: QTensor, rhs_shape: torch.Size
 
 
 def _round_out(y: Tensor, spec: GemmSpec, kernel: AbstractKernel) -> Tensor:
+    """The last step. A kernel that rounds to `out` itself is chosen only where nothing comes after its product."""
     if spec.out in ("fp32", kernel.out):
         return y
     return fast_to_grid(y.float(), QuantSpec.parse(spec.out), None, dtype=storage_dtype(spec.out))

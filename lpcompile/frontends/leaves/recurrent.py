@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcompile.errors import NotSupported
+from runtime.ops.layer import result_dtype
 
 Products = Mapping[str, Callable[..., Tensor]]
 
@@ -33,6 +34,7 @@ def recurrent(module: nn.RNNBase, products: Products, input: Any, hx: Any = None
     if input.dim() not in (2, 3):
         raise ValueError(f"{type(module).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     is_batched, is_lstm = input.dim() == 3, isinstance(module, nn.LSTM)
+    input = input.to(result_dtype(input))  # under autocast all of it runs in one dtype, as torch's does
     x = input if is_batched else input.unsqueeze(1)
     x = x.transpose(0, 1) if is_batched and module.batch_first else x
     directions = 2 if module.bidirectional else 1
@@ -86,7 +88,7 @@ def _initial_states(module: nn.RNNBase, x: Tensor, hx: Any, is_batched: bool, di
         if any(state.dim() != 2 + is_batched for state in given):
             dims = ", ".join(f"{state.dim()}-D" for state in given)
             raise RuntimeError(f"For {2 + is_batched}-D input, hx should also be {2 + is_batched}-D but got {dims}")
-        return tuple(state if is_batched else state.unsqueeze(1) for state in given)
+        return tuple((state if is_batched else state.unsqueeze(1)).to(x.dtype) for state in given)
     sizes = [module.proj_size or module.hidden_size, *([module.hidden_size] if isinstance(module, nn.LSTM) else [])]
     return tuple(x.new_zeros(module.num_layers * directions, x.shape[1], size) for size in sizes)
 

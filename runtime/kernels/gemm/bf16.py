@@ -1,4 +1,6 @@
-"""bf16: torch's own bf16 products, for a policy whose output is bf16: fp32 sums, rounded to bf16 by the library."""
+"""bf16: torch's own bf16 products, for a policy whose output is bf16: fp32 sums, rounded to bf16 by the library. A bias
+is cast to bf16 and a part of torch's op, as under autocast.
+"""
 
 import torch
 from torch import Tensor
@@ -13,11 +15,14 @@ from runtime.numerics.specs import FP32_SUMS, GemmSpec
 class Bf16(AbstractKernel):
     name, backend = "bf16", "torch_native"
     dtype, out = torch.bfloat16, "bf16"
+    has_native = True
 
     def consider(self, request: GemmRequest) -> Choice | Declined:
         spec = request.spec
         if spec.out != "bf16" or spec.accumulator != FP32_SUMS or request.leaves_grid:
             return Declined()
+        if spec.lhs.has_scale or spec.rhs.has_scale:
+            return Declined("it rounds to bf16 before the scales")
         if not all(embeds(row, "bf16") for row in request.rows):
             return Declined(f"{request.operands} does not embed in bf16")
         parts = ", parts of a sum too where torch splits K (allow_bf16_reduced_precision_reduction)"

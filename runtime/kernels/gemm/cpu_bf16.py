@@ -27,7 +27,7 @@ class CpuBf16(AbstractKernel):
             return Declined(f"{request.operands} does not embed in bf16")
         if request.leaves_grid:
             return Declined(f"{FOLDED}, which leave bf16")
-        if spec.out == "bf16":
+        if spec.out == "bf16" and not (spec.lhs.has_scale or spec.rhs.has_scale):
             return Declined("torch's own bf16 GEMM has this output")
         if gemm.gemm_library() is None:
             return Declined("no C++ compiler, or a CPU without AVX512-BF16")

@@ -27,7 +27,7 @@ class CudaBf16(AbstractKernel):
             return Declined(f"{found.device} has no bf16 unit that holds both operands")
         if request.leaves_grid:
             return Declined(f"{FOLDED}, which leave bf16")
-        if request.spec.out == "bf16":
+        if request.spec.out == "bf16" and not (request.spec.lhs.has_scale or request.spec.rhs.has_scale):
             return Declined("torch's own bf16 GEMM has this output")
         if not found.has_mm_out_dtype:
             return Declined("this torch rounds bf16 sums to bf16: its mm has no out_dtype")

@@ -1,0 +1,134 @@
+"""`out` is the last step and rounds once; under autocast a compiled layer gives the dtype that torch's gives."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lpcompile import lpcompile
+from runtime.numerics import quantize
+from runtime.numerics.scaling import compute_scale, expand_scale
+from runtime.numerics.specs import QuantSpec
+
+SCALES = {"row": "{granularity: row}", "tensor": "{granularity: tensor}", "none": ""}
+
+
+def _policy(folder: Path, granularity: str, out: str) -> Path:
+    def cast(format: str, along: str = granularity) -> str:
+        scale = {"column": "{granularity: column}"}.get(along, SCALES.get(along, ""))
+        return f"{{format: {format}" + (f", scale: {scale}}}" if scale else "}")
+
+    other = "column" if granularity == "row" else granularity
+    file = folder / "out.yaml"
+    file.write_text(
+        f"version: 1\nrules:\n  - match: {{name: '*'}}\n"
+        f"    fwd: {{x: {cast('e4m3')}, w: {cast('e4m3')}, out: {out}}}\n"
+        f"    bwd: {{dy: {cast('e5m2')}, w: {cast('e4m3', other)}, out: {out}}}\n"
+    )
+    return file
+
+
+def _cast(x: Tensor, granularity: str, format: str = "e4m3") -> Tensor:
+    """The cast values in float64, by the oracle."""
+    scale = "" if granularity == "none" else f" {granularity}/amax"
+    spec = QuantSpec.parse(f"{format} nearest_even{scale}")
+    s = compute_scale(x, spec)
+    if s is None:
+        return quantize(x, format).double()
+    wide = expand_scale(s, x.shape, spec)
+    return quantize(x / wide, format).double() * wide.double()
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp16", "e5m2"])
+@pytest.mark.parametrize("granularity", ["row", "tensor", "none"])
+def test_out_rounds_the_scaled_sum_with_its_bias_once(tmp_path: Path, granularity: str, out: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 96)
+    if granularity == "none" and out == "bf16":  # torch's bf16 op, which takes the bias in bf16, as under autocast
+        layer.bias.data = layer.bias.data.bfloat16().float()
+    x, dy = torch.randn(128, 64, requires_grad=True), torch.randn(128, 96)
+    exact = (
+        _cast(x.detach(), granularity) @ _cast(layer.weight.detach(), granularity).t() + layer.bias.detach().double()
+    )
+    other = "column" if granularity == "row" else granularity
+    exact_dx = _cast(dy, granularity, "e5m2") @ _cast(layer.weight.detach(), other)
+    y = lpcompile(layer, _policy(tmp_path, granularity, out))(x)
+    y.backward(dy)
+    assert x.grad is not None
+    for got, wanted in ((y.detach(), exact), (x.grad, exact_dx)):
+        assert torch.equal(got, quantize(got, out)), "every value is on the grid of `out`"
+        same = (got == quantize(wanted.float(), out)).double().mean()
+        assert same > 0.99, f"{same:.3f} equal one rounding; sums in fp32 move a few over an edge"
+
+
+def test_out_of_convolutions_rounds_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 3)
+    x = torch.randn(2, 4, 8, 8)
+    w = layer.weight.detach()
+    exact = nn.functional.conv2d(_cast(x, "tensor"), _cast(w, "tensor"), layer.bias.detach().double())
+    y = lpcompile(layer, _policy(tmp_path, "tensor", "bf16"))(x).detach()
+    assert torch.equal(y, y.bfloat16().float())
+    assert (y == exact.bfloat16().float()).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_bf16_policy_gives_what_autocast_gives(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=bias), nn.ReLU(), nn.Linear(96, 8, bias=bias))
+    x = torch.randn(32, 64)
+    original = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = original(x)
+    assert torch.equal(lpcompile(model, "bf16")(x), wanted.float())
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x, x, x)[0]
+        return y
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)[0]
+        return y
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(16, 16), (2, 3, 16)),
+    "conv": (lambda: nn.Conv2d(16, 16, 3), (2, 16, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose1d(16, 16, 3), (2, 16, 5)),
+    "attention": (_Attention, (2, 3, 16)),
+    "lstm": (_Recurrent, (2, 3, 16)),
+}
+
+
+@pytest.mark.parametrize("policy", ["hfp8", "fp8-rowwise", "int8", "bf16", "fp32-emulated"])
+@pytest.mark.parametrize("layer", list(LAYERS))
+@pytest.mark.filterwarnings("ignore::runtime.errors.LpWarning")
+def test_autocast_gives_its_dtype(layer: str, policy: str) -> None:
+    make, shape = LAYERS[layer]
+    original, x = make(), torch.randn(shape, requires_grad=True)
+    compiled = lpcompile(copy.deepcopy(original), policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, y = original(x), compiled(x)
+    assert y.dtype == wanted.dtype == torch.bfloat16
+    into = torch.zeros_like(wanted)
+    into[[0]] = y[:1]
+    into.index_add_(0, torch.tensor([0]), y[:1])
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in compiled.parameters())
+    assert compiled(x).dtype == torch.float32
