@@ -46,7 +46,7 @@ class Lsq(Learned):
 
     def observe(self, x: Tensor) -> None:
         if torch.compiler.is_compiling():  # where a flag that changes would compile the second step anew
-            torch.ops.lp.first_step(x.detach(), self.base, self.high, self.is_weight)
+            torch.ops.lp.first_step_into(x.detach(), self.base, self.high, self.is_weight)
         elif not self._is_settled:
             _settle(x, self.base, self.high, self.is_weight)
             self._is_settled = True
@@ -75,7 +75,7 @@ def _settle(x: Tensor, base: Tensor, high: float, is_weight: bool) -> None:
 
 
 declare(
-    "first_step(Tensor x, Tensor(a!) base, float high, bool is_weight) -> ()",
+    "first_step_into(Tensor x, Tensor(a!) base, float high, bool is_weight) -> ()",
     _settle,
     fake=lambda x, base, high, is_weight: None,
 )

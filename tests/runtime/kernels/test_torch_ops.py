@@ -10,6 +10,7 @@ import torch
 import lpcompile
 from runtime.kernels.torch_ops import OPS
 from runtime.ops import matrix_product
+from runtime.quantize.learned import lsq
 
 X = torch.linspace(-3.0, 4.0, 4 * 8 * 16).view(4, 8, 16)
 W = torch.linspace(-2.0, 1.0, 24 * 16).view(24, 16)
@@ -86,6 +87,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "quantize_block_values": [(X, "mxfp8", None, *DRAW), (X.half(), "nvfp4", "stochastic", *DRAW)],
     "quantize_block_values_into": [(X, X.new_empty(X.shape), "mxfp4", None, *DRAW)],
     "encode": [(X, None, "e4m3", None, *DRAW, "saturate"), (X, None, "dlfloat16", "stochastic", *DRAW, "ieee")],
+    "first_step_into": [(X, X.new_zeros(1), 127.0, False), (W, W.new_zeros(1), 7.0, True)],
     "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2")],
     "scale": [(X, f"{E4M3} row/amax", "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
@@ -95,6 +97,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
 
 def test_every_op_has_a_sample() -> None:
     assert matrix_product.gemm.__name__ == "gemm"  # all of runtime is imported
+    assert lsq.__name__.endswith("lsq")
     assert set(SAMPLES) == set(OPS)
 
 
