@@ -23,7 +23,7 @@ from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
 from runtime.kernels.cpu.gemm import gemm_library, int8_library, multiply, multiply_int8
-from runtime.numerics import quantize
+from runtime.numerics import decode, encode, quantize
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec
 
@@ -39,6 +39,7 @@ CASTS = (
     "nvfp4 nearest_even column",
 )  # fmt: skip
 """Casts of a GEMM's operand, scales computed; a bare block format goes through `quantize`."""
+CODES = ("e4m3", "e5m2", "1-6-9", "dlfloat16", "bf16", "int8", "nf4")
 ACCUMULATORS = (
     "1-6-9/64", "dlfloat16/64", "1-6-9/64 stochastic", "1-6-9/64 toward_zero", "1-6-9/64 rounded",
     "dlfloat16/64 rounded", "1-6-9/64 per_chunk",
@@ -69,10 +70,16 @@ def _casts(rounds: int) -> list[Table]:
     e4m3 = QuantSpec("e4m3")
     allocated["e4m3, written as bf16"] = lambda: fast_to_grid(x, e4m3, None, dtype=torch.bfloat16)
     allocated["e4m3, then .bfloat16()"] = lambda: fast_to_grid(x, e4m3, None).bfloat16()
+    coded = copy | {"x.clone()": x.clone}
+    for name in CODES:
+        codes = encode(x, name)
+        coded[f"encode {name}"] = lambda name=name: encode(x, name)
+        coded[f"decode {name}"] = lambda name=name, codes=codes: decode(codes, name)
     peers, missing = cast_peers(x)
     tables = [
         _cast_table("casts of 16.8 M fp32 into a tensor that is there", median_ms(there, rounds)),
         _cast_table("casts of 16.8 M fp32, result allocated", median_ms(allocated, rounds)),
+        _cast_table("codes of 16.8 M fp32, result allocated", median_ms(coded, rounds)),
         _cast_table("the same by others, result allocated", median_ms(copy | peers, rounds)),
     ]
     tables[-1].caption = "; ".join(missing)

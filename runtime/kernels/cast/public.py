@@ -12,14 +12,18 @@ from torch import Tensor
 from runtime.errors import FormatError, nearest_names
 from runtime.kernels.cast.block_values import block_values
 from runtime.kernels.cast.traced import Draw, is_traced, traced_quantize
-from runtime.kernels.cast.values import Overflow, fast_values, is_served, opaque_values
+from runtime.kernels.cast.values import Overflow, fast_values, is_served, opaque_values, tiles
+from runtime.kernels.cpu.codes import can_decode, can_encode
+from runtime.kernels.cpu.codes import decode as decode_codes
+from runtime.kernels.cpu.codes import encode as encode_cast
+from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.fake import has_values
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_formats import BlockFormat, is_block_format
 from runtime.numerics.codes import code_dtype, codes_of_grid, grid_of_codes
 from runtime.numerics.formats import FloatFormat, Format, IntFormat, LookupFormat, get_format
 from runtime.numerics.grid import round_to_grid
-from runtime.numerics.random import signed_seed
+from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import ROUNDINGS, Rounding
 
 
@@ -155,13 +159,13 @@ def encode(
     """
     _check_kinds(x, format)
     _check_rounding(rounding)
-    if torch.compiler.is_compiling():
-        divisor = None if scale is None else _scale_tensor(scale, x)
-        given = (_name_of(format), rounding, signed_seed(seed), step, stream, offset, overflow)
-        codes: Tensor = torch.ops.lp.encode(x, divisor, *given)
+    is_compiling = torch.compiler.is_compiling()
+    divisor = None if scale is None else _scale_tensor(scale, x) if is_compiling else _checked_scale(scale, x)
+    if isinstance(format, str) and not is_block_format(format):
+        draw = (signed_seed(seed), step, stream, offset)
+        codes: Tensor = torch.ops.lp.encode(x.detach(), divisor, format, rounding, *draw, overflow)
         return codes
-    row = _scalar(format, "encode_blocks")
-    divisor = None if scale is None else _checked_scale(scale, x)
+    row = _scalar(_name_of(format) if is_compiling else format, "encode_blocks")
     return codes_of_grid(
         round_to_grid(x, row, rounding or row.rounding, divisor, seed, step, stream, offset, overflow), row
     )
@@ -174,12 +178,12 @@ def decode(codes: Tensor, format: str | Format) -> Tensor:
     Every NaN code gives NaN; codes a format without subnormals does not use give zero. int32 values above 2^24 are
     rounded to fp32.
     """
-    if torch.compiler.is_compiling():
-        values: Tensor = torch.ops.lp.decode(codes, _name_of(format))
-        return values
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise FormatError("codes are integers", where="decode", expected="an integer tensor", got=str(codes.dtype))
-    return grid_of_codes(codes, _scalar(format, "decode_blocks"))
+    if isinstance(format, str) and not is_block_format(format):
+        values: Tensor = torch.ops.lp.decode(codes, format)
+        return values
+    return grid_of_codes(codes, _scalar(_name_of(format) if torch.compiler.is_compiling() else format, "decode_blocks"))
 
 
 def _scalar(format: str | Format, instead: str) -> Format:
@@ -216,7 +220,21 @@ def _encode(
     x: Tensor, scale: Tensor | None, format: str, rounding: Rounding | None, seed: int, step: int, stream: int,
     offset: int, overflow: Overflow,
 ) -> Tensor:  # fmt: skip
-    return encode(x, format, rounding, scale, seed, step, stream, offset, overflow)
+    row = get_format(format)
+    mode = rounding or row.rounding
+    if overflow == "saturate" and x.is_cpu and is_served(x, format, mode, scale) and can_encode(format, mode):
+        if mode == "stochastic":
+            check_counter(step, stream, offset)
+        random = random_plan(seed, step, stream, offset) if mode == "stochastic" else None
+        factors, tile = (None, (1, 1)) if scale is None else tiles(scale, x.shape)
+        return encode_cast(x.contiguous(), format, mode, factors, tile, random)
+    return codes_of_grid(round_to_grid(x, row, mode, scale, seed, step, stream, offset, overflow), row)
+
+
+def _decode(codes: Tensor, format: str) -> Tensor:
+    if can_decode(codes, format):
+        return decode_codes(codes, format)
+    return grid_of_codes(codes, get_format(format))
 
 
 def _codes_shape(
@@ -236,4 +254,4 @@ declare(
     _encode,
     fake=_codes_shape,
 )
-declare("decode(Tensor codes, str format) -> Tensor", decode, fake=_values_shape)
+declare("decode(Tensor codes, str format) -> Tensor", _decode, fake=_values_shape)

@@ -103,7 +103,7 @@ def _on_cpu(x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding:
     # A product by the scale, and a grid that x's dtype does not hold, are rounded to that dtype by torch.
     is_exact = scale is None and embeds(get_format(format), _NAMES[x.dtype])
     into = out if x.dtype == torch.float32 or is_exact else torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    factors, tile = (None, (1, 1)) if scale is None else _tiles(scale, x.shape)
+    factors, tile = (None, (1, 1)) if scale is None else tiles(scale, x.shape)
     run_cast(plan, x, into, factors, tile, random, is_multiplied=True)
     if into is not out:
         out.copy_(into)
@@ -114,13 +114,13 @@ def _on_cuda(x: Tensor, scale: Tensor | None, format: str, rounding: Rounding, d
 
     plan = cast_plan(format, rounding)
     assert plan is not None
-    factors, tile = (None, matrix_shape(x.shape)) if scale is None else _tiles(scale, x.shape)
+    factors, tile = (None, matrix_shape(x.shape)) if scale is None else tiles(scale, x.shape)
     random = (draw.seed, draw.step, draw.stream, draw.offset) if rounding == "stochastic" else None
     grid, _ = launch_cast(x.contiguous(), factors, plan, torch.float32, tile, random)
     return grid if scale is None else grid * scale
 
 
-def _tiles(scale: Tensor, x_shape: torch.Size) -> tuple[Tensor, tuple[int, int]]:
+def tiles(scale: Tensor, x_shape: torch.Size) -> tuple[Tensor, tuple[int, int]]:
     """The scale as the kernels read it: one number for each tile of the matrix view, and the tile."""
     m, k = matrix_shape(x_shape)
     if scale.numel() == 1:

@@ -20,8 +20,6 @@
 // Plain C++17, no headers of torch; called through ctypes by runtime/kernels/cast/. Needs -ffp-contract=off semantics
 // and no -ffast-math: `(a + magic) - magic` must stay as written.
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -30,6 +28,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "codes.h"
+#include "huge_pages.h"
 #include "philox.h"
 
 namespace {
@@ -280,18 +280,37 @@ bool cast_run(const TablePlan& plan, const typename In::Storage* x, float* out, 
   return beyond != 0;
 }
 
+// What a cast writes: values of a type, or codes of so many bytes.
+struct Target {
+  int type;
+  const CodePlan* codes = nullptr;
+};
+constexpr int kCodes = 4, kWideCodes = 5, kWidestCodes = 6;  // types beyond OutType: uint8, int32, int64
+
+inline void store(const float* from, void* to, int64_t at, int64_t count, Target target) {
+  if (target.type == kCodes) {
+    encode_run(*target.codes, from, static_cast<uint8_t*>(to) + at, count);
+  } else if (target.type == kWideCodes) {
+    encode_run(*target.codes, from, static_cast<int32_t*>(to) + at, count);
+  } else if (target.type == kWidestCodes) {
+    encode_run(*target.codes, from, static_cast<int64_t*>(to) + at, count);
+  } else {
+    narrow(from, to, at, count, target.type);
+  }
+}
+
 constexpr int64_t kRun = 4096;  // elements a run has at most: its random words stay in the first-level cache
 constexpr int64_t kWords = kRun + 136;  // words before and behind those of a run included
 
 // Elements [begin, end) of the flat tensor, cut where the scale changes. Tile (i, j) of the matrix has scale[i tiles + j].
 template <class In, bool Scaled, Chance C, class Plan>
-bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
+bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, Target target, int64_t begin, int64_t end,
                 int64_t columns, const float* scale, int64_t tile_rows, int64_t tile_columns,
                 bool back, const RandomPlan& random) {
   const int64_t tiles = (columns + tile_columns - 1) / tile_columns;
-  const bool each = Scaled && tile_columns == 1, is_cut = Scaled || C != kFixed || type != kFp32;
+  const bool each = Scaled && tile_columns == 1, is_cut = Scaled || C != kFixed || target.type != kFp32;
   std::vector<uint32_t> buffer(C != kFixed ? kWords : 0);
-  std::vector<float> wide(type == kFp32 ? 0 : kRun);
+  std::vector<float> wide(target.type == kFp32 ? 0 : kRun);
   bool beyond = false;
   for (int64_t at = begin; at < end;) {
     const int64_t row = at / columns, column = at % columns;
@@ -305,10 +324,15 @@ bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, int 
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
       words = buffer.data() + element % 4;
     }
-    float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
+    float* const to = target.type == kFp32 ? static_cast<float*>(out) + at : wide.data();
     beyond |= each ? cast_run<In, Scaled, 1, C>(plan, x + at, to, count, s, back, words)
                    : cast_run<In, Scaled, 0, C>(plan, x + at, to, count, s, back, words);
-    if (type != kFp32) narrow(to, out, at, count, type);
+    if (target.type != kFp32) {
+      // the next run's values come while this one's are written: what the unit fetches by itself stops with each run
+      const auto* next = x + at + count;
+      for (int64_t i = 0; i < std::min(end - at - count, kRun); i += int64_t(64 / sizeof(*next))) __builtin_prefetch(next + i);
+      store(to, out, at, count, target);
+    }
     at += count;
   }
   return beyond;
@@ -330,7 +354,7 @@ auto range_of(const TablePlan&, bool is_scaled, bool is_stochastic) {
 }
 
 template <class In, class Plan>
-bool cast_all(const Plan& plan, const void* x, void* out, int type, int64_t rows, int64_t columns, const float* scale,
+bool cast_all(const Plan& plan, const void* x, void* out, Target target, int64_t rows, int64_t columns, const float* scale,
               int64_t tile_rows, int64_t tile_columns, bool back, const RandomPlan* random, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = rows * columns;
@@ -342,7 +366,7 @@ bool cast_all(const Plan& plan, const void* x, void* out, int type, int64_t rows
     // parts begin at multiples of 64 elements, so that no two threads write one cache line
     const int64_t share = (count / threads + 64) & ~int64_t(63);
     const int64_t begin = std::min(count, part * share), end = std::min(count, begin + share);
-    beyond |= range(plan, typed, out, type, begin, end, columns, scale, tile_rows, tile_columns, back, draw);
+    beyond |= range(plan, typed, out, target, begin, end, columns, scale, tile_rows, tile_columns, back, draw);
   }
   return beyond != 0;
 }
@@ -681,16 +705,6 @@ float finite_amax(const void* x, int64_t matrices, int64_t rows, int64_t columns
   return whole;
 }
 
-// A fresh block of many megabytes costs more in page faults than in work (4 KiB pages, 50 ms against 8 for 64 MiB):
-// ask for 2 MiB pages before the first touch. Only advice; a refusal changes nothing.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = uintptr_t(1) << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(page - 1);
-  if (end > begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 extern "C" {
@@ -703,7 +717,7 @@ int lp_cast(const CastPlan* plan, const void* x, int dtype, void* out, int type,
   ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
   const auto cast =
       dtype == 0 ? cast_all<Fp32, CastPlan> : dtype == 1 ? cast_all<Bf16, CastPlan> : cast_all<Fp16, CastPlan>;
-  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
+  return cast(*plan, x, out, Target{type}, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
 }
 
 // The same for a table.
@@ -713,7 +727,21 @@ int lp_cast_table(const TablePlan* plan, const void* x, int dtype, void* out, in
   ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
   const auto cast =
       dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>;
-  return cast(*plan, x, out, type, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
+  return cast(*plan, x, out, Target{type}, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
+}
+
+// The codes of x / scale, of which `bytes` hold one each: by `plan`, or by `table` where it is given. Returns as lp_cast does.
+int lp_encode(const CastPlan* plan, const TablePlan* table, const CodePlan* codes, const void* x, int dtype, void* out, int bytes,
+              int64_t rows, int64_t columns, const float* scale, int64_t tile_rows, int64_t tile_columns,
+              const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, rows * columns * bytes);
+  const Target target{bytes == 1 ? kCodes : bytes == 4 ? kWideCodes : kWidestCodes, codes};
+  const auto run = [&](const auto& given, auto cast) {
+    return int(cast(given, x, out, target, rows, columns, scale, tile_rows, tile_columns, false, random, threads));
+  };
+  if (table)
+    return run(*table, dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>);
+  return run(*plan, dtype == 0 ? cast_all<Fp32, CastPlan> : dtype == 1 ? cast_all<Bf16, CastPlan> : cast_all<Fp16, CastPlan>);
 }
 
 // Blocks of 16 elements under the rule two_level, else of 32: along the columns of a [rows, columns] matrix, or, if

@@ -88,7 +88,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "quantize_block_values_into": [(X, X.new_empty(X.shape), "mxfp4", None, *DRAW)],
     "encode": [(X, None, "e4m3", None, *DRAW, "saturate"), (X, None, "dlfloat16", "stochastic", *DRAW, "ieee")],
     "first_step_into": [(X, X.new_zeros(1), 127.0, False), (W, W.new_zeros(1), 7.0, True)],
-    "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2")],
+    "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2"), (torch.arange(16).view(4, 4).t(), "nf4")],
     "scale": [(X, f"{E4M3} row/amax", "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
     "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, *PLAIN[:5], None, "", "")],

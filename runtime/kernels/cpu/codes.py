@@ -1,0 +1,163 @@
+"""Codes on the CPU: `encode` and `decode` in one pass over memory, by cast.cpp and codes.cpp.
+
+Served are fp32, bf16 and fp16 tensors, scalar formats that cast.cpp rounds to (all but e8m0 and floats whose constants
+are no fp32), every rounding and scale, saturating; decode has every format.
+"""
+
+import ctypes
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.errors import FormatError
+from runtime.kernels.cast_plans import cast_plan, table_plan
+from runtime.kernels.cpu.address import address
+from runtime.kernels.cpu.build import load_library
+from runtime.kernels.cpu.cast_library import DTYPES, CastPlan, RandomPlan, TablePlan, cast_library, num_threads
+from runtime.numerics.codes import code_dtype
+from runtime.numerics.formats import IntFormat, LookupFormat, get_format
+from runtime.numerics.scaling import matrix_shape
+from runtime.numerics.specs import Rounding
+
+SOURCE = Path(__file__).with_name("codes.cpp")
+BYTES = {torch.uint8: 1, torch.int32: 4, torch.int64: 8}
+"""Of a code, by the dtype of codes that are read and written."""
+_NEVER = 0xFFFFFFFF
+
+
+class CodePlan(ctypes.Structure):
+    """How codes and fp32 bits belong together; mirrors CodePlan of codes.h, which explains each."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        *((name, ctypes.c_uint32) for name in ("shift", "offset", "first_normal", "special_from", "infinity")),
+        *((name, ctypes.c_uint32) for name in ("nan_code", "nan_sign", "lone_nan")),
+        *((name, ctypes.c_float) for name in ("low", "magic", "quantum")),
+        *((name, ctypes.c_int32) for name in ("zero", "is_signed", "count")),
+        ("grid", ctypes.c_float * 64),
+        ("code_of", ctypes.c_int32 * 64),
+        ("minus_zero", ctypes.c_int32),
+        ("values", ctypes.c_float * 256),
+    ]
+
+
+@lru_cache(maxsize=1)
+def codes_library() -> ctypes.CDLL | None:
+    """The library, built at the first call; None without a compiler."""
+    library, casts = load_library(SOURCE), cast_library()
+    if library is None or casts is None:
+        return None
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    plan = ctypes.POINTER(CodePlan)
+    library.lp_decode.argtypes = [plan, pointer, integer, pointer, size, integer]
+    casts.lp_encode.argtypes = [
+        *(ctypes.POINTER(CastPlan), ctypes.POINTER(TablePlan), plan, pointer, integer, pointer, integer, size, size),
+        *(pointer, size, size, ctypes.POINTER(RandomPlan), integer),
+    ]
+    return library
+
+
+@lru_cache(maxsize=1024)
+def code_plan(format: str) -> CodePlan | None:
+    """The plan of a format; None if codes.h has no arithmetic for it."""
+    row = get_format(format)
+    if isinstance(row, IntFormat):
+        return CodePlan(kind=1, bits=row.bits, zero=row.zero, is_signed=row.signed)
+    if isinstance(row, LookupFormat):
+        return _table_codes(row)
+    lowest = 0 if row.zero_exponent_is_normal else 1
+    field = row.emin + 127 - lowest
+    magic = 2.0**23 * row.quantum
+    if field < 0 or magic >= 2.0**128:
+        return None
+    sign, ones = 2 ** (row.bits - 1), 2 ** (row.bits - 1) - 1
+    top = ones - (2**row.mantissa - 1)
+    return CodePlan(
+        kind=0,
+        bits=row.bits,
+        shift=23 - row.mantissa,
+        offset=field << row.mantissa,
+        first_normal=1 if row.zero_exponent_is_normal else 2**row.mantissa,
+        special_from={"ieee": top, "nan": ones, "merged": ones}.get(row.top, _NEVER),
+        infinity=top if row.top == "ieee" else _NEVER,
+        nan_code=sign if row.top == "fnuz" else ones,
+        nan_sign=row.top != "fnuz",
+        lone_nan=sign if row.top == "fnuz" else _NEVER,
+        low=2.0**row.emin,
+        magic=magic,
+        quantum=row.quantum if row.subnormals else 0.0,
+    )
+
+
+def _table_codes(row: LookupFormat) -> CodePlan | None:
+    if row.bits > 8:
+        return None
+    plan = CodePlan(kind=2, bits=row.bits)
+    plan.values[: len(row.values)] = row.values
+    if len(row.grid) > 64:
+        return plan  # count 0: it is decoded only
+    first = {value: code for code, value in reversed(list(enumerate(row.values)))}  # of two zeros the first
+    plan.count = len(row.grid)
+    plan.grid[: plan.count] = row.grid
+    plan.code_of[: plan.count] = [first[value] for value in row.grid]
+    zeros = [code for code, value in enumerate(row.values) if value == 0 and math.copysign(1, value) < 0]
+    plan.minus_zero = zeros[0] if zeros else first.get(0.0, 0)
+    plan.nan_code = next((code for code, value in enumerate(row.values) if math.isnan(value)), 0)
+    return plan
+
+
+def can_encode(format: str, rounding: Rounding) -> bool:
+    """Whether `encode` below serves, on a tensor that cast.cpp can read; saturating."""
+    plan = code_plan(format)
+    if plan is None or (plan.kind == 2 and plan.count == 0) or codes_library() is None:
+        return False
+    return (cast_plan(format, rounding) or table_plan(format, rounding)) is not None
+
+
+def can_decode(codes: Tensor, format: str) -> bool:
+    """Whether `decode` below serves."""
+    return (
+        codes.is_cpu and codes.layout == torch.strided and code_plan(format) is not None and codes_library() is not None
+    )
+
+
+def encode(
+    x: Tensor, format: str, rounding: Rounding, scale: Tensor | None, tile: tuple[int, int], random: RandomPlan | None
+) -> Tensor:
+    """The codes of x / scale. x contiguous; scale and tile as `run_cast` takes them. FormatError for NaN in a format
+    that has no code for it.
+    """
+    library, row, codes = cast_library(), get_format(format), code_plan(format)
+    assert library is not None
+    assert codes is not None
+    out = torch.empty(x.shape, dtype=code_dtype(row.bits), device="cpu")
+    m, k = (1, x.numel()) if scale is None else matrix_shape(x.shape)
+    beyond = library.lp_encode(
+        *(cast_plan(format, rounding), table_plan(format, rounding), codes),
+        *(address(x), DTYPES.index(x.dtype), address(out), BYTES[out.dtype], m, k),
+        *(None if scale is None else address(scale), *((m, k) if scale is None else tile)),
+        *(random, num_threads(x.numel())),
+    )
+    if beyond and not row.has_nan and (num_nan := int(x.isnan().sum())):
+        raise FormatError(f"{row.name} has no code for NaN", got=f"{num_nan} NaN", hint="cleaning the tensor")
+    return out
+
+
+def decode(codes: Tensor, format: str) -> Tensor:
+    """The fp32 values of codes. FormatError for a number that is no code."""
+    library, plan, row = codes_library(), code_plan(format), get_format(format)
+    assert library is not None
+    if codes.dtype not in BYTES or (row.bits == 32 and codes.dtype != torch.int64):
+        codes = codes.long()
+    codes = codes.contiguous()
+    out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+    is_beyond = library.lp_decode(
+        plan, address(codes), BYTES[codes.dtype], address(out), codes.numel(), num_threads(codes.numel())
+    )
+    if is_beyond:
+        raise FormatError(f"not codes of {row.name}", expected=f"0 <= code < 2^{row.bits}")
+    return out
