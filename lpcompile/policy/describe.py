@@ -5,14 +5,17 @@ from dataclasses import replace
 
 from torch import nn
 
+from lpcompile.policy.patterns import count_layers, layer_of
 from lpcompile.policy.rules import Site
 
 
 def describe(sites: Sequence[Site], model: nn.Module, called: Collection[str] | None = None) -> list[Site]:
-    """The sites with the module that holds each, and its classes. `called`: paths of the leaves that example calls ran;
+    """The sites with the module that holds each, its classes, and how many layers there are where it is: those with
+    parameters. `called`: paths of the leaves that example calls ran;
     first and last are then among these.
     """
     modules = dict(model.named_modules())
+    counts = count_layers([path for path, _ in model.named_parameters(remove_duplicate=False)])
     described = []
     for site in sites:
         owner = site.name
@@ -20,7 +23,8 @@ def describe(sites: Sequence[Site], model: nn.Module, called: Collection[str] | 
             owner = owner.rpartition(".")[0]
         kinds = type(modules[owner]).__mro__
         classes = tuple(kind.__name__ for kind in kinds[: kinds.index(nn.Module)] or kinds[:1])
-        described.append(replace(site, owner=owner, classes=classes))
+        stem, _ = layer_of(site.name) or ("", 0)
+        described.append(replace(site, owner=owner, classes=classes, num_layers=counts.get(stem)))
     return described if called is None else _renumbered(described, called)
 
 

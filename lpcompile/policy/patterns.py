@@ -97,15 +97,18 @@ def check_layers(value: Any) -> str:
     return ", ".join(_print_range(low, high) for low, high in ranges)
 
 
-def matches_layers(text: str, layer: int | None, count: int) -> bool:
-    """Whether a layer of `count` is one of `text`, which `check_layers` gave."""
+def matches_layers(text: str, layer: int | None, count: int | None) -> bool:
+    """Whether a layer of `count` is one of `text`, which `check_layers` gave; where the count is not known, none is
+    counted from the end.
+    """
     if layer is None:
         return False
     for part in text.split(", "):
-        low, high = _read_range(part, text)
-        first = 0 if low is None else low + count if low < 0 else low
-        last = count - 1 if high is None else high + count if high < 0 else high
-        if first <= layer <= last:
+        bounds = _read_range(part, text)
+        if count is None and any(each is not None and each < 0 for each in bounds):
+            continue
+        low, high = (each + (count or 0) if each is not None and each < 0 else each for each in bounds)
+        if (low is None or low <= layer) and (high is None or layer <= high):
             return True
     return False
 

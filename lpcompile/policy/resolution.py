@@ -6,9 +6,9 @@ is set is left alone (None).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from lpcompile.policy.patterns import count_layers
+from lpcompile.policy.patterns import count_layers, layer_of
 from lpcompile.policy.rules import Rule, Site
 from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, Role
 
@@ -49,15 +49,14 @@ class Resolution:
     """Of each rule of the policy, in order, what it decided."""
 
 
-def resolve(rules: Sequence[Rule], sites: Sequence[Site], num_layers: Mapping[str, int] | None = None) -> Resolution:
-    """The LayerSpec of each site under `rules`, and what became of each rule. `num_layers`: how many layers there are,
-    by the path before their number; needed where `sites` are not all of a model.
+def resolve(rules: Sequence[Rule], sites: Sequence[Site]) -> Resolution:
+    """The LayerSpec of each site under `rules`, and what became of each rule. Layers of sites that `describe` did not
+    see are counted among these.
     """
     labels = [rule._origin.text or f"rules[{index}]" for index, rule in enumerate(rules)]
-    num_layers = num_layers or count_layers([site.name for site in sites])
-    matching = {
-        site.name: [i for i, rule in enumerate(rules) if rule.match.matches(site, num_layers)] for site in sites
-    }
+    counts = count_layers([site.name for site in sites])
+    sites = [_counted(site, counts) for site in sites]
+    matching = {site.name: [i for i, rule in enumerate(rules) if rule.match.matches(site)] for site in sites}
     specs: dict[str, LayerSpec | None] = {}
     rule_of: dict[str, dict[Role, str]] = {}
     decided = [0] * len(rules)
@@ -98,3 +97,8 @@ def resolve(rules: Sequence[Rule], sites: Sequence[Site], num_layers: Mapping[st
         if use.sites
     ]
     return Resolution(specs, rule_of, unmatched, dead, uses)
+
+
+def _counted(site: Site, counts: Mapping[str, int]) -> Site:
+    found = layer_of(site.name) if site.num_layers is None else None
+    return site if found is None else replace(site, num_layers=counts[found[0]])

@@ -12,7 +12,7 @@ Invariants: `load_policy(file with policy.to_yaml()) == policy`; equal policies 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -260,12 +260,10 @@ class Policy(Section):
                 raise refusal(f"two entries start at step {step}", expected="one entry per step")
         return value
 
-    def resolve(self, sites: Sequence[Site], num_layers: Mapping[str, int] | None = None) -> Resolution:
-        """The LayerSpec of each site under `rules`; of a phase, ask the policy of that phase. `num_layers`: for sites
-        that are not all of a model.
-        """
+    def resolve(self, sites: Sequence[Site]) -> Resolution:
+        """The LayerSpec of each site under `rules`; of a phase, ask the policy of that phase."""
         self._check_linked()
-        return resolve(self.rules, sites, num_layers)
+        return resolve(self.rules, sites)
 
     @property
     def phases(self) -> list[tuple[int, "Policy"]]:

@@ -1,7 +1,6 @@
 """Rules: which sites of a model a policy speaks of, and what their GEMMs compute in."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -66,6 +65,8 @@ class Site:
     """Class of the module that holds it and its base classes, by name; where known."""
     owner: str | None = None
     """Path of the module that holds it, where known."""
+    num_layers: int | None = None
+    """How many layers stand beside the one that it is in, itself included, where known."""
 
     @property
     def module(self) -> str:
@@ -153,18 +154,16 @@ class Match(Section):
         others |= {"module": "name", "path": "name", "type": "class", "module_class": "class", "dims": "shape"}
         return f'"{others[key]}"? Known: {", ".join(cls.keys())}' if key in others else ""
 
-    def matches(self, site: Site, num_layers: Mapping[str, int] | None = None) -> bool:
-        """Whether a rule with these conditions is for a site. `num_layers`: how many layers the model has, by the path
-        before their number; without it no layer is counted from the end.
-        """
+    def matches(self, site: Site) -> bool:
+        """Whether a rule with these conditions is for a site."""
         paths = (site.name, site.module)
         if not _any_of(self.name, *paths) or _any_of(self.not_, *paths) or (self.op and site.op not in self.op):
             return False
         if self.class_ and not _any_of(self.class_, *site.classes):
             return False
         if self.layers is not None:
-            stem, layer = layer_of(site.name) or ("", None)
-            if not matches_layers(self.layers, layer, (num_layers or {}).get(stem, 0)):
+            _, layer = layer_of(site.name) or ("", None)
+            if not matches_layers(self.layers, layer, site.num_layers):
                 return False
         places = {"first": 0, "last": site.count - 1}
         if self.position and site.index not in [places[position] for position in self.position]:

@@ -156,3 +156,14 @@ def test_positions_count_leaves_that_are_called() -> None:
     ends = Match(position=("first", "last"))
     assert [site.name for site in called if ends.matches(site)] == ["b", "c"]
     assert [site.name for site in describe(sites, model) if ends.matches(site)] == ["a", "d"]
+
+
+def test_layers_from_the_end_are_those_of_the_model_and_not_of_the_sites_at_hand() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(5)), nn.ReLU())
+    condition = Match(layers="-1")  # type: ignore[call-arg]
+    for number in range(5):
+        (found,) = describe([Site(f"{number}.0", "linear", number, 5, 4, 4)], model)
+        assert condition.matches(found) is (number == 4)
+        rule = {"match": {"layers": "-1"}, "fwd": {"x": "e4m3"}}
+        resolved = Policy.model_validate({"rules": [rule]}).resolve([found])
+        assert (resolved.specs[found.name] is not None) is (number == 4)
