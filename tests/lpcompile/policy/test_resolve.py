@@ -338,7 +338,7 @@ TABLES = {
     "bwd": st.fixed_dictionaries({}, optional={"dy": OPERANDS, "w": OPERANDS, **OUT}),
     "grad": st.fixed_dictionaries({}, optional={"dy": OPERANDS, "a": OPERANDS, **OUT}),
 }
-WORDS = st.text(min_size=1, max_size=8)
+WORDS = st.text(min_size=1, max_size=8).filter(lambda text: text.isprintable() and not set(text) & set("/\\"))
 GLOBS = st.text("abz0_.*?", min_size=1, max_size=8).filter(lambda text: not text.startswith(".*"))
 MATCHES = st.fixed_dictionaries(
     {},
