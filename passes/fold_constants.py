@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from passes.cast_keys import cast_key, cast_spec, gemm_spec
+from passes.ir.operands import operands_of
 from passes.ir.program import STATE, WEIGHT, Program, state_node
 from passes.manager import Pass
 from runtime.errors import PassError
@@ -103,7 +104,7 @@ def _makes_scale_of(scale: fx.Node, quantize: fx.Node) -> bool:
 
 
 def _casts_weight_in_backward(gemm: fx.Node, constants: set[fx.Node]) -> bool:
-    operands = dict(zip((operand.name for operand in OPS["lp.gemm"].operands), gemm.args))
+    operands = operands_of(gemm)
     return (
         operands["bwd_rhs"] is None
         and operands["rhs"] in constants

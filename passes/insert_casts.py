@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, read_gemm
+from passes.ir.operands import call_op
 from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, quantizer_name, site_numbers, state_node
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
@@ -61,8 +62,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
         attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "methods": ",,", "site": number}
         if gemm.geometry:
             attributes["geometry"] = gemm.geometry
-        operands = (lhs, rhs, gemm.bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, state, None)
-        new = graph.call_function(OPS["lp.gemm"].run, operands, attributes)
+        operands: dict[str, fx.Node | None] = {"lhs": lhs, "rhs": rhs, "bias": gemm.bias, "state": state}
+        casts = {"fwd_lhs": fwd_lhs, "fwd_rhs": fwd_rhs, "bwd_rhs": bwd_rhs, "grad_lhs": grad_lhs}
+        for name, (grid, scale) in casts.items():
+            operands |= {name: grid, f"{name}_scale": scale}
+        new = call_op(graph, "lp.gemm", operands, attributes)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -75,10 +79,10 @@ def _cast(
     carrier, scale, attributes = x, None, {"spec": str(spec)}
     if spec.quantizer is not None:
         attributes["quantizer"] = quantizer
-        scale = graph.call_function(OPS["lp.learned_scale"].run, (x, state), {**attributes})
-        carrier = graph.call_function(OPS["lp.carrier"].run, (x, scale, state), {**attributes})
+        scale = call_op(graph, "lp.learned_scale", {"x": x, "state": state}, {**attributes})
+        carrier = call_op(graph, "lp.carrier", {"x": x, "s": scale, "state": state}, {**attributes})
     elif spec.has_scale:
-        scale = graph.call_function(OPS["lp.scale"].run, (x,), {**attributes})
+        scale = call_op(graph, "lp.scale", {"x": x}, {**attributes})
     needs_state = state if spec.is_stochastic else None
     keyed: dict[str, Any] = {**attributes, "site": number, "slot": slot}
-    return carrier, (graph.call_function(OPS["lp.quantize"].run, (x, scale, needs_state), keyed), scale)
+    return carrier, (call_op(graph, "lp.quantize", {"x": x, "s": scale, "state": needs_state}, keyed), scale)

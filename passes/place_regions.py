@@ -37,6 +37,7 @@ from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
 from passes.cast_keys import cast_spec
 from passes.fed_leaves import QUANTIZE, SCALE, Pair, cast_like, casts_of_input, feed, leaf_of
+from passes.ir.operands import operands_of, set_operands
 from passes.ir.program import ACTIVATION, CASTS, RESIDUAL, Program, Unit
 from passes.ir.types import META, tensor_meta, types_of
 from passes.manager import Pass
@@ -47,7 +48,8 @@ from runtime.ops.types import TensorType
 from runtime.quantize.storage import storage_dtype
 
 _GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS["lp.dequantize"].run
-_FWD_CASTS, _LATER_CASTS = slice(3, 7), slice(7, 11)
+_FWD_CASTS = ("fwd_lhs", "fwd_lhs_scale", "fwd_rhs", "fwd_rhs_scale")
+_LATER_CASTS = ("bwd_rhs", "bwd_rhs_scale", "grad_lhs", "grad_lhs_scale")
 """Operands of lp.gemm: casts that FWD multiplies, and those that BWD and GRAD do."""
 _GRAD_SLOT = 3
 
@@ -112,8 +114,8 @@ class _Regions:
         changed = False
         for node in list(self.graph.nodes):
             leaf = leaf_of(self.program, self.unit, node)
-            if node.target is _GEMM and any(each not in (*node.args[_FWD_CASTS], None) for each in _later(node)):
-                node.args = (*node.args[: _LATER_CASTS.start], *(None,) * 4, *node.args[_LATER_CASTS.stop :])
+            if node.target is _GEMM and _has_later_casts_alone(node):
+                set_operands(node, **dict.fromkeys(_LATER_CASTS))
             elif leaf is not None and self._is_handed_grad_cast(node, leaf):
                 self.feed(node, leaf)
             else:
@@ -260,7 +262,7 @@ class _Regions:
         x = next(iter(leaf.graph.nodes))
         casts = casts_of_input(leaf.graph)
         scales = [cast.args[1] for cast in casts]
-        carry = [user for user in x.users if user.target is _GEMM and x not in user.args[1:]]
+        carry = [user for user in x.users if user.target is _GEMM and _roles_of(x, user) == {"lhs"}]
         return all(user in (*casts, *scales, *carry) for user in x.users) and _num_read(casts) <= 1
 
     def is_carrier(self, user: fx.Node, value: fx.Node) -> bool:
@@ -268,7 +270,7 @@ class _Regions:
         if not self.is_dropping:
             return False
         if user.target is _GEMM:
-            return value in user.args[:2] and value not in user.args[2:]
+            return _roles_of(value, user) <= {"lhs", "rhs"}
         if user.target in _SIZES:
             return True
         if user.kwargs.get(RESIDUAL) is value:
@@ -391,8 +393,16 @@ def _behind(node: fx.Node) -> fx.Node:
     return node
 
 
-def _later(gemm: fx.Node) -> list[fx.Node]:
-    return [each for each in gemm.args[_LATER_CASTS] if isinstance(each, fx.Node)]
+def _roles_of(value: fx.Node, gemm: fx.Node) -> set[str]:
+    """The names of the operands that a GEMM takes a value for."""
+    return {name for name, each in operands_of(gemm).items() if each is value}
+
+
+def _has_later_casts_alone(gemm: fx.Node) -> bool:
+    """Whether BWD or GRAD reads a cast that FWD does not."""
+    operands = operands_of(gemm)
+    read = [operands[name] for name in _FWD_CASTS]
+    return any(operands[name] is not None and operands[name] not in read for name in _LATER_CASTS)
 
 
 def _is_grad_only(cast: fx.Node) -> bool:
@@ -406,9 +416,10 @@ def _num_read(casts: list[fx.Node]) -> int:
 
 def _sums_several(gemm: fx.Node) -> bool:
     """Whether a node is an lp.gemm of which FWD is known to add more than one product."""
-    if gemm.target is not _GEMM or not isinstance(gemm.args[1], fx.Node) or not elements(gemm.args[1]):
+    rhs = operands_of(gemm)["rhs"] if gemm.target is _GEMM else None
+    if rhs is None or not elements(rhs):
         return False
-    shape = shape_of(gemm.args[1])
+    shape = shape_of(rhs)
     is_transposed = "output_padding" in str(gemm.kwargs.get("geometry", ""))
     summed = {"linear": shape[1:], "conv": shape[:1] if is_transposed else shape[1:]}
     return max(summed.get(str(gemm.kwargs["kind"]), shape[-2:-1]), default=1) > 1

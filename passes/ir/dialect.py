@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from passes.ir.arguments import ArgumentsError, parse_arguments
-from passes.ir.parser import SEGMENTS
+from passes.ir.operands import GIVEN, names_of
 from passes.ir.printer import meta_attribute
 from passes.ir.program import NODE_META, STATE
 from passes.ir.records import wrong_choice, wrong_device, wrong_passes
@@ -34,14 +34,11 @@ try:
     from xdsl.ir import Attribute, Dialect, Operation, ParametrizedAttribute, TypeAttribute
     from xdsl.irdl import (
         AnyAttr,
-        AttrSizedOperandSegments,
         IRDLOperation,
         attr_def,
         irdl_attr_definition,
         irdl_op_definition,
-        operand_def,
         opt_attr_def,
-        opt_operand_def,
         opt_prop_def,
         prop_def,
         region_def,
@@ -129,10 +126,12 @@ def _lp_op(declared: OpDef) -> type[IRDLOperation]:
     """An lp op: its operands and attributes by name, its rules, and its result's type."""
 
     def verify_(self: Operation) -> None:
-        attributes = _values(self)
+        attributes, given = _values(self), _given(self, declared)
         types = {}
         for operand in declared.operands:
-            value = getattr(self, f"{operand.name}_")
+            value = given.get(operand.name)
+            if value is None and not operand.is_optional:
+                raise VerifyException(f"operand {operand.name} is missing")
             types[operand.name] = kind = None if value is None else _type(value.type)
             if kind is not None and not accepts(operand.kind, kind):
                 raise VerifyException(f"operand {operand.name} is no {operand.kind}, but {kind}")
@@ -151,14 +150,22 @@ def _lp_op(declared: OpDef) -> type[IRDLOperation]:
             raise VerifyException(f"the result is {wanted}, not {self.results[0].type}")
 
     body: dict[str, Any] = {"verify_": verify_, "result_": result_def(AnyAttr())}
-    for operand in declared.operands:
-        body[f"{operand.name}_"] = (opt_operand_def if operand.is_optional else operand_def)(AnyAttr())
+    body["operands_"] = var_operand_def(AnyAttr())
+    if any(operand.is_optional for operand in declared.operands):
+        body["given_"] = attr_def(ArrayAttr, attr_name=GIVEN)
     for attribute in declared.attributes:
         define = opt_attr_def if attribute.is_optional else attr_def
         body[f"{attribute.name}_"] = define(_KINDS[attribute.kind], attr_name=attribute.name)
-    if any(operand.is_optional for operand in declared.operands):
-        body["irdl_options"] = (AttrSizedOperandSegments(as_property=False),)
     return _define(declared.name, body)
+
+
+def _given(op: Operation, declared: OpDef) -> dict[str, Any]:
+    """The operands of an op by name: as its attribute says, or all that are declared."""
+    known = names_of(declared)
+    names = _plain(op.attributes[GIVEN]) if GIVEN in op.attributes else known
+    if [name for name in known if name in names] != names or len(names) != len(op.operands):
+        raise VerifyException(f"{op.name} has {len(op.operands)} operands, and names {names} of {known}")
+    return dict(zip(names, op.operands))
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -265,14 +272,14 @@ def _refuse_unknown(op: Operation, declared: set[str]) -> None:
                 raise VerifyException(f"attribute {key} is {value}")
             if is_parsed:
                 _parse_spec(_plain(value))
-        elif key not in declared and key != SEGMENTS:
+        elif key not in declared and key != GIVEN:
             raise VerifyException(f"{op.name} has no attribute {key}")
 
 
 def _values(op: Operation) -> dict[str, Any]:
     """Declared attributes and properties as plain values."""
     given = {**op.properties, **op.attributes}
-    return {key: _plain(value) for key, value in given.items() if key not in _META and key != SEGMENTS}
+    return {key: _plain(value) for key, value in given.items() if key not in _META and key != GIVEN}
 
 
 def _plain(value: Attribute) -> Any:

@@ -13,6 +13,7 @@ from torch import fx
 
 from passes.finding import Finding
 from passes.ir.arguments import ArgumentsError, parse_arguments
+from passes.ir.operands import GIVEN, names_of
 from passes.ir.printer import meta_attribute
 from passes.ir.program import NODE_META, Program, Unit, site_numbers
 from passes.ir.records import wrong_choice, wrong_device, wrong_passes
@@ -50,10 +51,10 @@ class _Checker:
         self.source.fail(place, what, **parts)
 
     def attributes(self, op: OpText, required: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
-        """The values of an operation's own attributes; those of a node's meta and the segment sizes are left out."""
+        """The values of an operation's own attributes; those of meta and the names of operands are left out."""
         known = {**required, **optional}
         for key, attribute in op.attributes.items():
-            if key in _META_KEYS or key == SEGMENTS:
+            if key in _META_KEYS or key == GIVEN:
                 continue
             if key not in known:
                 names = (*known, *_META_KEYS) if key.startswith("lp.") else tuple(known)
@@ -265,7 +266,7 @@ class _GraphReader:
         required = {each.name: each.kind for each in declared.attributes if not each.is_optional}
         optional = {each.name: each.kind for each in declared.attributes if each.is_optional}
         values = self._check.attributes(op, required, optional)
-        args = self._segments(op, declared, self._operands(op))
+        args = self._by_name(op, declared, self._operands(op))
         node = self._create(op.results[0].place, "call_function", declared.run, args, values, op.results[0].name)
         try:
             verify_node(self._name, node, declared, self._types)
@@ -274,26 +275,26 @@ class _GraphReader:
         self.lp_nodes.append((node, op.place))
         self._finish_op(node, op)
 
-    def _segments(self, op: OpText, declared: OpDef, operands: list[fx.Node]) -> tuple[fx.Node | None, ...]:
+    def _by_name(self, op: OpText, declared: OpDef, operands: list[fx.Node]) -> tuple[fx.Node | None, ...]:
         """One operand or None for each that is declared."""
-        names = ", ".join(map(str, declared.operands))
-        given = op.attributes.get(SEGMENTS)
+        known, given = names_of(declared), op.attributes.get(GIVEN)
+        listed = ", ".join(map(str, declared.operands))
         if not any(each.is_optional for each in declared.operands):
             if given is not None:
                 self._check.fail(given.place, f"{op.name} has no optional operands")
-            if len(operands) != len(declared.operands):
-                self._check.fail(op.place, "wrong number of operands", expected=names, got=str(len(operands)))
+            if len(operands) != len(known):
+                self._check.fail(op.place, "wrong number of operands", expected=listed, got=str(len(operands)))
             return tuple(operands)
         if given is None:
-            self._check.fail(op.place, f"{op.name} needs {SEGMENTS}", expected=f"1 or 0 for each of {names}")
-        sizes = given.value
-        if not isinstance(sizes, tuple) or len(sizes) != len(declared.operands) or not set(sizes) <= {0, 1}:
-            self._check.fail(given.place, f"wrong {SEGMENTS}", expected=f"1 or 0 for each of {names}", got=str(sizes))
-        if sum(sizes) != len(operands):
-            expected = f"{sum(sizes)}, as {SEGMENTS} says"
+            expected = f"the names of those that are given, of {listed}"
+            self._check.fail(op.place, f"{op.name} needs {GIVEN}", expected=expected)
+        names = given.value
+        if not isinstance(names, list) or [name for name in known if name in names] != names:
+            self._check.fail(given.place, f"wrong {GIVEN}", expected=f"names in the order {listed}", got=str(names))
+        if len(names) != len(operands):
+            expected = f"{len(names)}, as {GIVEN} says"
             self._check.fail(op.place, "wrong number of operands", expected=expected, got=str(len(operands)))
-        values = iter(operands)
-        return tuple(next(values) if size else None for size in sizes)
+        return tuple(dict(zip(names, operands)).get(name) for name in known)
 
     def _operands(self, op: OpText) -> list[fx.Node]:
         if len(op.operands) != len(op.operand_types):
@@ -363,7 +364,6 @@ def _is_path(text: str) -> bool:
 
 
 _A_NAME = "a name that Python can have"
-SEGMENTS = "operandSegmentSizes"
 _NODE_OPS = ("torch.get_attr", "torch.call_module", "torch.call_method", "torch.call_function", "torch.return")
 _META_KEYS = {meta_attribute(key): key for key in NODE_META}
 _KIND_NAMES = {

@@ -6,6 +6,7 @@ from typing import Any
 from torch import fx
 
 from passes.ir.arguments import Unprintable, print_arguments
+from passes.ir.operands import GIVEN, operands_of
 from passes.ir.program import NODE_META, Program, Unit
 from passes.ir.structure import UNIT_FLAGS
 from passes.ir.syntax import Attribute, OpText, Value, write_attribute, write_op
@@ -101,7 +102,7 @@ class _GraphPrinter:
     def _lp(self, node: fx.Node, op: OpDef) -> OpText:
         attributes = {each.name: node.kwargs[each.name] for each in op.attributes if each.name in node.kwargs}
         if any(each.is_optional for each in op.operands):
-            attributes["operandSegmentSizes"] = tuple(int(value is not None) for value in node.args)
+            attributes[GIVEN] = [name for name, value in operands_of(node).items() if value is not None]
         operands = [value for value in node.args if isinstance(value, fx.Node)]
         return self._with_values(_op(op.name, {**attributes, **self._meta(node)}), node, operands)
 

@@ -2,7 +2,7 @@
 
     op         [%r {, %r} =] "NAME" ( [%x {, %x}] ) [<{ATTRIBUTES}>] [({ REGION })] [{ATTRIBUTES}] : (TYPES) -> TYPES
     region     [^bb0( [%x : TYPE {, ...}] ) :] {op}
-    attribute  KEY = VALUE          VALUE: 1, 0.5, true, "text", [1, 2], {a = 1}, none, array<i32: 1, 0>
+    attribute  KEY = VALUE          VALUE: 1, 0.5, true, "text", [1, 2], {a = 1}, none
     type       tensor<4x8xf32>, !lp.quant<...>, !lp.state, !torch.value, index        as runtime/ops/types.py says
 
 `//` begins a comment. Every part knows its place, so that an error says FILE:line:column.
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain value: int, float, bool, str, None, list, dict, or a tuple for a dense array; and where it stands."""
+    """A plain value: int, float, bool, str, None, list or dict; and where it stands."""
 
     value: Any
     place: int
@@ -116,8 +116,6 @@ def write_attribute(value: Any) -> str:
             return (digits if "." in digits else f"{digits}.0") + exponent + power
         case str():
             return write_string(value)
-        case tuple():
-            return f"array<i32: {', '.join(map(str, value))}>"
         case list():
             return f"[{', '.join(map(write_attribute, value))}]"
         case dict():
@@ -260,21 +258,17 @@ class _Reader:
             is_float = any(mark in number for mark in ".e")
             if self._has(":"):
                 self._word(_FLOAT_TYPE if is_float else _INT_TYPE, "f64" if is_float else "i64")
-            return self._number(float(number), place) if is_float else self._integer(number, place, 64)
-        if self._match(_DENSE):
-            items = self._list(lambda: self._integer(self._word(_INTEGER, "an integer"), place, 32))
-            self._take(">")
-            return tuple(items)
+            return self._number(float(number), place) if is_float else self._integer(number, place)
         word = self._match(_KEY)
         if word not in _CONSTANTS:
             self.fail('an attribute: a number, true, "text", [...], {...} or none', place)
         return _CONSTANTS[word]
 
-    def _integer(self, digits: str, place: int, bits: int) -> int:
-        largest = 2 ** (bits - 1)
+    def _integer(self, digits: str, place: int) -> int:
+        largest = 2**63
         value = int(digits) if len(digits) < 24 else largest
         if not -largest <= value < largest:
-            self._source.fail(place, "this integer is too large", expected=f"{bits} bits", got=digits[:24])
+            self._source.fail(place, "this integer is too large", expected="64 bits", got=digits[:24])
         return value
 
     def _number(self, value: float, place: int) -> float:
@@ -299,7 +293,7 @@ class _Reader:
                 self.fail(f"an element type: {', '.join(_DTYPES)}", tensor.start(2))
             self._move(tensor.end())
             kind = TensorType(
-                tuple(self._integer(size, place, 64) for size in tensor[1].split("x")[:-1]), _DTYPES[tensor[2]]
+                tuple(self._integer(size, place) for size in tensor[1].split("x")[:-1]), _DTYPES[tensor[2]]
             )
             if math.prod(size or 1 for size in kind.shape) * kind.dtype.itemsize >= 2**63:
                 self._source.fail(place, "this tensor is too large", expected="fewer than 2^63 bytes", got=str(kind))
@@ -381,9 +375,7 @@ _VALUE_NAME = re.compile(r"[A-Za-z_0-9$.-]+")
 _BLOCK = re.compile(r"\^[A-Za-z_0-9]+")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z_0-9$.]*")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?)?")
-_INTEGER = re.compile(r"-?[0-9]+(?![.\w])")
 _INT_TYPE, _FLOAT_TYPE = re.compile("i64"), re.compile("f64")
-_DENSE = re.compile(r"array<\s*i32\s*:")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\(?:["\\nt]|[0-9A-Fa-f]{2}))*"')
 _ESCAPED = re.compile(r'["\\\x00-\x1f\x7f]')
 _ESCAPE = re.compile(r'\\(["\\nt]|[0-9A-Fa-f]{2})')

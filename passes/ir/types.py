@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 
+from passes.ir.operands import operands_of
 from passes.ir.program import STATE
 from runtime.ops.dialect import OP_OF
 from runtime.ops.types import DTYPE_NAMES, VALUE, Operands, OpType, PlainType, TensorType
@@ -47,11 +48,7 @@ def declared_type(node: fx.Node, types: Types) -> OpType:
 
 def operand_types(node: fx.Node, types: Types) -> Operands:
     """Of an lp node, by the operands' names."""
-    op = OP_OF[node.target]  # type: ignore[index]
-    return {
-        operand.name: types[value] if isinstance(value, fx.Node) else None
-        for operand, value in zip(op.operands, node.args)
-    }
+    return {name: types[value] if value is not None else None for name, value in operands_of(node).items()}
 
 
 def tensor_meta(kind: TensorType) -> TensorMetadata:

@@ -3,12 +3,13 @@ rule is the error.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
 from passes.cast_keys import cast_spec, gemm_spec
-from passes.ir.program import GROUP, SITE, SPEC, Program, site_numbers
+from passes.ir.operands import operands_of
+from passes.ir.program import GROUP, SITE, SPEC, Program, quantizer_name, site_numbers
 from passes.ir.stored_specs import spec_as_stored
 from passes.ir.types import Types, declared_type, operand_types, seen_type, type_of
 from runtime.errors import VerifyError, nearest_names
@@ -82,6 +83,7 @@ def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, n
     if LayerSpec.parse(given) != wanted or node.meta.get(SPEC, wanted) != wanted:
         got = given if LayerSpec.parse(given) != wanted else f"lp.spec {node.meta[SPEC]}"
         raise VerifyError("`spec` must be that of its site", where=where, expected=str(wanted), got=got)
+    _verify_quantizers(where, node, site)
     number = numbers[site] + node.meta.get(GROUP, 0) * len(numbers)
     if node.kwargs["site"] != number:
         what, got = "`site` must be the number of its site", str(node.kwargs["site"])
@@ -92,6 +94,18 @@ def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, n
         if node.kwargs["methods"] != methods:
             what, got = "`methods` must be those of the backends chosen for its site", str(node.kwargs["methods"])
             raise VerifyError(what, where=where, expected=methods, got=got)
+
+
+def _verify_quantizers(where: str, gemm: fx.Node, site: str) -> None:
+    """What a GEMM casts with a quantizer that has state is cast by its own: `quantizer` is SITE.x or SITE.w."""
+    operands = operands_of(gemm)
+    for operand, name in _QUANTIZED.items():
+        wanted = quantizer_name(site, name)
+        for value in (operands[operand], operands[f"{operand}_scale"]):
+            given = value.kwargs.get("quantizer", wanted) if value is not None else wanted
+            if given != wanted:
+                what = f"operand {operand} must be cast by the quantizer of its site"
+                raise VerifyError(what, where=where, expected=wanted, got=str(given))
 
 
 def _verify_key(where: str, cast: fx.Node) -> None:
@@ -108,8 +122,9 @@ def _verify_key(where: str, cast: fx.Node) -> None:
     for user in cast.users:
         if user.target is not OPS["lp.gemm"].run:
             return
+        operands = operands_of(user)
         for name, slots in _SLOTS.items():
-            if user.args[_POSITIONS[name]] is cast:
+            if operands[name] is cast:
                 allowed |= {(user.kwargs["site"], slot) for slot in slots}
     if allowed and key not in allowed:
         expected = " or ".join(_print_key(*each) for each in sorted(allowed))
@@ -145,7 +160,7 @@ def _verify_types(where: str, node: fx.Node, op: OpDef, types: Types) -> None:
 def _verify_casts(where: str, gemm: fx.Node) -> None:
     """The casts that a GEMM multiplies are the casts that its spec names, as far as they are seen in the same graph."""
     spec = gemm_spec(gemm)
-    operands: dict[str, Any] = dict(zip((operand.name for operand in OPS["lp.gemm"].operands), gemm.args))
+    operands = operands_of(gemm)
     wanted = {"fwd_lhs": spec.fwd.lhs, "fwd_rhs": spec.fwd.rhs, "bwd_rhs": spec.bwd.rhs, "grad_lhs": spec.grad.rhs}
     for name, quant in wanted.items():
         value = operands[name]
@@ -156,9 +171,10 @@ def _verify_casts(where: str, gemm: fx.Node) -> None:
             )
 
 
+_QUANTIZED: dict[str, Literal["x", "w"]] = {"fwd_lhs": "x", "fwd_rhs": "w", "bwd_rhs": "w", "grad_lhs": "x"}
+"""Of each cast that a GEMM multiplies: what its quantizer is called after the site."""
 _SLOTS = {"fwd_lhs": (0,), "fwd_rhs": (1,), "bwd_rhs": (1, 2), "grad_lhs": (0, 3)}
 """Of each cast that a GEMM multiplies: which slots it may have."""
-_POSITIONS = {operand.name: position for position, operand in enumerate(OPS["lp.gemm"].operands)}
 
 
 def _listed(declared: Sequence[object]) -> str:

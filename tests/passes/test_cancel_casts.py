@@ -10,7 +10,6 @@ from runtime.numerics.formats import FORMATS
 from runtime.ops.dialect import OPS
 from tests.passes.golden import check, run
 
-_HALVES = {"q": "array<i32: 1, 0, 0>", "s": "array<i32: 1, 1, 0>"}
 _GRID = '!lp.quant<"e4m3", "{}", none, tensor<4x8xbf16>>'
 
 
@@ -31,8 +30,8 @@ def _quantize(
 ) -> str:
     granularity = "tensor" if scale else "none"
     operands, kinds = (f"{x}, {scale}", f"{kind}, tensor<f32>") if scale else (x, kind)
-    segments = _HALVES["s" if scale else "q"]
-    return f'{name} = "lp.quantize"({operands}) {{spec = "{spec}", site = 0, slot = 0, operandSegmentSizes = {segments}}} : ({kinds}) -> {_GRID.format(granularity)}'
+    given = '["x", "s"]' if scale else '["x"]'
+    return f'{name} = "lp.quantize"({operands}) {{spec = "{spec}", site = 0, slot = 0, operands = {given}}} : ({kinds}) -> {_GRID.format(granularity)}'
 
 
 def _dequantize(name: str, q: str, spec: str = "e4m3 nearest_even", scale: str = "") -> str:
@@ -40,8 +39,10 @@ def _dequantize(name: str, q: str, spec: str = "e4m3 nearest_even", scale: str =
     operands, kinds = (
         (f"{q}, {scale}", f"{_GRID.format(granularity)}, tensor<f32>") if scale else (q, _GRID.format(granularity))
     )
-    segments = "array<i32: 1, 1>" if scale else "array<i32: 1, 0>"
-    return f'{name} = "lp.dequantize"({operands}) {{spec = "{spec}", operandSegmentSizes = {segments}}} : ({kinds}) -> tensor<4x8xf32>'
+    given = '["q", "s"]' if scale else '["q"]'
+    return (
+        f'{name} = "lp.dequantize"({operands}) {{spec = "{spec}", operands = {given}}} : ({kinds}) -> tensor<4x8xf32>'
+    )
 
 
 _RELU = '%r = "torch.call_function"({}) {{target = "torch.relu"}} : ({}) -> {}'

@@ -78,7 +78,7 @@ def test_a_batch_norm_after_a_convolution_is_handed_to_it() -> None:
 // CHECK:      ^bb0(%x : tensor<2x3x8x8xf32>, %lp_affine : !torch.value):
 // CHECK:      [[S:%[a-z0-9_]+]] = "torch.call_function"(%lp_affine) {target = "operator.getitem", args = "_, 0"}
 // CHECK:      [[T:%[a-z0-9_]+]] = "torch.call_function"(%lp_affine) {target = "operator.getitem", args = "_, 1"}
-// CHECK:      [[B:%[a-z0-9_]+]] = "lp.fold_bias"(%w, [[S]], [[T]]) {operandSegmentSizes = array<i32: 1, 0, 1, 1>}
+// CHECK:      [[B:%[a-z0-9_]+]] = "lp.fold_bias"(%w, [[S]], [[T]]) {operands = ["w", "s", "t"]}
 // CHECK-NEXT: [[W:%[a-z0-9_]+]] = "lp.fold_weight"(%w, [[S]]) {axis = 0, groups = 1, lp.weight = true}
 // CHECK-SAME: -> tensor<4x3x3x3xf32>
 // CHECK-NEXT: "torch.call_function"(%x, [[W]], [[B]]) {target = "torch.conv2d"

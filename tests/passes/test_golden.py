@@ -88,7 +88,7 @@ def test_insert_casts_feeds_the_gemm_with_scaled_casts() -> None:
 // CHECK-NEXT: [[QG:%[a-z0-9_]+]] = "lp.quantize"(%x, [[SG]]) {{.*}}slot = 3{{.*}} -> !lp.quant<"e4m3", "column", 0, tensor<8x4xbf16>>
 // CHECK-NEXT: [[Y:%[a-z0-9_]+]] = "lp.gemm"(%x, %w, %b, [[QX]], [[SX]], [[QW]], [[SW]], [[QG]], [[SG]], %_lp_state)
 // CHECK-SAME: {kind = "linear", {{.*}}methods = ",,"
-// CHECK-SAME: operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0>
+// CHECK-SAME: operands = ["lhs", "rhs", "bias", "fwd_lhs", "fwd_lhs_scale", "fwd_rhs", "fwd_rhs_scale", "grad_lhs", "grad_lhs_scale", "state"]
 // CHECK-SAME: -> tensor<8x16xf32>
 // CHECK-NEXT: "torch.return"([[Y]])
 // CHECK-NOT:  torch.call_function

@@ -133,7 +133,7 @@ def test_a_cast_stays_where_it_is(why: str) -> None:
 
 def test_a_result_that_shows_the_sign_of_a_zero_is_cast_behind_the_relu() -> None:
     """relu(-1e-9) is +0, and the cast of -1e-9 is -0, which relu leaves: a sum does not see it, a result does."""
-    cast = '%c = "lp.quantize"(%pool) {spec = "e4m3 nearest_even", site = 0, slot = 0, operandSegmentSizes = array<i32: 1, 0, 0>} : (tensor<2x4x4x4xf32>) -> !lp.quant<"e4m3", "none", none, tensor<2x4x4x4xbf16>>'
+    cast = '%c = "lp.quantize"(%pool) {spec = "e4m3 nearest_even", site = 0, slot = 0, operands = ["x"]} : (tensor<2x4x4x4xf32>) -> !lp.quant<"e4m3", "none", none, tensor<2x4x4x4xbf16>>'
     text = convolutions(between=cast, ends="%y, %c").replace(
         "(tensor<2x4x4x4xf32>, tensor<2x4x4x4xf32>) -> ()",
         '(tensor<2x4x4x4xf32>, !lp.quant<"e4m3", "none", none, tensor<2x4x4x4xbf16>>) -> ()',
