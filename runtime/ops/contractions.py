@@ -12,6 +12,7 @@ and still come out of the sum: runtime/numerics/free_axes.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -69,7 +70,7 @@ class AbstractContraction(Protocol):
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 @dataclass(frozen=True)
