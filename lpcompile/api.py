@@ -1,47 +1,38 @@
 """lpcompile(model, policy): compile a model in place under a policy; advance its clock; find its state.
 
-policy -> phases -> per phase: graphs of leaves and modules -> passes -> installed as the forward of the same instances
+policy -> phases -> per phase: what runs each product -> installed as the forward of the same instances
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from lpcompile.capture.batch_norm import guarding_folds
-from lpcompile.capture.calls import Calls, record_call
-from lpcompile.capture.cast_origins import with_origins
 from lpcompile.capture.children import MARK
-from lpcompile.capture.frame import FunctionCall
-from lpcompile.capture.recording import Recording
-from lpcompile.capture.torch_layers import without_carriers
+from lpcompile.capture.whole_graphs import compile_recorded, install_recorded, keeps_constants
 from lpcompile.collector import no_full_collections
-from lpcompile.compiled import COMPILED, JOINT, Compiled, PhaseCode, find_compiled, get_compiled
+from lpcompile.compiled import COMPILED, JOINT, Compiled, find_compiled, get_compiled
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
-from lpcompile.frontends.install import RECORD, Variant, install, uninstall
+from lpcompile.frontends.install import RECORD, install, uninstall
+from lpcompile.frontends.intercept.install import find_writers, install_scopes, possible_sites
+from lpcompile.frontends.intercept.look import Seen, look_at
 from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
-from lpcompile.frontends.leaves.code import install_composite, install_leaf
-from lpcompile.frontends.leaves.find import Leaf, Unreached, composite_forward, find_leaves
-from lpcompile.policy.describe import describe
+from lpcompile.frontends.leaves.find import Leaf, Unreached, find_leaves, leaf_forward
+from lpcompile.frontends.leaves.leaf_forward import LeafForward, is_kept_weight, leaf_products
+from lpcompile.plan import PhaseCode, Sight, count_casts, expecting
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolution import Resolution
 from lpcompile.policy.resolve import Policy
-from lpcompile.policy.rules import Site
 from lpcompile.quantizers import install_quantizers, take_quantizers
 from lpcompile.reporting.checks import check_policy
-from lpcompile.sites import Recordings, build_program, find_sites, lost_sites, note_repeated, unit_name
-from passes.choose_accumulator import ChooseAccumulator
 from passes.finding import Finding
-from passes.ir.program import HANDED, STATE, Program, Unit, num_op
-from passes.manager import Pass, parse_passes, run_passes
-from passes.pipelines import PASSES, PIPELINES
-from runtime.ops.dialect import OP_OF
+from passes.ir.program import STATE
 from runtime.quantize.learned.quantizer import Learned
 from runtime.quantize.store import STORE as QUANTIZERS
 from runtime.quantize.store import find_store
@@ -63,10 +54,9 @@ def lpcompile(
     """Compile `model` in place, and return it: every GEMM that `policy` names runs in the formats it says.
 
     The instance, its class (by isinstance and by name), its parameters, hooks and state_dict stay what they were.
-    GEMM-bearing modules are always reached. With example inputs one forward is run (twice for mode="train": training
-    and evaluation) to capture products of activations and to share casts between modules; without them the report says
-    what was not looked at. A call that the captured graphs do not fit runs the module's original forward, with its
-    GEMM-bearing children compiled all the same.
+    GEMM-bearing modules are always reached, and so are products that a module writes as operations, each as it runs.
+    With example inputs a copy of the model is called, in training and in evaluation mode, so that the report and the
+    rules know those before; without them they are found as they run.
 
     mode="infer" is for evaluation under torch.no_grad(): batch norms, sums and activations go into the product next to
     them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs; of a
@@ -87,9 +77,15 @@ def lpcompile(
     args, kwargs = example_call(example_inputs, example_kwargs)
     with recompiling(model) as quantizers:
         captured = example_inputs is not None or example_kwargs is not None
-        calls = record_call(model, args, kwargs, mode) if captured else Calls()
+        call = (args, kwargs) if captured else None
         state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
-        install_compiled(model, _compile(model, loaded, state, calls, mode, strict), quantizers)
+        if mode == "infer":
+            compiled, calls = compile_recorded(model, loaded, state, call, mode, strict)
+            _refuse_if_not_lowered(compiled)
+            install_recorded(model, compiled, calls)
+            finish_install(model, compiled, keeps_constants(compiled), quantizers)
+        else:
+            _compile_products(model, loaded, state, call, strict, quantizers)
     return model
 
 
@@ -173,61 +169,70 @@ def _refuse_parts(model: nn.Module, own: Compiled | None) -> None:
         )
 
 
-@no_full_collections()
-def capture_more(
-    model: Model, example_inputs: Sequence[Any] | None = None, example_kwargs: Mapping[str, Any] | None = None
-) -> Model:
-    """Show a compiled model one more kind of call (no padding, batch 1, another dtype after model.to); returns it.
-
-    What report(model).guard_misses tells of then runs as compiled too. A module keeps at most MAX_VARIANTS kinds of
-    call; the clock and what was captured before stay, and so do the stochastic streams, unless the call shows GEMMs
-    that none did before; the counts of misses start again. Modules already wrapped (fully_shard) cannot be compiled
-    again: show all calls before. If the call raises, or is refused under strict, the model is as before.
-    """
-    before = get_compiled(model)
-    if not before.phase.records:
-        raise LpError(
-            "this model was compiled from a text, which says what its graphs are",
-            where="capture_more",
-            hint="lpcompile(model, policy) with these examples, then write the text again",
-        )
-    root: Any = model
-    while find_compiled(root._modules.get("module")) is before:
-        root = root._modules["module"]
-    args, kwargs = example_call(example_inputs, example_kwargs)
-    with recompiling(root) as quantizers:
-        if [leaf.name for leaf in find_leaves(root)[0]] != [leaf.name for leaf in before.leaves]:
-            raise LpError(
-                "the leaves of the model are no longer those that were compiled",
-                where="capture_more",
-                expected="the modules as lpcompile left them",
-                hint="call capture_more before the model is wrapped or sharded",
-            )
-        calls = before.calls + record_call(root, args, kwargs, before.mode)
-        again = _compile(root, before.policy, before.state, calls, before.mode, before.strict)
-        install_compiled(root, again, quantizers)
-    return model
-
-
-def _compile(model: nn.Module, policy: Policy, state: RunState, calls: Calls, mode: str, strict: bool) -> Compiled:
+def _compile_products(
+    model: nn.Module,
+    policy: Policy,
+    state: RunState,
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    strict: bool,
+    quantizers: dict[str, Learned],
+) -> None:
     leaves, unreached = find_leaves(model)
-    sites = describe(find_sites(leaves, calls), model, calls.reached if calls.num else None)
-    phases = [_compile_phase(model, from_step, each, leaves, calls, sites, mode) for from_step, each in policy.phases]
-    unreached += _own_functions(calls)
-    compiled = Compiled(policy, state, sites, phases, leaves, unreached, calls, mode, strict)
-    if strict:
-        _refuse_if_not_lowered(compiled)
-    return compiled
+    writers = find_writers(model, leaves)
+    seen = None if call is None else look_at(model, *call, leaves, writers)
+    parameter = next(model.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device.type
+    phases = [PhaseCode.of(from_step, each, device) for from_step, each in policy.phases]
+    unreached += [Unreached(path, reason) for path, reason in (seen.asides if seen else {}).items()]
+    called = None if seen is None else frozenset(seen.calls)
+    compiled = Compiled(policy, state, [], phases, leaves, unreached, "train", strict, called)
+    sights = [_sight_of(model, leaf, seen) for leaf in leaves]
+    compiled.add_all(model, [*sights, *(seen.functional_sights() if seen else ())])
+    modules = dict(model.named_modules())
+    unseen = {path: modules[path] for path in writers if seen is None or path not in seen.calls}
+    possible = possible_sites(unseen, compiled.num_layers)
+    for phase in phases:
+        phase.resolution = expecting(phase.policy, phase.resolution, possible)
+        phase.program.findings[:0] = check_policy(model, leaves, compiled.sites, phase.policy, phase.resolution)
+        phase.num_quantize_before, phase.num_quantize_after = count_casts(phase, seen.operands if seen else {})
+    _refuse_if_not_lowered(compiled)
+    has_scopes = install_scopes(model, compiled, writers, seen)
+    for path, group in groupby(leaves, key=lambda leaf: leaf.path):
+        parts = list(group)
+        products = [leaf_products(parts, phase.products) for phase in phases]
+        if has_scopes or any(each is not None for each in products):
+            install(modules[path], LeafForward(leaf_forward(modules[path]), products, state))
+            modules[path].__dict__[STATE] = state
+    keeps = any(is_kept_weight(product) for phase in phases for product in phase.products.values())
+    finish_install(model, compiled, keeps or has_scopes, quantizers)
 
 
-def _own_functions(calls: Calls) -> list[Unreached]:
-    """Modules that call an autograd.Function, such as the linear that ZeRO-3 puts in the place of torch's."""
-    found = []
-    for path, variants in calls.recordings.items():
-        nodes = [node for recording in variants for node in recording.graph.nodes]
-        for name in sorted({str(node.target.__name__) for node in nodes if isinstance(node.target, FunctionCall)}):
-            found.append(Unreached(path, f"it calls {name}, an autograd.Function, whose products, if any, are its own"))
-    return found
+def _sight_of(model: nn.Module, leaf: Leaf, seen: Seen | None) -> Sight:
+    weight = model.get_submodule(leaf.path)._parameters.get("weight")
+    reason = ""
+    if type(weight) is nn.Parameter and not leaf.part and not weight.is_floating_point():
+        reason = f"an operand is {weight.dtype}, and only real numbers are cast"
+    lengths = dict(seen.lengths.get(leaf.name, {})) if seen else {}
+    is_repeated = leaf.is_repeated or (seen is not None and seen.is_repeated(leaf.path))
+    if leaf.k is not None and leaf.n is not None:
+        lengths = {"fwd": leaf.k, "bwd": leaf.n, **lengths}
+    if is_repeated:
+        lengths.pop("grad", None)
+    sizes = leaf.n, leaf.k
+    return Sight(leaf.name, leaf.op, leaf.kind, *sizes, lengths, leaf.index, is_repeated, reason)
+
+
+def finish_install(model: nn.Module, compiled: Compiled, keeps_casts: bool, quantizers: dict[str, Learned]) -> None:
+    """The hooks of the root, the quantizers with state, those of `quantizers` among them, and the record."""
+    if _rounds_stochastically(compiled):
+        model.register_forward_pre_hook(CountMicroBatches(compiled.state))
+    if keeps_casts:
+        model.register_forward_pre_hook(WatchWeights(compiled.state))
+    else:
+        compiled.state.constants.why_none = "no pass found one to keep"
+    leave_warnings_once_out_of_graphs()
+    install_quantizers(model, compiled, quantizers)
+    vars(model)[COMPILED] = compiled
 
 
 def _named_leaves(compiled: Compiled | None) -> list[str]:
@@ -297,109 +302,11 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     Of a policy with a schedule, ask each phase. How long GRAD's sums are, only a recorded call says.
     """
     leaves, _ = find_leaves(model)
-    sites = describe(find_sites(leaves, Calls()), model)
-    resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, {}, sites, resolution, "train")
-    run_passes(program, [ChooseAccumulator()])
-    return resolution, program.findings
-
-
-def _compile_phase(
-    model: nn.Module,
-    from_step: int,
-    policy: Policy,
-    leaves: Sequence[Leaf],
-    calls: Calls,
-    sites: list[Site],
-    mode: str,
-) -> PhaseCode:
-    resolution = policy.resolve(sites)
-    program = _named_program(model, policy, leaves, calls.recordings, sites, resolution, mode)
-    counted = {"lp.quantize": 0}
-
-    def count_casts(done: Pass, program: Program) -> None:
-        if done.name == "insert-casts":
-            counted["lp.quantize"] = num_op(program, "lp.quantize")
-
-    records = run_passes(program, parse_passes(PIPELINES[mode], PASSES), after_each=count_casts)
-    lost = lost_sites(calls)
-    for name in program.specs.keys() - program.choices.keys() - program.refusals.keys():
-        program.refusals[name] = lost[name][1] if name in lost else "no graph of the model holds this GEMM"
-    return PhaseCode(from_step, policy, program, resolution, records, counted["lp.quantize"])
-
-
-def _named_program(
-    model: nn.Module,
-    policy: Policy,
-    leaves: Sequence[Leaf],
-    recordings: Recordings,
-    sites: list[Site],
-    resolution: Resolution,
-    mode: str,
-) -> Program:
-    """The graphs of a model with what the policy says of their sites, checked."""
-    program = build_program(model, leaves, recordings, mode)
-    program.specs = {name: spec for name, spec in resolution.specs.items() if spec is not None}
-    note_repeated(model, leaves, program)
-    program.findings += check_policy(model, leaves, sites, policy, resolution)
-    return program
-
-
-def install_compiled(model: nn.Module, compiled: Compiled, quantizers: dict[str, Learned]) -> None:
-    """Give every leaf that a phase names, and every module whose graph a phase changed, its compiled forward; and the
-    model its quantizers with state, those of `quantizers` among them.
-    """
-    modules = dict(model.named_modules())
-    for path, parts in groupby(compiled.leaves, key=lambda leaf: leaf.path):
-        _install_leaf(modules[path], list(parts), compiled)
-    for path, variants in compiled.calls.recordings.items():
-        for index, phase in enumerate(compiled.phases):
-            units_of_path = [phase.program.units[unit_name(path, number)] for number in range(len(variants))]
-            if any(_is_touched(unit) for unit in units_of_path):
-                modules[path].__dict__[STATE] = compiled.state
-                changed = [
-                    Variant.of(_guarded(each, unit, modules[path], phase.program), _noting(unit))
-                    for each, unit in zip(variants, units_of_path)
-                ]
-                install(modules[path], changed, phase=index, clock=compiled.state)
-
-    if _rounds_stochastically(compiled):
-        model.register_forward_pre_hook(CountMicroBatches(compiled.state))
-    if _keeps_constants(compiled):
-        model.register_forward_pre_hook(WatchWeights(compiled.state))
-    else:
-        compiled.state.constants.why_none = "no pass found one to keep"
-    leave_warnings_once_out_of_graphs()
-    install_quantizers(model, compiled, quantizers)
-    vars(model)[COMPILED] = compiled
-
-
-def _guarded(recording: Recording, unit: Unit, module: nn.Module, program: Program) -> Recording:
-    """The recording with the guard of what passes made of its graph."""
-    if unit.is_forward_only:
-        recording = without_carriers(recording, module)
-    return replace(recording, guard=guarding_folds(recording.guard, unit, module, program))
-
-
-def _noting(unit: Unit) -> fx.Graph:
-    """The graph with the origins of its casts; where the guard shuts out hooks, nothing comes between."""
-    return unit.graph if unit.is_forward_only else with_origins(unit.graph)
-
-
-def _install_leaf(module: nn.Module, parts: list[Leaf], compiled: Compiled) -> None:
-    units: list[dict[str, Unit] | None] = [
-        {leaf.part: phase.program.units[leaf.name] for leaf in parts}
-        if any(leaf.name in phase.program.choices for leaf in parts)
-        else None
-        for phase in compiled.phases
-    ]
-    forward = composite_forward(module)
-    if not any(units):
-        return
-    if forward is not None:
-        install_composite(module, forward, units, compiled.state)
-    else:
-        install_leaf(module, [None if each is None else each[""] for each in units], compiled.state)
+    compiled = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, "cpu")], leaves, [], "train", False)
+    compiled.add_all(model, [_sight_of(model, leaf, None) for leaf in leaves])
+    phase = compiled.phase
+    found = check_policy(model, leaves, compiled.sites, policy, phase.resolution)
+    return phase.resolution, found + phase.program.findings
 
 
 @dataclass(frozen=True)
@@ -424,23 +331,13 @@ class WatchWeights:
             self.state.constants.watch(model)
 
 
-def _keeps_constants(compiled: Compiled) -> bool:
-    graphs = [graph for phase in compiled.phases for _, graph in phase.program.graphs()]
-    return any("lifetime" in node.kwargs for graph in graphs for node in graph.nodes if node.target in OP_OF)
-
-
 def _rounds_stochastically(compiled: Compiled) -> bool:
     return any(spec.is_stochastic for phase in compiled.phases for spec in phase.program.specs.values())
 
 
-def _is_touched(unit: Unit) -> bool:
-    """A module graph that no pass changed is not installed: the original forward runs its compiled children as well."""
-    return any(
-        (node.op == "call_function" and node.target in OP_OF) or {*HANDED} & {*node.kwargs} for node in unit.graph.nodes
-    )
-
-
 def _refuse_if_not_lowered(compiled: Compiled) -> None:
+    if not compiled.strict:
+        return
     for phase in compiled.phases:
         refusals = [f"{site}: {reason}" for site, reason in phase.program.refusals.items()]
         wrong = [str(finding) for finding in phase.program.findings if finding.is_wrong]

@@ -4,20 +4,23 @@ state_dict.
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from lpcompile.capture.calls import Calls
+from lpcompile.errors import LoweringError
 from lpcompile.frontends.graph_code import dumps, loads
 from lpcompile.frontends.leaves.find import Leaf, Unreached
-from lpcompile.policy.resolution import Resolution
+from lpcompile.plan import PhaseCode, Sight, number_found, number_sites
+from lpcompile.policy.describe import classes_of, describe
+from lpcompile.policy.patterns import count_layers, layer_of
 from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Site
-from passes.ir.program import Program
-from passes.manager import PassRecord
 from runtime.errors import LpError
+from runtime.ops.product import Product
 from runtime.state import RunState
 
 COMPILED = "_lp_compiled"
@@ -27,21 +30,8 @@ JOINT = "_lp_joint"
 
 
 @dataclass
-class PhaseCode:
-    """One entry of the policy's schedule, compiled."""
-
-    from_step: int
-    policy: Policy
-    program: Program
-    resolution: Resolution
-    records: list[PassRecord]
-    num_quantize_before: int
-    """lp.quantize nodes before casts are shared."""
-
-
-@dataclass
 class Compiled:
-    """The policy, its phases as programs, and the state that the model's ops share."""
+    """The policy, its phases, and the state that the model's products share."""
 
     policy: Policy
     state: RunState
@@ -49,16 +39,25 @@ class Compiled:
     phases: list[PhaseCode]
     leaves: list[Leaf]
     unreached: list[Unreached]
-    calls: Calls
-    """Those that example inputs showed; functional GEMMs are found in them."""
     mode: str
     strict: bool
+    called: frozenset[str] | None = None
+    """Paths of the leaves that the example calls ran; None if there were none."""
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    """Modules whose forward no graph stands for, with the reason."""
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Of the sites that a policy names: what keys their random streams."""
+    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of every module by its path, as rules name them."""
+    num_layers: Mapping[str, int] = field(default_factory=dict)
+    """How many layers the model has, by the path before their number."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "phases": dumps(self.phases), "calls": dumps(self.calls)}
+        return {**vars(self), "phases": dumps(self.phases)} if self._has_graphs else dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, phases=loads(state["phases"]), calls=loads(state["calls"]))
+        phases = state["phases"]
+        vars(self).update(state, phases=loads(phases) if isinstance(phases, bytes) else phases)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         copied = memo[id(self)] = copy.copy(self)
@@ -70,12 +69,60 @@ class Compiled:
 
     @property
     def uncalled(self) -> set[str]:
-        """Sites of leaves that no recorded forward called; empty if there was none."""
-        return {leaf.name for leaf in self.leaves if self.calls.num and leaf.path not in self.calls.reached}
+        """Sites of leaves that no example call ran; empty if there was none."""
+        return set() if self.called is None else {leaf.name for leaf in self.leaves if leaf.path not in self.called}
 
     @property
     def phase(self) -> PhaseCode:
         return self.phases[self.state.phase]
+
+    def add_all(self, model: nn.Module, sights: Sequence[Sight]) -> None:
+        """Ask every phase of the policy about all products that are known when the model is compiled."""
+        leaves = {leaf.path for leaf in self.leaves}
+        called = None if self.called is None else self.called & leaves
+        self.classes = {path: classes_of(module) for path, module in model.named_modules()}
+        self.num_layers = count_layers([path for path, _ in model.named_parameters(remove_duplicate=False)])
+        self._add(sights, describe([self._site(each) for each in sights], model, called), are_all=True)
+
+    def _site(self, sight: Sight) -> Site:
+        count = sum(leaf.index is not None for leaf in self.leaves)
+        owner = sight.owner
+        classes = () if owner is None else self.classes.get(owner, ())
+        stem, _ = layer_of(sight.name) or ("", 0)
+        num_layers = self.num_layers.get(stem)
+        return Site(sight.name, sight.op, sight.index, count, sight.n, sight.k, classes, owner, num_layers)
+
+    def _add(self, sights: Sequence[Sight], sites: Sequence[Site], are_all: bool = False) -> None:
+        self.sites += sites
+        asked = [phase.ask(sights, sites, are_all) for phase in self.phases]
+        named = {name: None for specs in asked for name in specs}
+        if are_all:
+            self.numbers = number_sites([*named])
+        for name in named:
+            self.numbers.setdefault(name, number_found(name, self.numbers))
+        for phase, specs in zip(self.phases, asked):
+            phase.place(sights, specs, self.state, self.numbers)
+
+    def find(self, sight: Sight) -> list[Product | None]:
+        """What runs a product that a scope sees, by phase; one that is new is planned now. Raises LoweringError for one
+        that does not run as the policy says, if the model was compiled as strict.
+        """
+        with _FINDING:
+            if not any(sight.name in phase.resolution.specs for phase in self.phases):
+                self._add([sight], [self._site(sight)])
+                for phase in self.phases:
+                    if self.strict and sight.name in phase.program.refusals:
+                        raise LoweringError(
+                            phase.program.refusals[sight.name],
+                            where=f"{sight.name}, policy {phase.policy.name}, strict",
+                            expected="every named GEMM to run as its policy says",
+                            hint="strict=False, or another rule for it",
+                        )
+        return [phase.products.get(sight.name) for phase in self.phases]
+
+    @property
+    def _has_graphs(self) -> bool:
+        return any(phase.program.units for phase in self.phases)
 
 
 def find_compiled(model: nn.Module | None) -> Compiled | None:
@@ -93,3 +140,6 @@ def get_compiled(model: nn.Module) -> Compiled:
     if compiled is None:
         raise LpError("this model was not compiled", where=type(model).__name__, hint="lpcompile(model, policy) first")
     return compiled
+
+
+_FINDING = threading.Lock()

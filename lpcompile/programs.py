@@ -12,17 +12,19 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from lpcompile.api import example_call, install_compiled, recompiling, restore
+from lpcompile.api import example_call, finish_install, recompiling, restore
 from lpcompile.capture.calls import Calls, record_call
-from lpcompile.compiled import Compiled, PhaseCode
+from lpcompile.capture.recorded_sites import build_program, find_sites, note_repeated
+from lpcompile.capture.whole_graphs import facts_of, install_recorded, keeps_constants
+from lpcompile.compiled import Compiled
 from lpcompile.errors import LpError, nearest_names
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.frontends.leaves.find import Leaf, find_leaves
+from lpcompile.plan import PhaseCode
 from lpcompile.policy.describe import describe
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolution import Resolution
 from lpcompile.policy.resolve import Policy
-from lpcompile.sites import build_program, find_sites, note_repeated
 from passes.ir.parser import parse_program
 from passes.ir.program import STATE, Program, Unit, child_path, num_op
 from runtime.ops.dialect import OP_OF
@@ -78,9 +80,11 @@ def install_text(
         _check_names(program, dict(model.named_modules()), leaves, file)
         policy, state, sites = Policy(name=file), RunState(seed=seed), find_sites(leaves, calls)
         resolution = Resolution({**program.specs}, {}, [])
-        phase = PhaseCode(0, policy, program, resolution, [], num_op(program, "lp.quantize"))
-        compiled = Compiled(policy, state, sites, [phase], leaves, unreached, calls, mode, strict=False)
-        install_compiled(model, compiled, quantizers)
+        casts = num_op(program, "lp.quantize")
+        phase = PhaseCode(0, policy, program, resolution, [], casts, casts)
+        compiled = Compiled(policy, state, sites, [phase], leaves, unreached, mode, False, *facts_of(calls))
+        install_recorded(model, compiled, calls)
+        finish_install(model, compiled, keeps_constants(compiled), quantizers)
     return model
 
 

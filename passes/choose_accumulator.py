@@ -50,7 +50,10 @@ class ChooseAccumulator(Pass):
             raise PassError("no exponent of a sum", where=where, expected=expected, got=str(self.exponent))
 
     def run(self, program: Program) -> bool:
-        lengths = sum_lengths(program)
+        return self.choose(program, sum_lengths(program))
+
+    def choose(self, program: Program, lengths: dict[str, Lengths]) -> bool:
+        """As `run`, where the lengths of the sums are known already."""
         told: dict[Finding, list[str]] = defaultdict(list)
         changed = False
         for site, layer in program.specs.items():

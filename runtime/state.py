@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,7 +13,45 @@ from torch.fx.experimental.sym_node import DynamicInt
 
 from runtime.errors import LossScaleWarning, LpError
 from runtime.numerics.random import signed_seed
+from runtime.numerics.specs import Role
 from runtime.quantize.kept_casts import Constants
+
+
+@dataclass
+class SiteCalls:
+    """Of one site: [seen, as the policy says] by role, and why the first call that did not run so did not."""
+
+    by_role: dict[Role, list[int]] = field(default_factory=lambda: {"fwd": [0, 0], "bwd": [0, 0], "grad": [0, 0]})
+    reason: str = ""
+
+
+@dataclass
+class CallCounts:
+    """The calls of one compiled model, by site name. Counted where a product runs, in eager code: a counter in compiled
+    code would become a guard. Recomputation counts, since it runs.
+    """
+
+    sites: defaultdict[str, SiteCalls] = field(default_factory=lambda: defaultdict(SiteCalls))
+
+    def ran(self, site: str, role: Role) -> None:
+        """One call ran as the policy says."""
+        counts = self.sites[site].by_role[role]
+        counts[0] += 1
+        counts[1] += 1
+
+    def fell_through(self, site: str, reason: str) -> bool:
+        """One forward call ran as the uncompiled model does; True if it is the first of its site."""
+        calls = self.sites[site]
+        calls.by_role["fwd"][0] += 1
+        is_first = not calls.reason
+        calls.reason = calls.reason or reason
+        return is_first
+
+    def seen(self, site: str, role: Role) -> int:
+        return self.sites[site].by_role[role][0] if site in self.sites else 0
+
+    def as_said(self, site: str, role: Role) -> int:
+        return self.sites[site].by_role[role][1] if site in self.sites else 0
 
 
 @dataclass
@@ -35,6 +74,8 @@ class RunState:
     overflow: bool | Tensor = False
     is_scaled: bool = False
     gemm_calls: int = 0
+    calls: CallCounts = field(default_factory=CallCounts, compare=False, repr=False)
+    """Per site and role: calls seen, and calls that ran as the policy says, since compiling."""
     key: int = field(default=-1, init=False, compare=False, repr=False)
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
     constants: Constants = field(default_factory=Constants, init=False, compare=False, repr=False)

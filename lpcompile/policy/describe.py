@@ -21,11 +21,15 @@ def describe(sites: Sequence[Site], model: nn.Module, called: Collection[str] | 
         owner = site.name
         while owner and owner not in modules:
             owner = owner.rpartition(".")[0]
-        kinds = type(modules[owner]).__mro__
-        classes = tuple(kind.__name__ for kind in kinds[: kinds.index(nn.Module)] or kinds[:1])
         stem, _ = layer_of(site.name) or ("", 0)
-        described.append(replace(site, owner=owner, classes=classes, num_layers=counts.get(stem)))
+        described.append(replace(site, owner=owner, classes=classes_of(modules[owner]), num_layers=counts.get(stem)))
     return described if called is None else _renumbered(described, called)
+
+
+def classes_of(module: nn.Module) -> tuple[str, ...]:
+    """Its class and base classes below nn.Module, by name."""
+    kinds = type(module).__mro__
+    return tuple(kind.__name__ for kind in kinds[: kinds.index(nn.Module)] or kinds[:1])
 
 
 def _renumbered(sites: Sequence[Site], called: Collection[str]) -> list[Site]:

@@ -11,13 +11,12 @@ from pathlib import Path
 from torch import nn
 
 from lpcompile.compiled import Compiled, get_compiled
-from lpcompile.frontends.install import CapturedForward, captured
+from lpcompile.frontends.install import installed
 from lpcompile.policy.rules import Site
 from lpcompile.reporting.page import make_page
 from lpcompile.reporting.rows import REFUSED, UNCALLED, GemmRow
 from lpcompile.reporting.text import print_report
 from passes.finding import Finding
-from passes.ir.program import num_op
 from runtime.numerics.specs import ROLES, LayerSpec
 
 
@@ -98,7 +97,7 @@ def report(model: nn.Module) -> Report:
     misses = {
         path: f"{_counted(record.num_misses)} ran the original forward, first as {record.first_miss}"
         for path, module in model.named_modules()
-        if isinstance(record := captured(module), CapturedForward) and record.num_misses
+        if (record := installed(module)) is not None and getattr(record, "num_misses", False)
     }
     rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site)]
     return Report(
@@ -109,12 +108,12 @@ def report(model: nn.Module) -> Report:
         unmatched_rules=[*dict.fromkeys(each for phase in compiled.phases for each in phase.resolution.unmatched)],
         warnings=[*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)],
         unreached={item.path: item.reason for item in compiled.unreached},
-        opaque={path: str(reason) for path, reason in compiled.calls.opaque.items()},
+        opaque=dict(compiled.opaque),
         uncalled=[site.name for site in compiled.sites if site.name in compiled.uncalled],
         guard_misses=misses,
-        captured=compiled.calls.num > 0,
+        captured=compiled.called is not None,
         num_quantize_before=phase.num_quantize_before,
-        num_quantize_after=num_op(phase.program, "lp.quantize"),
+        num_quantize_after=phase.num_quantize_after,
         num_kept_casts=compiled.state.constants.num_casts,
         kept_bytes=compiled.state.constants.num_bytes,
         why_none_kept=compiled.state.constants.why_none,

@@ -41,9 +41,7 @@ def _lengths_of(node: fx.Node) -> dict[str, Lengths]:
     """By the part of the site: an attention holds two products."""
     gemm = read_gemm(node)
     if isinstance(gemm, GemmNode):
-        lhs, rhs = _shape(gemm.lhs), _shape(gemm.rhs)
-        geometry = parse_geometry(gemm.geometry)
-        return {"": _conv(lhs, rhs, geometry) if geometry else _matrices(lhs, rhs, gemm.kind)}
+        return {"": lengths_of(gemm.kind, _shape(gemm.lhs), _shape(gemm.rhs), parse_geometry(gemm.geometry))}
     if isinstance(gemm, Composite) and gemm.stem == "sdpa":
         q, k, v = (_shape(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
         if q and k and v:
@@ -53,6 +51,11 @@ def _lengths_of(node: fx.Node) -> dict[str, Lengths]:
                 ".pv": {"fwd": columns, "bwd": v[-1], "grad": rows},
             }
     return {}
+
+
+def lengths_of(kind: str, lhs: Sequence[int], rhs: Sequence[int], geometry: ConvGeometry | None = None) -> Lengths:
+    """Of one product, from the shapes of its operands; an empty one is not known."""
+    return _conv(lhs, rhs, geometry) if geometry else _matrices(lhs, rhs, kind)
 
 
 def _matrices(lhs: Sequence[int], rhs: Sequence[int], kind: str) -> Lengths:

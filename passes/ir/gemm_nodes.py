@@ -75,6 +75,11 @@ def is_gemm(function: Any) -> bool:
     return function in _READERS
 
 
+def unreadable_functions() -> dict[Any, Unreadable]:
+    """The functions that multiply matrices in a way that has no lp form, whatever they are given."""
+    return {function: read.reading for function, read in _READERS.items() if isinstance(read, _Always)}
+
+
 def read_gemm(node: fx.Node) -> Reading | None:
     """What a node multiplies; None for a node that multiplies no matrices."""
     if node.op != "call_function" or not is_gemm(node.target):
@@ -218,9 +223,19 @@ def _read_conv_transpose(num_dims: int) -> Callable[[fx.Node], GemmNode | Unread
     return read
 
 
-def _unreadable(stem: str, reason: str = "") -> Callable[[fx.Node], Unreadable]:
+@dataclass(frozen=True)
+class _Always:
+    """The reader of a function that is never read."""
+
+    reading: Unreadable
+
+    def __call__(self, node: fx.Node) -> Unreadable:
+        return self.reading
+
+
+def _unreadable(stem: str, reason: str = "") -> _Always:
     told = f"{stem}: {reason}" if reason else f"{stem} has no lp form; write it as matmul or linear"
-    return lambda node: Unreadable(stem, told)
+    return _Always(Unreadable(stem, told))
 
 
 def _per_dim(value: Any, num_dims: int) -> tuple[int, ...]:

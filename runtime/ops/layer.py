@@ -96,7 +96,7 @@ def run_gemm(
     check_transforms(plan.spec.is_identity)
     if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
-            state.gemm_calls += 1
+            note_call(state, plan, "fwd")
         if (dtype := result_dtype(lhs)) != lhs.dtype:  # aten's own convolution knows nothing of autocast
             lhs, rhs, bias = lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)
         return followed_by(plan.contraction.native(lhs, rhs, bias), residual, activation)
@@ -106,6 +106,19 @@ def run_gemm(
         flat += [operand.grid, operand.scale] if operand else [None, None]
     # the residual first: autograd hands out gradients in the order of operands, and an addition would come before
     return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, torch.is_grad_enabled(), *flat)
+
+
+def note_call(state: RunState, plan: GemmPlan, role: Role) -> None:
+    """One product ran as planned."""
+    if role == "fwd":
+        state.gemm_calls += 1
+    if plan.name is not None:
+        state.calls.ran(plan.name, role)
+
+
+def _note_backward(state: RunState, plan: GemmPlan, role: Role) -> None:
+    if plan.name is not None and not torch.compiler.is_compiling():
+        state.calls.ran(plan.name, role)
 
 
 def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, QTensor | None]) -> bool:
@@ -206,7 +219,7 @@ class _Gemm(torch.autograd.Function):
         grad_lhs_scale: Tensor | None,
     ) -> Tensor:
         if not torch.compiler.is_compiling():
-            state.gemm_calls += 1
+            note_call(state, plan, "fwd")
         needs_lhs, needs_rhs = ctx.needs_input_grad[1:3]
         ctx.state, ctx.plan, ctx.activation = state, plan, activation
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
@@ -236,6 +249,7 @@ class _Gemm(torch.autograd.Function):
         bwd, grad = plan.spec.bwd, plan.spec.grad
         dx = dw = db = dy_cast = None
         if needs_lhs:
+            _note_backward(state, plan, "bwd")
             dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD)
             w = (
                 QTensor(bwd_rhs, bwd_rhs_scale, bwd.rhs)
@@ -244,6 +258,7 @@ class _Gemm(torch.autograd.Function):
             )
             dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], state)
         if needs_rhs:
+            _note_backward(state, plan, "grad")
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
             x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)

@@ -27,6 +27,8 @@ class GemmPlan:
     geometry: ConvGeometry | None = None
     lifetime: str = ""
     """Of BWD's cast of a weight, where it is kept (runtime/quantize/kept_casts.py)."""
+    name: str | None = None
+    """Under which the calls of the site are counted; None: they are not."""
 
     @property
     def contraction(self) -> AbstractContraction:

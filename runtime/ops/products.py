@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cpu.epilogue import finish
@@ -51,6 +52,16 @@ def multiply(
         return gradient
     y: Tensor = _CALLS[role](*call, residual, activation)
     return y
+
+
+def multiply_unrecorded(
+    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, state: RunState | None
+) -> Tensor:
+    """FWD where no gradient flows: what lp::fwd computes, without the op unless someone watches operations."""
+    if _get_current_dispatch_mode() is not None or type(a.grid) is not Tensor or type(b.grid) is not Tensor:
+        return multiply("fwd", plan, a, b, bias, dtype, state)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(plan, a, b, bias, clock_of(state, plan, "fwd"), dtype)
 
 
 def clock_of(state: RunState | None, plan: GemmPlan, role: Role) -> tuple[int, ...]:
@@ -260,12 +271,19 @@ def _fwd(
     residual: Tensor | None = None, activation: str = "",
 ) -> Tensor:  # fmt: skip
     plan, a, b = _operands("fwd", (x, x_scale, w, w_scale), kind, spec, methods, site, geometry)
+    return _forward(plan, a, b, bias, clock, dtype, residual, activation)
+
+
+def _forward(
+    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, clock: Sequence[int], dtype: torch.dtype,
+    residual: Tensor | None = None, activation: str = "",
+) -> Tensor:  # fmt: skip
     key, relu = _key(plan, "fwd", clock), activation == "relu"
     if dtype == torch.float32 and plan.spec.fwd.out == "fp32":
         y = multiply_fwd(plan, a, b, bias, key, residual, relu)
     else:
         y = add_and_relu(multiply_fwd(plan, a, b, bias, key).to(dtype), residual, relu)
-    return _laid_out(overwrite_with(y, activation), _layout(plan, x, w))
+    return _laid_out(overwrite_with(y, activation), _layout(plan, a.grid, b.grid))
 
 
 def _fwd_shape(

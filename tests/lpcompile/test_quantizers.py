@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from lpcompile import Policy, capture_more, load_policy, lp_parameters, lpcompile, original_state_dict, report
+from lpcompile import Policy, load_policy, lp_parameters, lpcompile, original_state_dict, report
 from lpcompile.api import restore
 from lpcompile.errors import NotSupported, PolicyError
-from lpcompile.programs import install_text
+from lpcompile.programs import install_text, program_of
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
+from passes.manager import parse_passes, run_passes
+from passes.pipelines import PASSES, PIPELINES
 from runtime.quantize.store import quantizers_of
 
 PACT = {"format": "uint4", "quantizer": {"kind": "pact", "init": 2.0}}
@@ -282,7 +284,7 @@ def test_compiling_again_keeps_what_was_learned() -> None:
     model, x = _Attention(), torch.randn(4, 16)
     lpcompile(model, _policy(PACT_SIGNED), (x,))
     clip = quantizers_of(model)["q.x"]
-    capture_more(model, (torch.randn(2, 3, 16),))
+    lpcompile(model, _policy(PACT_SIGNED), (torch.randn(2, 3, 16),))
     assert quantizers_of(model)["q.x"] is clip
     with pytest.raises(TypeError):
         lpcompile(model, _policy(PACT_SIGNED), (x, x, x))
@@ -293,7 +295,8 @@ def test_compiling_again_keeps_what_was_learned() -> None:
 
 def test_text_and_certificate_name_a_quantizer_by_kind_and_site() -> None:
     model = lpcompile(_model(), _policy())
-    program = vars(model)["_lp_compiled"].phase.program
+    program = program_of(_model(), _policy())
+    run_passes(program, parse_passes(PIPELINES["train"], PASSES))
     text = print_program(program)
     assert 'spec = "uint4 nearest_even pact[init=2.0]"' in text
     assert 'quantizer = "2.x"' in text

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpcompile import lpcompile, report
 from lpcompile.api import restore, run_state
 from lpcompile.errors import LpError
-from lpcompile.frontends.install import captured
+from lpcompile.frontends.install import installed
 from lpcompile.programs import install_text, program_of
 from passes.ir.printer import print_program
 from tests.lpcompile.test_changed_children import Net
@@ -45,14 +45,14 @@ def test_what_fails_leaves_the_earlier_compilation(name: str, tmp_path: Path) ->
     torch.manual_seed(0)
     model, x = Net(), torch.randn(4, 16)
     lpcompile(model, "hfp8", example_inputs=(x,))
-    expected, state, before = model(x), run_state(model), captured(model)
+    expected, state, before = model(x), run_state(model), installed(model)
     hooks, text = dict(model._forward_pre_hooks), report(model).to_text()
     with pytest.raises((LpError, RuntimeError)):
         FAILURES[name](model, x, file)
     assert report(model).to_text() == text
     assert torch.equal(model(x), expected)
     assert run_state(model) is state
-    assert captured(model) is before
+    assert installed(model) is before
     assert model._forward_pre_hooks == hooks
 
 

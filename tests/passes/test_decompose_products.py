@@ -89,7 +89,9 @@ def test_every_bit_is_kept(case: str) -> None:
     lpcompile(module, "fp32-emulated", inputs, strict=True)
     assert {row.name for row in report(module).gemms} == {name}
     found = _run(module, inputs, rows)
-    assert run_state(module).gemm_calls == calls
+    assert run_state(module).gemm_calls == (1 if case.startswith("grouped") else calls), (
+        "the identity is torch's own call"
+    )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

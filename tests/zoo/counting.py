@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import runtime.ops.dialect
 import runtime.ops.layer
+import runtime.ops.product
 
 _PRODUCTS = frozenset(
     {
@@ -93,8 +93,8 @@ def _compiled_gemms_aside(mode: _Count) -> Iterator[None]:
         finally:
             mode.is_inside = False
 
-    runtime.ops.dialect.run_gemm = run_gemm
+    runtime.ops.product.run_gemm = run_gemm
     try:
         yield
     finally:
-        runtime.ops.dialect.run_gemm = original
+        runtime.ops.product.run_gemm = original

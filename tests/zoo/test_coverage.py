@@ -8,39 +8,36 @@ from collections import Counter
 import pytest
 import torch
 
-from lpcompile import lpcompile, report
+from lpcompile import Policy, lpcompile, report
 from lpcompile.api import run_state
-from lpcompile.frontends.leaves.find import find_leaves
 from tests.zoo.counting import count_products
 from tests.zoo.models import NAMES, ZOO, build
+from tests.zoo.sites import SITES
+
+EVERYTHING = Policy.model_validate(
+    {"version": 1, "name": "everything", "rules": [{"match": {"name": "*"}, "fwd": {"x": "e4m3", "w": "e4m3"}}]}
+)
 
 
+@pytest.mark.parametrize("with_examples", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_product_is_reached(name: str, training: bool) -> None:
+def test_every_product_is_reached(name: str, training: bool, with_examples: bool) -> None:
+    """And under the name that a policy file may have it by; without examples as it runs."""
     entry, model = ZOO[name], build(name)
     batch = entry.batch(0)
     model.train(training)
     assert count_products(model, batch).total() == entry.num_sites
-    lpcompile(model, "fp32-emulated", example_kwargs=batch, strict=True)
+    lpcompile(model, EVERYTHING, example_kwargs=batch if with_examples else None, strict=True)
     assert count_products(model, batch) == Counter()
     assert run_state(model).gemm_calls == entry.num_gemms
     found = report(model)
     assert found.unreached == {}
     assert found.left_alone == []
     assert all(row.runs_as_policy_says for row in found.gemms)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_without_example_inputs_every_leaf_is_reached(name: str) -> None:
-    """What is then missed are the products that a module writes as operations, and no more."""
-    entry, model = ZOO[name], build(name)
-    leaves = {leaf.path for leaf in find_leaves(model)[0]}
-    outside = count_products(model, entry.batch(0), aside=[model.get_submodule(path) for path in leaves])
-    assert outside.total() < entry.num_sites
-    lpcompile(model, "fp32-emulated", strict=True)
-    assert count_products(model, entry.batch(0)) == outside
-    assert "no example inputs were given" in report(model).to_text()
+    assert {row.name for row in found.gemms} == set(SITES[name])
+    counts = run_state(model).calls
+    assert all(counts.seen(site, "fwd") == counts.as_said(site, "fwd") > 0 for site in SITES[name])
 
 
 @pytest.mark.parametrize("name", NAMES)

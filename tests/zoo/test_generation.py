@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpcompile import lpcompile
+from lpcompile import Policy, lpcompile
 from lpcompile.api import run_state
 from tests.zoo.models import ZOO, Batch, build, names
+from tests.zoo.sites import SITES
 
 
 def _generate(model: nn.Module, batch: Batch, **options: Any) -> Any:
@@ -46,3 +47,22 @@ def test_low_precision_is_used(name: str, use_cache: bool) -> None:
     assert len(found) == len(exact) == 5
     assert not any(torch.equal(a, b) for a, b in zip(found, exact))
     assert torch.nn.functional.cosine_similarity(found[0].flatten(), exact[0].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("with_examples", [True, False])
+@pytest.mark.parametrize("name", names(lambda model: model.can_generate))
+def test_attention_products_run_as_said_with_a_cache(name: str, with_examples: bool, beams: int) -> None:
+    """Every product of every token, greedy and with a beam; mamba writes only what is no attention."""
+    batch = ZOO[name].batch(0)
+    rule = {"match": {"op": "matmul"}, "fwd": {"x": "e4m3", "w": "e4m3"}}
+    policy = Policy.model_validate({"version": 1, "name": "attention", "rules": [rule]})
+    model = lpcompile(build(name).eval(), policy, example_kwargs=batch if with_examples else None, strict=True)
+    model.generation_config.use_cache = True
+    calls = run_state(model).calls
+    _generate(model, batch, num_beams=beams, min_new_tokens=5)
+    sites = [site for site in SITES[name] if "matmul_" in site and calls.seen(site, "fwd")]
+    assert sites
+    for site in sites:
+        assert calls.seen(site, "fwd") == calls.as_said(site, "fwd")
+        assert calls.seen(site, "fwd") >= 5 or "encoder" in site

@@ -27,7 +27,7 @@ from torch.fx.traceback import annotate
 
 from lpcompile.compiled import JOINT, find_compiled
 from lpcompile.errors import LpError, NotSupported
-from lpcompile.frontends.install import RECORD, captured_class, uninstall
+from lpcompile.frontends.install import RECORD, install, uninstall
 from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.frontends.leaves.find import Leaf, composite_forward, find_leaves
 from lpcompile.policy.describe import describe
@@ -271,19 +271,13 @@ def _stamp(model: nn.Module, policy: Policy) -> _Joint:
     (_, only), modules = policy.phases[0], dict(model.named_modules())
     paths = {str(id(module)): path for path, module in modules.items()}
     joint = _Joint(only, leaves, sites, only.resolve(list(sites.values())), paths, device, state)
-    _install(model, _Root())
+    install(model, _Root())
     for leaf in leaves:
         if composite_forward(modules[leaf.path]) is None:
             joint.stamps[leaf.name] = _Leaf(leaf.name)
-            _install(modules[leaf.path], joint.stamps[leaf.name])
+            install(modules[leaf.path], joint.stamps[leaf.name])
     model.__dict__[JOINT] = joint
     return joint
-
-
-def _install(module: nn.Module, stamp: _Stamp) -> None:
-    if RECORD not in vars(module):
-        module.__class__ = captured_class(type(module))
-    vars(module)[RECORD] = stamp
 
 
 def _find(model: nn.Module) -> _Joint | None:

@@ -13,7 +13,6 @@ graph and one site per product:
     RNN, LSTM, GRU             .ih_l0 .hh_l0 (.hr_l0) .ih_l0_reverse ...
     RNNCell, LSTMCell, GRUCell .ih .hh
     experts of transformers    .gate_up_proj .down_proj              one product per expert in each
-    CoreAttention              .qk .pv                               attention of transformers (attention_interface.py)
 
 A subclass counts only if it did not write a forward of its own. What holds GEMMs and is not here is listed as
 unreached, by name.
@@ -32,13 +31,12 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.nn.utils.parametrize import is_parametrized
 
-from lpcompile.errors import NotSupported
-from lpcompile.frontends.leaves.attention_interface import CoreAttention, core_attention
+from lpcompile.frontends.conv_geometry import per_dim, read_geometry
 from lpcompile.frontends.leaves.experts import expert_weights, experts, is_experts
 from lpcompile.frontends.leaves.multihead_attention import multihead_attention
 from lpcompile.frontends.leaves.recurrent import recurrent, recurrent_cell
 from passes.ir.program import REPEATED, WEIGHT
-from runtime.ops.contractions import linear_kn
+from runtime.ops.contractions import ConvGeometry, linear_kn
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,10 @@ class Leaf:
     k: int | None
     part: str = ""
     is_repeated: bool = False
+    kind: str = "linear"
+    """A row of runtime.ops.layer.KINDS, or conv."""
+    is_grouped: bool = False
+    """One product per expert."""
 
     @property
     def name(self) -> str:
@@ -80,6 +82,8 @@ class Part:
     n: int | None = None
     k: int | None = None
     is_repeated: bool = False
+    kind: str = "linear"
+    is_grouped: bool = False
 
 
 CompositeForward = Callable[..., Any]
@@ -102,13 +106,15 @@ def find_leaves(model: nn.Module) -> tuple[list[Leaf], list[Unreached]]:
     for path, module in model.named_modules():
         if path.startswith(inside) and inside:
             continue
-        if isinstance(module, _UNREACHED) or (isinstance(module, _COMPOSITE_KINDS) and _composite(module) is None):
+        if isinstance(module, _UNREACHED):
             unreached.append(Unreached(path, f"{type(module).__name__} computes its products in a way of its own"))
         for part in _parts(module):
             index = None if part.n is None else num_weights
-            leaves.append(Leaf(path, part.op, index, part.n, part.k, part.name, part.is_repeated))
+            leaves.append(
+                Leaf(path, part.op, index, part.n, part.k, part.name, part.is_repeated, part.kind, part.is_grouped)
+            )
             num_weights += part.n is not None
-        if isinstance(module, _COMPOSITE_KINDS) or _composite(module) is not None:
+        if _composite(module) is not None:
             inside += (f"{path}." if path else "",)
     return leaves, unreached
 
@@ -116,6 +122,25 @@ def find_leaves(model: nn.Module) -> tuple[list[Leaf], list[Unreached]]:
 def is_leaf(module: nn.Module) -> bool:
     """True if the module's forward is exactly one of the table's."""
     return _row(module) is not None or _composite(module) is not None
+
+
+def is_of_leaf_kind(module: nn.Module) -> bool:
+    """Whether it is a layer that could be a leaf, were it as torch wrote it."""
+    return isinstance(module, (*_BUILDERS, *_TRANSPOSED_CONVS, nn.MultiheadAttention, *_RECURRENT, *_CELLS))
+
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether a leaf holds several products, or has children of its own to hold them."""
+    return _composite(module) is not None
+
+
+def leaf_forward(module: nn.Module) -> CompositeForward:
+    """The forward by parts of any leaf, as `forward(module, products, ...)`."""
+    composite, row = _composite(module), _row(module)
+    if composite is not None:
+        return composite.forward
+    assert row is not None
+    return row[2]
 
 
 def composite_forward(module: nn.Module) -> CompositeForward | None:
@@ -213,21 +238,33 @@ def _numbers(module: Any) -> tuple[int, ...] | None:
     return tuple(before) if before == after else None
 
 
-def _transposed(module: Any, products: Any, input: Tensor, output_size: Any = None) -> Tensor:
-    """The forward of nn.ConvTransposeNd with the output padding of the module."""
-    if output_size is not None:
-        dims = len(module.stride)
-        lists = (module.stride, module.padding, module.kernel_size)
-        padding = module._output_padding(input, output_size, *map(list, lists), dims, list(module.dilation))
-        if tuple(padding) != tuple(module.output_padding):
-            raise NotSupported(
-                f"a compiled {type(module).__name__} takes no output_size but its own",
-                where="lpcompile",
-                expected=f"output_padding {tuple(module.output_padding)}",
-                got=f"output_padding {tuple(padding)}",
-                hint="build the module with this output_padding",
-            )
+def _linear_forward(module: Any, products: Any, input: Tensor) -> Tensor:
     return products[""](input, module.weight, module.bias)
+
+
+def _conv1d_forward(module: Any, products: Any, x: Tensor) -> Tensor:
+    """Of transformers' Conv1D, whose argument has this name."""
+    return products[""](x, module.weight, module.bias)
+
+
+def _conv_forward(module: Any, products: Any, input: Tensor) -> Tensor:
+    """As nn.ConvNd._conv_forward: padding by another mode than zeros comes before."""
+    weight, padding = module.weight, module.padding
+    if module.padding_mode != "zeros":
+        input, padding = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    geometry = module.stride, padding, module.dilation, module.groups
+    input, read = read_geometry(input, weight, weight.dim() - 2, *geometry)
+    return products[""](input, weight, module.bias, geometry=read)
+
+
+def _transposed(module: Any, products: Any, input: Tensor, output_size: Any = None) -> Tensor:
+    """The forward of nn.ConvTransposeNd."""
+    dims = module.weight.dim() - 2
+    lists = [[*per_dim(value, dims)] for value in (module.stride, module.padding, module.kernel_size, module.dilation)]
+    more = module._output_padding(input, output_size, *lists[:3], dims, lists[3])
+    stride, padding, _, dilation = map(tuple, lists)
+    geometry = ConvGeometry(stride, padding, dilation, module.groups, per_dim(more, dims))
+    return products[""](input, module.weight, module.bias, geometry=geometry)
 
 
 def _transposed_geometry(module: Any) -> tuple[Any, ...]:
@@ -237,13 +274,13 @@ def _transposed_geometry(module: Any) -> tuple[Any, ...]:
 def _transposed_parts(module: Any) -> list[Part]:
     window = math.prod(module.kernel_size)
     n, k = module.out_channels, module.in_channels // module.groups * window
-    return [Part("", f"conv_transpose{len(module.stride)}d", n, k)]
+    return [Part("", f"conv_transpose{len(module.stride)}d", n, k, kind="conv")]
 
 
 def _attention_parts(module: nn.MultiheadAttention) -> list[Part]:
     width = module.embed_dim
     in_proj, out_proj = Part("in_proj", "linear", 3 * width, width), Part("out_proj", "linear", width, width)
-    return [in_proj, Part("qk", "matmul"), Part("pv", "matmul"), out_proj]
+    return [in_proj, Part("qk", "matmul", kind="matmul"), Part("pv", "matmul", kind="matmul"), out_proj]
 
 
 def _recurrent_parts(module: nn.RNNBase) -> list[Part]:
@@ -267,7 +304,9 @@ def _recurrent_sizes(module: Any, name: str) -> tuple[int, int]:
 
 
 def _expert_parts(module: nn.Module) -> list[Part]:
-    return [Part(name, "linear", n, k) for name, (_, n, k) in expert_weights(module).items()]
+    kind = "linear_kn" if module.is_transposed else "linear"
+    sizes = expert_weights(module).items()
+    return [Part(name, "linear", n, k, kind=kind, is_grouped=True) for name, (_, n, k) in sizes]
 
 
 def _cell_parts(module: nn.RNNCellBase) -> list[Part]:
@@ -284,22 +323,35 @@ _TRANSPOSED = {
 }
 
 _Builder = Callable[[fx.Graph, Any, tuple[Any, ...]], fx.Node]
-_BUILDERS: dict[type[nn.Module], tuple[str, _Builder]] = {
-    nn.Linear: ("linear", _linear),
-    nn.Conv1d: ("conv1d", _conv(F.conv1d)),
-    nn.Conv2d: ("conv2d", _conv(F.conv2d)),
-    nn.Conv3d: ("conv3d", _conv(F.conv3d)),
+_BUILDERS: dict[type[nn.Module], tuple[str, _Builder, CompositeForward, str]] = {
+    nn.Linear: ("linear", _linear, _linear_forward, "linear"),
+    nn.Conv1d: ("conv1d", _conv(F.conv1d), _conv_forward, "conv"),
+    nn.Conv2d: ("conv2d", _conv(F.conv2d), _conv_forward, "conv"),
+    nn.Conv3d: ("conv3d", _conv(F.conv3d), _conv_forward, "conv"),
 }
 
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 _CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-_COMPOSITE_KINDS = (*_TRANSPOSED_CONVS, nn.MultiheadAttention, *_RECURRENT, *_CELLS)
 
 
 def _has_forward_of(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    return lambda module: any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    return lambda module: any(isinstance(module, kind) and _is_as_torch_wrote_it(module, kind) for kind in kinds)
 
+
+def _is_as_torch_wrote_it(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's whole path to its product is that of `kind`: no subclass wrote a part of it, nor did anyone
+    put one on the instance.
+    """
+    return all(
+        getattr(type(module), name) is getattr(kind, name) and name not in vars(module)
+        for name in _PATH
+        if hasattr(kind, name)
+    )
+
+
+_PATH = ("forward", "_conv_forward", "_output_padding", "merge_masks", "check_forward_args")
+"""The methods that lead to a product, where a kind has them."""
 
 _COMPOSITES = (
     _Composite(_has_forward_of(*_TRANSPOSED_CONVS), _transposed_parts, _transposed),
@@ -307,15 +359,18 @@ _COMPOSITES = (
     _Composite(_has_forward_of(*_RECURRENT), _recurrent_parts, recurrent),
     _Composite(_has_forward_of(*_CELLS), _cell_parts, recurrent_cell),
     _Composite(is_experts, _expert_parts, experts),
-    _Composite(_has_forward_of(CoreAttention), lambda _: [Part("qk", "matmul"), Part("pv", "matmul")], core_attention),
 )
 
 
-def _row(module: nn.Module) -> tuple[str, _Builder] | None:
+def _row(module: nn.Module) -> tuple[str, _Builder, CompositeForward, str] | None:
     transformers = sys.modules.get("transformers.pytorch_utils")  # a model can hold its Conv1D only if this is loaded
-    rows = {**_BUILDERS, transformers.Conv1D: ("linear", _linear_kn)} if transformers else _BUILDERS
+    rows = (
+        {**_BUILDERS, transformers.Conv1D: ("linear", _linear_kn, _conv1d_forward, "linear_kn")}
+        if transformers
+        else _BUILDERS
+    )
     for kind, row in rows.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and _is_as_torch_wrote_it(module, kind):
             return row
     return None
 
@@ -328,7 +383,7 @@ def _parts(module: nn.Module) -> list[Part]:
     composite, row = _composite(module), _row(module)
     if composite is not None:
         return composite.parts(module)
-    return [Part("", row[0], *_sizes(module))] if row else []
+    return [Part("", row[0], *_sizes(module), kind=row[3])] if row else []
 
 
 def _sizes(module: Any) -> tuple[int, int]:

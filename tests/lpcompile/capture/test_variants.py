@@ -13,14 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lpcompile.capture.recorder import record
-from lpcompile.frontends.install import (
-    CapturedForward,
-    Variant,
-    captured,
-    captured_class,
-    install,
-    uninstall,
-)
+from lpcompile.capture.variants import CapturedForward, Variant, captured, install
+from lpcompile.frontends.install import captured_class, uninstall
 from tests.models_for_tests import MODELS, build, image_batch, token_batch
 
 

@@ -14,11 +14,11 @@ from torch import fx, nn
 
 from lpcompile.capture.batch_norm import batch_norm_units
 from lpcompile.capture.calls import Calls
+from lpcompile.capture.graph_types import note_leaf_types
 from lpcompile.capture.recording import Opaque, Recording
 from lpcompile.capture.repeated import repeated_modules
 from lpcompile.capture.torch_layers import is_observed, layer_units, note_writes
 from lpcompile.frontends.leaves.find import Leaf, part_graph
-from lpcompile.frontends.leaves.graph_types import note_leaf_types
 from lpcompile.policy.rules import Site
 from passes.ir.gemm_nodes import GemmNode, Reading, read_gemm, site_names, stem_of
 from passes.ir.program import REPEATED, SITE, Program, Unit

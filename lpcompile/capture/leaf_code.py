@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from lpcompile.capture.cast_origins import ORIGINS, is_origin
 from lpcompile.frontends.graph_code import GraphCode
-from lpcompile.frontends.install import RECORD, captured_class
+from lpcompile.frontends.install import install
 from lpcompile.frontends.leaves.find import CompositeForward
 from passes.ir.program import HANDED, STATE, Unit
+from runtime.errors import NotSupported
+from runtime.ops.plan import parse_geometry
 from runtime.state import RunState
 
 
@@ -22,9 +24,8 @@ def install_leaf(module: nn.Module, units: list[Unit | None], state: RunState) -
     """Let the graphs of `units`, one per phase, be the forward of a leaf; None where the policy leaves the leaf
     alone.
     """
-    module.__class__ = captured_class(type(module))
     module.__dict__[STATE] = state
-    module.__dict__[RECORD] = LeafForward([None if unit is None else _LeafPhase.of(unit) for unit in units], state)
+    install(module, LeafForward([None if unit is None else _LeafPhase.of(unit) for unit in units], state))
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,9 @@ def install_composite(
     """Let `forward` run a leaf of several products with the graphs of its parts, by phase; None where the policy leaves
     the leaf alone.
     """
-    module.__class__ = captured_class(type(module))
     module.__dict__[STATE] = state
     codes = [None if units is None else {part: _LeafPhase.of(unit) for part, unit in units.items()} for units in phases]
-    module.__dict__[RECORD] = CompositeLeafForward(forward, codes, state)
+    install(module, CompositeLeafForward(forward, codes, state))
 
 
 @dataclass
@@ -113,8 +113,15 @@ class CompositeLeafForward:
         return all(codes is None or all(code.floor.is_picklable for code in codes.values()) for codes in self.phases)
 
 
-def _product(phase: _LeafPhase, module: nn.Module, handed: Mapping[str, Any], *operands: Any) -> Any:
+def _product(phase: _LeafPhase, module: nn.Module, handed: Mapping[str, Any], *operands: Any, **how: Any) -> Any:
     """The product with what is handed down, unless that was made from another tensor than arrived."""
+    if how.get("geometry") and (built := parse_geometry(_geometry_of(phase))) != how["geometry"]:
+        raise NotSupported(
+            f"a {type(module).__name__} compiled from whole graphs takes no geometry but its own",
+            where='lpcompile(mode="infer")',
+            expected=str(built),
+            got=str(how["geometry"]),
+        )
     if phase.fed is None or phase.keywords[0] not in handed or not _is_of(operands[0], handed):
         return phase.floor(module, operands)[0]
     return phase.fed(module, (*operands, *(handed[name] for name in phase.keywords)))[0]
@@ -125,3 +132,7 @@ def _is_of(x: Tensor, handed: Mapping[str, Any]) -> bool:
 
 
 _KEYWORDS = {*HANDED, ORIGINS}
+
+
+def _geometry_of(phase: _LeafPhase) -> str:
+    return next((str(node.kwargs["geometry"]) for node in phase.floor.graph.nodes if "geometry" in node.kwargs), "")

@@ -1,0 +1,84 @@
+"""Leaf forward: what a leaf runs in the place of its forward, by phase of the schedule.
+
+The forward of a row of lpcompile/frontends/leaves/find.py is run with the products of this phase; weights, geometry and
+all else are read from the module as it runs. A leaf that no rule names in this phase runs its own forward.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcompile.frontends.intercept.scope import shielded
+from lpcompile.frontends.leaves.find import CompositeForward, Leaf
+from runtime.ops.grouped import join_groups, split_groups
+from runtime.ops.product import Product
+from runtime.state import RunState
+
+Products = Mapping[str, Callable[..., Tensor]]
+
+
+@dataclass
+class LeafForward:
+    """The record of a leaf."""
+
+    forward: CompositeForward
+    phases: list[Products | None]
+    state: RunState
+    is_picklable = True
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if torch._C._len_torch_function_stack():
+            return shielded(self._run, module, original, args, kwargs)
+        return self._run(module, original, args, kwargs)
+
+    def _run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        products = self.phases[self.state.phase]
+        if products is None:
+            return original(module, *args, **kwargs)
+        return self.forward(module, products, *args, **kwargs)
+
+
+def leaf_products(leaves: list[Leaf], products: Mapping[str, Callable[..., Any]]) -> Products | None:
+    """What runs each part of a leaf: those of `products`, by site, and torch for the rest; None if it runs all."""
+    if not any(leaf.name in products for leaf in leaves):
+        return None
+    return {leaf.part: _part(leaf, products.get(leaf.name)) for leaf in leaves}
+
+
+def _part(leaf: Leaf, product: Callable[..., Any] | None) -> Callable[..., Any]:
+    if leaf.is_grouped:
+        return GroupedProduct(product, leaf.kind == "linear")
+    if product is None:
+        return torch._C._nn.linear if leaf.kind == "linear" else torch.matmul
+    return product if leaf.op == "matmul" else partial(product, is_weight=True)
+
+
+@dataclass
+class GroupedProduct:
+    """Rows in consecutive groups, a matrix per group: one product each, or torch's own."""
+
+    product: Callable[..., Any] | None
+    is_nk: bool
+    """Whether each matrix is stored as (n, k), the weight of a linear layer."""
+
+    def __call__(self, x_SK: Tensor, weight: Tensor, ends_G: Tensor) -> Tensor:
+        if self.product is None:
+            return F.grouped_mm(x_SK, weight.transpose(-2, -1) if self.is_nk else weight, offs=ends_G)
+        *rows, rest = split_groups(x_SK, ends_G)
+        pairs = enumerate(zip(rows, weight.unbind(0)))
+        return join_groups([self.product(x, w, is_weight=True, group=group) for group, (x, w) in pairs], rest)
+
+
+def is_kept_weight(product: Product) -> bool:
+    """Whether a product casts its weight, so that the cast may be kept between uses."""
+    casts = (product.spec.fwd.rhs, product.spec.bwd.rhs)
+    return any(not spec.is_identity and not spec.is_stochastic for spec in casts)

@@ -1,0 +1,204 @@
+"""Product: one GEMM site under one phase of a policy, planned once and run with whatever operands come.
+
+    y = product(x, w, b)        casts of x and w, found or made, then FWD; BWD and GRAD when gradients flow
+
+Nothing of a call is kept: shapes, dtypes and a convolution's geometry are read as it runs. Casts of activations are
+shared through runtime/quantize/cast_memo.py, casts of weights are kept by runtime/quantize/kept_casts.py. Compiled code
+gets the same product as lp ops.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.cast.scales import compute_scale
+from runtime.numerics.specs import LayerSpec, QuantSpec
+from runtime.ops import dialect
+from runtime.ops.contractions import ConvGeometry
+from runtime.ops.layer import cast, check_transforms, note_call, result_dtype, run_gemm
+from runtime.ops.plan import GemmPlan, print_geometry
+from runtime.ops.products import multiply_unrecorded
+from runtime.quantize.cast_memo import MEMO
+from runtime.quantize.kept_casts import Lifetime
+from runtime.quantize.qtensor import CastKey, QTensor
+from runtime.quantize.quantizer import to_grid
+from runtime.state import RunState
+
+
+class FellThrough(UserWarning):
+    """A product that a policy names ran as the uncompiled model has it."""
+
+
+@dataclass
+class Product:
+    """A site that runs. `kind` is a row of runtime.ops.plan.KINDS or conv; `spec` says the operands as they lie in
+    memory, `methods` how each role runs; `site` keys its random streams, and `site + g group_stride` those of group g.
+    """
+
+    name: str
+    kind: str
+    spec: LayerSpec
+    methods: tuple[str, str, str]
+    site: int
+    state: RunState
+    lifetime: Lifetime = "step"
+    group_stride: int = 1
+    _plans: dict[tuple[ConvGeometry | None, int], GemmPlan] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.is_identity = self.spec.is_identity
+        self.text = TracedProduct.write(self)
+
+    def __call__(
+        self,
+        lhs: Tensor,
+        rhs: Tensor,
+        bias: Tensor | None = None,
+        *,
+        geometry: ConvGeometry | None = None,
+        is_weight: bool = False,
+        group: int = 0,
+    ) -> Tensor:
+        """lhs . rhs + bias in the dtype of lhs, differentiable in all three. is_weight: rhs is a parameter, which is
+        cast again in backward and not kept until then.
+        """
+        if torch.compiler.is_compiling():
+            return TracedProduct(self.text, self.state)(
+                lhs, rhs, bias, geometry=geometry, is_weight=is_weight, group=group * self.group_stride
+            )
+        plan = self._plans.get((geometry, group)) or self._plan(geometry, group)
+        if self.is_identity:
+            note_call(self.state, plan, "fwd")
+            if (dtype := result_dtype(lhs)) != lhs.dtype:  # aten's own convolution knows nothing of autocast
+                lhs, rhs, bias = lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)
+            return plan.contraction.native(lhs, rhs, bias)
+        check_transforms(is_identity=False)
+        spec, needs_grad = self.spec, torch.is_grad_enabled()
+        x, w = lhs, rhs
+        if spec.fwd.lhs.quantizer is None:
+            fwd_lhs = self._activation(x, spec.fwd.lhs, plan.site, 0)
+        else:
+            lhs, fwd_lhs = self._learned(x, spec.fwd.lhs, "x", plan.site, 0, "")
+        if spec.fwd.rhs.quantizer is not None:
+            rhs, fwd_rhs = self._learned(w, spec.fwd.rhs, "w", plan.site, 1, self.lifetime if is_weight else "")
+        elif is_weight:
+            fwd_rhs = self._weight(w, plan)
+        else:
+            fwd_rhs = self._activation(w, spec.fwd.rhs, plan.site, 1)
+        bwd_rhs = grad_lhs = None
+        if needs_grad and lhs.requires_grad and (not is_weight or spec.bwd.rhs.quantizer is not None):
+            same = spec.bwd.rhs == spec.fwd.rhs
+            bwd_rhs = fwd_rhs if same else self._activation(w, spec.bwd.rhs, plan.site, 2)
+        if needs_grad and rhs.requires_grad:
+            same = spec.grad.rhs == spec.fwd.lhs
+            grad_lhs = fwd_lhs if same else self._activation(x, spec.grad.rhs, plan.site, 3)
+        if not needs_grad or not (lhs.requires_grad or rhs.requires_grad or (bias is not None and bias.requires_grad)):
+            note_call(self.state, plan, "fwd")
+            return multiply_unrecorded(plan, fwd_lhs, fwd_rhs, bias, result_dtype(lhs), self.state)
+        casts = {"fwd_lhs": fwd_lhs, "fwd_rhs": fwd_rhs, "bwd_rhs": bwd_rhs, "grad_lhs": grad_lhs}
+        return run_gemm(lhs, rhs, bias, casts, self.state, plan)
+
+    def count(self) -> None:
+        """A call that torch's own function runs, as the identity says."""
+        note_call(self.state, self._plans.get((None, 0)) or self._plan(None, 0), "fwd")
+
+    def fall_through(self, reason: str) -> None:
+        """A call that torch's own function runs although the policy says otherwise."""
+        if self.state.calls.fell_through(self.name, reason):
+            warnings.warn(f"{self.name} ran as in the uncompiled model: {reason}", FellThrough, stacklevel=2)
+
+    def _plan(self, geometry: ConvGeometry | None, group: int) -> GemmPlan:
+        site = self.site + group * self.group_stride
+        lifetime = self.lifetime if _is_worth_keeping(self.spec.bwd.rhs) else ""
+        plan = GemmPlan(self.kind, self.spec, self.methods, site, geometry, lifetime, self.name)
+        self._plans[geometry, group] = plan
+        return plan
+
+    def _activation(self, x: Tensor, spec: QuantSpec, site: int, slot: int) -> QTensor:
+        if spec.is_identity or spec.rounding == "stochastic":
+            return cast(x, spec, self.state, site, slot)
+        return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, self.state, site, slot))
+
+    def _learned(
+        self, x: Tensor, spec: QuantSpec, operand: str, site: int, slot: int, lifetime: str
+    ) -> tuple[Tensor, QTensor]:
+        """What carries the gradient of x and of the quantizer's state, and the cast."""
+        state, owner, text = self.state, f"{self.name}.{operand}".removeprefix("."), str(spec)
+        scale = dialect.learned_scale(x, state, spec=text, quantizer=owner)
+        carrier = dialect.carrier(x, scale, state, spec=text, quantizer=owner)
+        keyed = {"site": site, "slot": slot, "lifetime": "" if spec.is_stochastic else lifetime, "quantizer": owner}
+        return carrier, QTensor(dialect.quantize(x, scale, state, spec=text, **keyed), scale, spec)  # type: ignore[arg-type]
+
+    def _weight(self, w: Tensor, plan: GemmPlan) -> QTensor:
+        """FWD's cast of a weight, kept between uses where that is worth asking."""
+        spec, state = self.spec.fwd.rhs, self.state
+        kept = None
+        if _is_worth_keeping(spec):
+            kept = state.constants.find(w, CastKey(spec), plan.site, 1, self.lifetime)
+        if kept is None:
+            return cast(w, spec, state, plan.site, 1)
+        scale = kept.scale_or(lambda: compute_scale(w.detach(), spec)) if spec.has_scale else None
+        return QTensor(kept.grid_or(lambda: to_grid(w, scale, spec)), scale, spec)  # what is kept draws nothing
+
+
+def _is_worth_keeping(spec: QuantSpec) -> bool:
+    return not spec.is_identity and spec.rounding != "stochastic"
+
+
+class TracedProduct:
+    """A product as compiled code has it: lp ops, from a text that torch.compile takes for a constant."""
+
+    def __init__(self, text: str, state: RunState) -> None:
+        parts = text.split("|")
+        self.kind, self.spec, self.methods, self.site, self.name = *parts[:3], int(parts[3]), parts[4]
+        self.casts = parts[5:]
+        self.state = state
+
+    @staticmethod
+    def write(product: Product) -> str:
+        """What __init__ reads: after the first five the casts of FWD's operands, of BWD's right and of GRAD's x, each
+        with a mark: ! for no scale, ~ for one that is learned.
+        """
+        spec = product.spec
+        casts = (spec.fwd.lhs, spec.fwd.rhs, spec.bwd.rhs, spec.grad.rhs)
+        marked = [f"{each}{'~' if each.quantizer else '' if each.has_scale else '!'}" for each in casts]
+        return "|".join((product.kind, str(spec), ",".join(product.methods), str(product.site), product.name, *marked))
+
+    def __call__(
+        self,
+        lhs: Tensor,
+        rhs: Tensor,
+        bias: Tensor | None = None,
+        *,
+        geometry: ConvGeometry | None = None,
+        is_weight: bool = False,
+        group: int = 0,
+    ) -> Tensor:
+        """As a Product; `group` is what is added to the number of the site."""
+        site, of = self.site + group, self.casts
+        left, fwd_lhs = self._cast(lhs, 0, site, "x")
+        right, fwd_rhs = self._cast(rhs, 1, site, "w")
+        bwd_rhs: tuple[Tensor | None, Tensor | None] = (None, None)
+        if of[2] == of[1] and (not is_weight or of[1].endswith("~")):
+            bwd_rhs = fwd_rhs
+        elif not is_weight:
+            bwd_rhs = self._cast(rhs, 2, site)[1]
+        grad_lhs = fwd_lhs if of[3] == of[0] else self._cast(lhs, 3, site)[1]
+        text = "" if geometry is None else print_geometry(geometry)
+        operands = (left, right, bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, self.state)
+        return dialect.gemm(*operands, kind=self.kind, spec=self.spec, methods=self.methods, site=site, geometry=text)
+
+    def _cast(self, x: Tensor, slot: int, site: int, operand: str = "") -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        """What carries the gradient of x; grid and scale."""
+        text, state = self.casts[slot], self.state
+        spec = text.removesuffix("!").removesuffix("~")
+        carrier, scale = x, None
+        if text.endswith("~"):
+            owner = f"{self.name}.{operand}".removeprefix(".")
+            scale = dialect.learned_scale(x, state, spec=spec, quantizer=owner)
+            carrier = dialect.carrier(x, scale, state, spec=spec, quantizer=owner)
+        elif not text.endswith("!"):
+            scale = dialect.scale(x, spec=spec)
+        return carrier, (dialect.quantize(x, scale, state, spec=spec, site=site, slot=slot), scale)
