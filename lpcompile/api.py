@@ -264,7 +264,9 @@ def advance(model: nn.Module, to_step: int | None = None) -> None:
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Call advance(model) after every step of `optimizer`, for a training loop of one's own."""
+    """Call advance(model) after every step of `optimizer`, for a training loop of one's own. Of several optimizers of
+    one model, each attached, the steps that follow one another are one step; one that a scaler skips is none.
+    """
     get_compiled(model)
     hook = AdvanceAfterStep(model)
     if hook not in optimizer._optimizer_step_post_hooks.values():  # a clock goes by one step a step
@@ -281,7 +283,8 @@ class AdvanceAfterStep:
         found_inf = getattr(optimizer, "found_inf", None)  # as a GradScaler tells a fused optimizer to skip
         if found_inf is not None and bool(found_inf):
             return
-        if find_compiled(self.model) is not None:  # restore() leaves the optimizer alone
+        compiled = find_compiled(self.model)  # restore() leaves the optimizer alone
+        if compiled is not None and compiled.state.stepped.begins_step(optimizer):
             advance(self.model)
 
 

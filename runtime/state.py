@@ -5,7 +5,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +15,26 @@ from runtime.errors import LossScaleWarning, LpError
 from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
 from runtime.quantize.kept_casts import Constants
+
+
+class Stepped:
+    """The optimizers that stepped since the clock last moved, where a model has several (Muon and AdamW; two of a GAN).
+    A copy or a pickle of a model has none.
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: WeakSet[Any] = WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stepped, ()
+
+    def begins_step(self, optimizer: Any) -> bool:
+        """Whether a step of `optimizer` is of a new step of the model: the first, or one of who stepped already."""
+        is_new = not self._optimizers or optimizer in self._optimizers
+        if is_new:
+            self._optimizers.clear()
+        self._optimizers.add(optimizer)
+        return is_new
 
 
 @dataclass
@@ -80,6 +100,8 @@ class RunState:
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
     constants: Constants = field(default_factory=Constants, init=False, compare=False, repr=False)
     """The casts of weights that are kept between uses."""
+    stepped: Stepped = field(default_factory=Stepped, init=False, compare=False, repr=False)
+    """What tells one step of several optimizers from several steps."""
     quantizers: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Quantizers with state by name, SITE.x or SITE.w: modules of the model (runtime/quantize/store.py)."""
 

@@ -18,7 +18,8 @@ from runtime.errors import LpError, NotSupported, VerifyError
 from runtime.numerics.block_formats import is_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.ops.dialect import OPS, OpDef
+from runtime.ops.declared import OpDef
+from runtime.ops.dialect import OPS
 from runtime.ops.types import VALUE, OpType, PlainType, QuantType, accepts
 
 try:

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import fx
 
-from runtime.ops.dialect import OP_OF, OPS, OpDef
+from runtime.ops.declared import OpDef
+from runtime.ops.dialect import OP_OF, OPS
 
 GIVEN = "operands"
 """The attribute of the text that names the operands that an lp op with optional ones is given, in their order."""

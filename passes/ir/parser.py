@@ -27,7 +27,8 @@ from passes.manager import split_items
 from runtime.errors import LpError, VerifyError, nearest_names
 from runtime.kernels.registry import Choice
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.ops.dialect import OP_OF, OPS, OpDef
+from runtime.ops.declared import OpDef
+from runtime.ops.dialect import OP_OF, OPS
 from runtime.ops.types import OpType, TensorType
 
 

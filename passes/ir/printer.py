@@ -14,7 +14,8 @@ from passes.ir.targets import name_of
 from passes.ir.types import types_of
 from runtime.errors import NotSupported
 from runtime.numerics.specs import ROLES
-from runtime.ops.dialect import OP_OF, OpDef
+from runtime.ops.declared import OpDef
+from runtime.ops.dialect import OP_OF
 
 
 def print_program(program: Program) -> str:

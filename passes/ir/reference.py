@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from passes.ir.program import NODE_META
 from passes.ir.structure import STRUCTURES
-from runtime.ops.dialect import OPS, OpDef
+from runtime.ops.declared import OpDef
+from runtime.ops.dialect import OPS
 
 
 def tables() -> str:

@@ -14,7 +14,8 @@ from passes.ir.stored_specs import spec_as_stored
 from passes.ir.types import Types, declared_type, operand_types, seen_type, type_of
 from runtime.errors import VerifyError, nearest_names
 from runtime.numerics.specs import ROLES, LayerSpec
-from runtime.ops.dialect import OP_OF, OPS, OpDef
+from runtime.ops.declared import OpDef
+from runtime.ops.dialect import OP_OF, OPS
 from runtime.ops.types import OpType, TensorType, accepts
 
 

@@ -11,16 +11,13 @@
     lp.norm_scale, lp.norm_shift, lp.fold_*     a batch norm moves into the weight next to it (batch_norm.py)
 
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
-attributes are keywords. The function's signature is the declaration: the verifier, the printer, the parser, the xdsl
+attributes are keywords. The function's signature is the declaration
+(runtime/ops/declared.py): the verifier, the printer, the parser, the xdsl
 dialect and the table in docs/ir.md all read it through OPS; passes look ops up by name.
 """
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +30,14 @@ from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
 from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
+from runtime.ops.declared import Grid, OpDef, Rule, Scale, TypeRule
 from runtime.ops.layer import check_transforms, draw_of, run_gemm
 from runtime.ops.plan import KINDS, GemmPlan, contraction_of, parse_geometry, print_geometry
 from runtime.ops.sum_scales import why_not_scaled
 from runtime.ops.types import (
     VALUE,
-    OperandKind,
     Operands,
     QuantType,
-    ResultRule,
     TensorType,
     dequantize_result,
     fold_bias_result,
@@ -52,17 +48,11 @@ from runtime.ops.types import (
     same_as_x,
     scale_result,
     stand_in_result,
-    unknown_result,
 )
 from runtime.quantize.kept_casts import LIFETIMES, Kept
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.state import RunState
-
-Grid = Annotated[Tensor, "grid"]
-"""An operand that holds grid values."""
-Scale = Annotated[Tensor, "scale"]
-"""An operand that holds the scale of a cast, fp32."""
 
 
 def scale(x: Tensor, *, spec: str) -> Tensor | None:
@@ -190,92 +180,6 @@ def gemm(
         "grad_lhs": None if grad_lhs is None else QTensor(grad_lhs, grad_lhs_scale, layer.grad.rhs),
     }
     return run_gemm(lhs, rhs, bias, casts, state, plan, residual, activation)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A trait of an op: the sentence is the error, `holds(attributes)` decides."""
-
-    sentence: str
-    holds: Callable[[dict[str, Any]], bool]
-
-
-@dataclass(frozen=True)
-class TypeRule:
-    """A trait of an op that its operands' types decide too: the sentence is the error."""
-
-    sentence: str
-    holds: Callable[[Operands, dict[str, Any]], bool]
-
-
-@dataclass(frozen=True)
-class OperandDef:
-    """A positional parameter of an op's function. An optional one may be None."""
-
-    name: str
-    kind: OperandKind
-    is_optional: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}?" if self.is_optional else self.name
-
-
-@dataclass(frozen=True)
-class AttributeDef:
-    """A keyword parameter of an op's function; `kind` is str, int, float or bool. One with a default may be
-    left out.
-    """
-
-    name: str
-    kind: type
-    is_optional: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}?" if self.is_optional else self.name
-
-
-@dataclass(frozen=True)
-class OpDef:
-    """One op, declared by its function: positional parameters are operands, keywords are attributes, and the docstring
-    says what it computes. `result` gives the type of its result, `rules` and `type_rules` what else must hold.
-    """
-
-    name: str
-    run: Callable[..., Any]
-    result: ResultRule = unknown_result
-    rules: tuple[Rule, ...] = ()
-    type_rules: tuple[TypeRule, ...] = ()
-
-    @cached_property
-    def operands(self) -> tuple[OperandDef, ...]:
-        return tuple(
-            OperandDef(name, _operand_kind(hint), NoneType in get_args(hint))
-            for name, hint, parameter in self._parameters
-            if parameter.kind is not parameter.KEYWORD_ONLY
-        )
-
-    @cached_property
-    def attributes(self) -> tuple[AttributeDef, ...]:
-        return tuple(
-            AttributeDef(name, hint, parameter.default is not parameter.empty)
-            for name, hint, parameter in self._parameters
-            if parameter.kind is parameter.KEYWORD_ONLY
-        )
-
-    @property
-    def _parameters(self) -> list[tuple[str, Any, inspect.Parameter]]:
-        hints = get_type_hints(self.run, include_extras=True)
-        return [(name, hints[name], each) for name, each in inspect.signature(self.run).parameters.items()]
-
-
-def _operand_kind(hint: Any) -> OperandKind:
-    """Of `Tensor`, `Grid`, `Scale` or `RunState`, or one of them or None."""
-    for each in (hint, *get_args(hint)):
-        if metadata := getattr(each, "__metadata__", None):
-            return metadata[0]
-        if each in (Tensor, RunState):
-            return "tensor" if each is Tensor else "state"
-    raise TypeError(f"{hint} is no type of an operand")
 
 
 def _parses(attribute: str, parse: Callable[[str], Any]) -> Callable[[dict[str, Any]], bool]:

@@ -367,6 +367,40 @@ def test_attach_advances_after_each_step() -> None:
     optimizer.step()
 
 
+def test_a_step_of_two_optimizers_is_one_step() -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "hfp8")
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model]
+    for optimizer in optimizers:
+        attach(model, optimizer)
+    for step in range(1, 4):
+        for optimizer in optimizers:
+            optimizer.step()
+            assert run_state(model).step == step
+    optimizers[1].step()  # one that goes by itself goes on
+    optimizers[1].step()
+    assert run_state(model).step == 5
+    copied = copy.deepcopy(model)
+    alone = torch.optim.SGD(copied.parameters(), lr=0.0)
+    attach(copied, alone)
+    alone.step()
+    assert (run_state(copied).step, run_state(model).step) == (6, 5)
+
+
+def test_a_step_that_a_scaler_skips_moves_no_clock() -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "bf16")
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model]
+    for optimizer in optimizers:
+        attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor, wanted in ((1.0, 1), (torch.inf, 1), (1.0, 2)):
+        scaler.scale((model(torch.ones(2, 8)) * factor).sum()).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad()
+        assert run_state(model).step == wanted
+
+
 def test_a_replaced_functional_linear_hides_no_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 replaces torch.nn.functional.linear in the whole process; leaves compiled afterwards are reached."""
     original = nn.functional.linear
