@@ -31,6 +31,7 @@ from lpcompile.policy.resolution import Resolution
 from lpcompile.policy.resolve import Policy
 from lpcompile.quantizers import install_quantizers, take_quantizers
 from lpcompile.reporting.checks import check_policy
+from lpcompile.reporting.trouble import tell_trouble
 from passes.finding import Finding
 from passes.ir.program import STATE
 from runtime.quantize.learned.quantizer import Learned
@@ -62,10 +63,10 @@ def lpcompile(
     them, and graphs keep nothing that only a gradient needs. With gradients, or hooks, the original forward runs; of a
     graph that only has batch norms folded, with gradients, the graph, within a few ulp of the original.
 
-    seed keys stochastic rounding. strict=True raises LoweringError if a named GEMM does not run as its policy says or
-    a check (lpcompile/reporting/checks.py) finds something wrong. Compiling a compiled model replaces what was there;
-    whatever raises leaves the model as it was. A part of a compiled model, and a model with a compiled part, are
-    refused.
+    What does not run as the policy says is told by one LoweringWarning, and in full by report(model). strict=True
+    raises LoweringError if a named GEMM does not run as its policy says or a check (lpcompile/reporting/checks.py)
+    finds something wrong. seed keys stochastic rounding. Compiling a compiled model replaces what was there; whatever
+    raises leaves the model as it was. A part of a compiled model, and a model with a compiled part, are refused.
     """
     loaded = load_policy(policy)
     if not isinstance(model, nn.Module):
@@ -86,6 +87,7 @@ def lpcompile(
             finish_install(model, compiled, keeps_constants(compiled), quantizers)
         else:
             _compile_products(model, loaded, state, call, strict, quantizers)
+    tell_trouble(model, stacklevel=3)
     return model
 
 

@@ -3,6 +3,7 @@
 from runtime.errors import (
     FormatError,
     LpError,
+    LpWarning,
     NotSupported,
     ParseError,
     PassError,
@@ -14,7 +15,9 @@ from runtime.errors import (
 __all__ = [
     "FormatError",
     "LoweringError",
+    "LoweringWarning",
     "LpError",
+    "LpWarning",
     "NotSupported",
     "ParseError",
     "PassError",
@@ -28,6 +31,10 @@ __all__ = [
 
 class PolicyError(LpError):
     """A policy says something that does not exist or contradicts itself."""
+
+
+class LoweringWarning(LpWarning):
+    """A GEMM that a rule matches does not run as its policy says, or a check of the policy found something wrong."""
 
 
 class LoweringError(LpError):

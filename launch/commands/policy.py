@@ -4,6 +4,7 @@ Errors are LpError and go up to the command line, which prints them as one sente
 """
 
 import json
+import warnings
 from typing import Annotated
 
 import typer
@@ -15,10 +16,11 @@ from rich.table import Column, Table
 from launch.commands.example_models import example_model
 from lpcompile import advance, lpcompile, report
 from lpcompile.compiled import get_compiled
-from lpcompile.errors import PolicyError
+from lpcompile.errors import LoweringWarning, PolicyError
 from lpcompile.policy.file import load_policy, policy_schema, shipped_policies
 from lpcompile.policy.resolution import Resolution
 from lpcompile.reporting.certificate import Report
+from lpcompile.reporting.trouble import trouble_of
 from runtime.numerics.specs import ROLES
 
 policy_app = typer.Typer(no_args_is_help=True, help="The policy files: which number format each GEMM computes in.")
@@ -94,7 +96,9 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
         _say("not checked, for lack of --model: whether each rule matches something, and what a model's weights show")
         return True
     built = example_model(model)
-    compiled = lpcompile(built.model, policy, built.args, built.kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoweringWarning)  # told below, of every phase
+        compiled = lpcompile(built.model, policy, built.args, built.kwargs)
     is_fit = True
     for step, phase in policy.phases:
         advance(compiled, to_step=step)
@@ -109,6 +113,8 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
             _say(f"does not run as the policy says: {row.name} {row.role}: {row.reason}")
         for finding in code.program.findings:
             _say(f"warning: {finding}")
+        if trouble := trouble_of(found):
+            _say(trouble)
         is_fit = is_fit and not refused and not (strict and wrong)
     return is_fit
 

@@ -9,6 +9,7 @@ update (or skip), advance the compiled model's clock.
 import math
 import resource
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ from launch.training.summary import Summary, total
 from launch.training.world import World, bound_waiting, join_world
 from lpcompile import Policy, advance, load_policy, lpcompile, report
 from lpcompile.api import run_state
+from lpcompile.errors import LoweringWarning
+from lpcompile.reporting.trouble import trouble_of
 from runtime.collectives.counter import StepBytes
 from runtime.errors import LpError
 from runtime.optim.loss_scale import LossScale
@@ -131,10 +134,10 @@ class Run:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
             certificate = report(self.model)
             for finding in certificate.warnings:
-                monitor.say(f"warning: {finding}")
-            for gemm in certificate.gemms:
-                if not gemm.runs_as_policy_says:
-                    monitor.say(f"warning: {gemm.name} {gemm.role} does not run as the policy says: {gemm.reason}")
+                if not finding.is_wrong:
+                    monitor.say(f"warning: {finding}")
+            if trouble := trouble_of(certificate):
+                monitor.say(f"warning: {trouble}. certificate.txt tells all")
             for step in range(start, self.config.steps):
                 metrics = self.step(step)
                 monitor.show(metrics)
@@ -154,14 +157,16 @@ class Run:
     def _compile(self) -> None:
         """Rewrite the model as its policy says, and write the certificate of what became of each GEMM."""
         x_BT, _ = self.corpus.batch(self.config, 0, 0, self.world.rank)
-        lpcompile(
-            self.model,
-            self.policy,
-            example_kwargs={"input_ids": x_BT.to(self.world.device)},
-            mode="train",
-            strict=self.config.strict,
-            seed=self.config.seed,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoweringWarning)  # the monitor tells it
+            lpcompile(
+                self.model,
+                self.policy,
+                example_kwargs={"input_ids": x_BT.to(self.world.device)},
+                mode="train",
+                strict=self.config.strict,
+                seed=self.config.seed,
+            )
         if state := run_state(self.model):
             state.rank = self.world.rank
         self._certify()
