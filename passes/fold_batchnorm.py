@@ -116,6 +116,8 @@ def _why_not(fold: _Fold) -> str | None:
     for unit in (fold.norm, fold.leaf):
         if unit.is_observed:
             return f"hooks see what {unit.path} is given or gives"
+    if reason := _why_learned(fold):
+        return reason
     if len(first.users) > 1:
         return (
             f"it is not all that uses what {fold.leaf.path} gives"
@@ -147,6 +149,18 @@ def _why_not_alike(folds: list[_Fold]) -> str | None:
     if len(set(map(frozenset, by_call.values()))) == 1:
         return None
     return f"calls of {folds[0].leaf.path} have batch norms on different sides"
+
+
+def _why_learned(fold: _Fold) -> str | None:
+    """A scale that was learned is of the weight, or of the input, without a batch norm in it."""
+    node = _gemm(fold.leaf)
+    assert node is not None
+    fwd = node.meta[SPEC].fwd
+    if fwd.rhs.quantizer is not None:
+        return f"{fwd.rhs.quantizer.kind} learned a scale of the weight of {fold.leaf.path} as it is"
+    if fold.keyword == INPUT_AFFINE and fwd.lhs.quantizer is not None:
+        return f"{fwd.lhs.quantizer.kind} learned a scale of what {fold.leaf.path} is given"
+    return None
 
 
 def _keep(program: Program, norm: Unit, reason: str) -> None:

@@ -279,6 +279,41 @@ def test_compiled_it_is_one_graph_and_no_step_compiles_anew(x: Any) -> None:
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
+class _Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("w", [LSQ, "e4m3"])
+def test_inference_computes_what_training_did(w: Any) -> None:
+    """A step of a weight is not one of the weight with a batch norm folded in: that norm stays."""
+    torch.manual_seed(0)
+    plain, x = _Normed(), torch.randn(4, 3, 8, 8)
+    plain(x)
+    nn.init.uniform_(plain.norm.weight, 0.1, 3)
+    trained = lpcompile(copy.deepcopy(plain), _policy(LSQ, w)).eval()
+    with torch.no_grad():
+        wanted = trained(x)
+        served = lpcompile(copy.deepcopy(plain).eval(), _policy(LSQ, w), (x,), mode="infer")
+        served.load_state_dict(trained.state_dict())
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if w == LSQ else {"rtol": 0.1, "atol": 0.05}  # e4m3 of another weight
+        torch.testing.assert_close(served(x), wanted, **tolerance)
+    assert ("learned a scale of the weight" in report(served).to_text()) is (w == LSQ)
+
+
+def test_the_joint_front_end_learns_no_scales_and_says_so() -> None:
+    from lpcompile.frontends.joint.compile_joint import compile_joint, joint_report
+
+    model = _model()
+    compile_joint(model, _policy(), backend="aot_eager")(torch.randn(4, 16)).sum().backward()
+    assert "the joint front end learns no scales" in joint_report(model).to_text()
+
+
 def test_compiling_again_keeps_what_was_learned() -> None:
     torch.manual_seed(0)
     model, x = _Attention(), torch.randn(4, 16)
