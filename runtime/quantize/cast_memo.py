@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Cast = TypeVar("Cast")
-_Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_Place = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
 class CastMemo:
@@ -32,8 +32,9 @@ class CastMemo:
         """The cast of x under `key`; `make()` where there is none of this version of x."""
         if torch.is_inference_mode_enabled() or x.is_inference() or _get_current_dispatch_mode() is not None:
             return make()
-        place = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
-        entry, storage = self._entries.get(place), x.untyped_storage()
+        storage = x.untyped_storage()
+        place = (int(storage._cdata), int(x.storage_offset()), x.shape, x.stride(), x.dtype, x.device)
+        entry = self._entries.get(place)
         if entry is None or entry[1] != x._version or entry[0]() is not storage:
             entry = self._entries[place] = (_StorageRef(storage, place, self._entries), x._version, {})
         found = entry[2].get(key)
