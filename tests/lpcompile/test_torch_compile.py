@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
@@ -201,3 +202,29 @@ def test_norms_and_the_casts_behind_them_are_one_kernel(name: str, norm: str) ->
     norms = [kernel for kernel in kernels if norm in kernel]
     assert len(norms) == 5
     assert all("amax" in kernel and "clamp" in kernel for kernel in norms)
+
+
+@pytest.mark.parametrize("with_examples", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attention_that_is_named_is_in_the_one_graph(name: str, with_examples: bool) -> None:
+    """With the bits of eager code in the loss and every gradient, and nothing compiled again from step to step."""
+    casts = {"x": "e4m3", "w": "e4m3"}, {"dy": "e5m2", "w": "e4m3"}, {"dy": "e5m2", "x": "e4m3"}
+    rule = {"match": {"name": "*"}, **dict(zip(("fwd", "bwd", "grad"), casts))}
+    policy = Policy.model_validate({"version": 1, "name": "everything", "rules": [rule]})
+    batch = ZOO[name].batch(0)
+    model, eager = (build(name).eval() for _ in range(2))
+    lpcompile(model, policy, example_kwargs=batch if with_examples else None, strict=True)
+    lpcompile(eager, policy, example_kwargs=batch, strict=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        loss, wanted = compiled(**batch)["loss"], eager(**batch)["loss"]
+        loss.backward()
+        wanted.backward()
+        assert torch.equal(loss, wanted)
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+        for each in (model, eager):
+            each.zero_grad()
+            advance(each)
+    assert counter.frame_count == 1

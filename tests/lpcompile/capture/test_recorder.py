@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import RecordResult
-from lpcompile.frontends.install import Variant, install
+from lpcompile.capture.variants import Variant, install
 from tests.models_for_tests import build, image_batch, tiny_llama, token_batch
 
 

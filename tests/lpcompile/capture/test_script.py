@@ -14,7 +14,7 @@ from lpcompile.capture.precedents import Precedents
 from lpcompile.capture.recorder import record
 from lpcompile.capture.recording import Recording, merged
 from lpcompile.capture.shapes import Shapes
-from lpcompile.frontends.install import Variant, captured, install
+from lpcompile.capture.variants import Variant, captured, install
 from tests.models_for_tests import tiny_gpt2, tiny_llama, token_batch
 
 WORLD: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpcompile.capture.recorder import record
-from lpcompile.frontends.install import CapturedForward, Variant, captured, install
+from lpcompile.capture.variants import CapturedForward, Variant, captured, install
 from tests.models_for_tests import build, token_batch
 
 Forward = Callable[..., Any]
