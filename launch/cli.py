@@ -7,27 +7,28 @@ import inspect
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from launch.commands.bench import find_benchmarks, run_benchmarks
-from launch.commands.inspect import inspect_app
-from launch.commands.opt import opt
-from launch.commands.policy import policy_app
 from launch.training.config import RunConfig, Whole, flag_of, load_config
 from launch.training.last_words import WorkerError, leave_last_words
-from launch.training.launcher import check_run, launch
 from launch.training.record import find_checkpoint, read_record
-from launch.training.summary import present
 from runtime.errors import LpError, NotSupported
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="One policy file for every number format a model trains in."
-)
-app.add_typer(policy_app, name="policy")
-app.add_typer(inspect_app, name="inspect")
+# Verbs whose files are imported where they are asked for: (module, its Typer or function, what `--help` says of it).
+_APART = {
+    "policy": (
+        "launch.commands.policy", "policy_app", "The policy files: which number format each GEMM computes in."
+    ),
+    "inspect": (
+        "launch.commands.inspect", "inspect_app", "Number formats: what there is, and what a number becomes."
+    ),
+    "opt": ("launch.commands.opt", "opt", "Run passes over a program and print it as text. See docs/ir.md."),
+}  # fmt: skip
 
 # Verbs of the design that this version does not have.
 _PLANNED = {
@@ -59,7 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     try:
-        return int(app(arguments, prog_name="lpcompile", standalone_mode=False) or 0)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        verb = next((each for each in arguments if not each.startswith("-")), "")
+        return int(command_line(verb)(arguments, prog_name="lpcompile", standalone_mode=False) or 0)
     except LpError as error:
         code = error.exit_code if isinstance(error, WorkerError) else 2
         leave_last_words(error, code)
@@ -118,10 +121,13 @@ def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
     if is_worker():
         base.pop("nproc", None)
     run_config = load_config(flags, config, base, base_name)
+    from launch.training.launcher import check_run, launch  # here, as all that imports torch
+
     if not is_worker():
         launch(run_config)
         return
-    from launch.training.trainer import work  # here: it imports the compiler and the engines, which only workers need
+    from launch.training.summary import present
+    from launch.training.trainer import work
 
     if not prepared:
         check_run(run_config, int(os.environ["WORLD_SIZE"]))
@@ -212,10 +218,27 @@ def _refuse(verb: str, what: str) -> Any:
     return refuse
 
 
-app.command("train")(_train_command())
-app.command("bench")(_bench)
-app.command("opt")(opt)
-for _verb, _what in _PLANNED.items():
-    app.command(_verb, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        _refuse(_verb, _what)
+def command_line(verb: str | None = None) -> typer.Typer:
+    """Every verb; of those in _APART `verb` alone is imported (None: all), the others are there by name."""
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, help="One policy file for every number format a model trains in."
     )
+    app.command("train")(_train_command())
+    for name, (module, attribute, what) in _APART.items():
+        if verb not in (None, name):
+            app.command(name, help=what)(_nothing)
+            continue
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
+    app.command("bench")(_bench)
+    for name, what in _PLANNED.items():
+        settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+        app.command(name, hidden=True, context_settings=settings)(_refuse(name, what))
+    return app
+
+
+def _nothing() -> None:
+    """In the place of a verb that was not asked for."""

@@ -1,13 +1,38 @@
 """The front door: lpcompile(model, policy) compiles a model in place; report(model) says what came of it."""
 
-from lpcompile.api import advance, attach, lpcompile, original_state_dict
-from lpcompile.loss_scaler import LossScaler
-from lpcompile.policy.file import load_policy
-from lpcompile.policy.resolve import Policy
-from lpcompile.quantizers import lp_parameters
-from lpcompile.reporting.certificate import report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lpcompile.api import advance, attach, lpcompile, original_state_dict
+    from lpcompile.loss_scaler import LossScaler
+    from lpcompile.policy.file import load_policy
+    from lpcompile.policy.resolve import Policy
+    from lpcompile.quantizers import lp_parameters
+    from lpcompile.reporting.certificate import report
 
 __all__ = [
     "LossScaler", "Policy", "advance", "attach", "load_policy", "lp_parameters", "lpcompile", "original_state_dict",
     "report",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Looked up when it is first asked for: a policy is read, and a command line shown, without torch."""
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(_FROM[name]), name)
+    return globals()[name]
+
+
+_FROM = {
+    "LossScaler": "lpcompile.loss_scaler",
+    "Policy": "lpcompile.policy.resolve",
+    "advance": "lpcompile.api",
+    "attach": "lpcompile.api",
+    "load_policy": "lpcompile.policy.file",
+    "lp_parameters": "lpcompile.quantizers",
+    "lpcompile": "lpcompile.api",
+    "original_state_dict": "lpcompile.api",
+    "report": "lpcompile.reporting.certificate",
+}

@@ -5,7 +5,7 @@ Errors are LpError and go up to the command line, which prints them as one sente
 
 import json
 import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,15 +13,13 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 
-from launch.commands.example_models import example_model
-from lpcompile import advance, lpcompile, report
-from lpcompile.compiled import get_compiled
 from lpcompile.errors import LoweringWarning, PolicyError
 from lpcompile.policy.file import load_policy, policy_schema, shipped_policies
 from lpcompile.policy.resolution import Resolution
-from lpcompile.reporting.certificate import Report
-from lpcompile.reporting.trouble import trouble_of
 from runtime.numerics.specs import ROLES
+
+if TYPE_CHECKING:
+    from lpcompile.reporting.certificate import Report
 
 policy_app = typer.Typer(no_args_is_help=True, help="The policy files: which number format each GEMM computes in.")
 
@@ -95,6 +93,11 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
     if model is None:
         _say("not checked, for lack of --model: whether each rule matches something, and what a model's weights show")
         return True
+    from launch.commands.example_models import example_model  # here: torch and the compiler, which `list` needs not
+    from lpcompile import advance, lpcompile, report
+    from lpcompile.compiled import get_compiled
+    from lpcompile.reporting.trouble import trouble_of
+
     built = example_model(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoweringWarning)  # told below, of every phase
@@ -119,7 +122,7 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
     return is_fit
 
 
-def _print_rows(found: Report) -> None:
+def _print_rows(found: "Report") -> None:
     name_column = Column("GEMM", no_wrap=True)  # cut to a narrow terminal, c_attn and c_proj would read alike
     table = Table(name_column, "role", "computes in", "runs", "decided by", box=None, header_style="bold")
     for row in found.gemms:

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -47,12 +47,15 @@ from lpcompile.policy.fields import (
 from lpcompile.policy.resolution import Resolution, resolve
 from lpcompile.policy.rules import Rule, Site
 from lpcompile.policy.yaml_text import Inline, dump
-from runtime.collectives.codec import WireSpec
+from runtime.collectives.wire_format import check_wire_format
 from runtime.numerics.specs import (
     ROLES,
     ROUNDINGS,
     Rounding,
 )
+
+if TYPE_CHECKING:
+    from runtime.collectives.codec import WireSpec
 
 
 class Update(Section):
@@ -119,14 +122,17 @@ class Wire(Section):
     min_numel: Annotated[int, Field(strict=True, ge=0)] = 1024
     """Tensors with fewer elements, and 1-D ones, travel uncompressed."""
 
-    def spec(self) -> WireSpec | None:
+    def spec(self) -> "WireSpec | None":
         """What engines attach; None: gradients travel as they are."""
+        from runtime.collectives.codec import WireSpec  # here: it needs torch, and reading a policy does not
+
         return None if self.format == "fp32" else WireSpec(self.format, self.block, self.min_numel)
 
     @model_validator(mode="after")
     def _check_format(self) -> "Wire":
         try:
-            self.spec()
+            if self.format != "fp32":
+                check_wire_format(self.format, self.block)
         except WireError as error:
             raise refusal(error.what, expected=error.expected, got=error.got, key="format") from None
         return self

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from runtime.collectives.wire_format import check_wire_format
 from runtime.errors import WireError
 from runtime.kernels.cast.public import decode, encode
 from runtime.numerics.formats import get_format
@@ -121,16 +122,7 @@ class WireSpec:
     """Tensors with fewer elements, and all 1-D ones, travel in full precision: they are few bytes and move the loss."""
 
     def __post_init__(self) -> None:
-        if (bits := get_format(self.format).bits) != 8:
-            raise WireError(
-                f'wire format "{self.format}" does not fit the buffer',
-                expected="a format of 8 bits, such as e4m3 or e5m2",
-                got=f"{bits} bits",
-            )
-        if not get_format(self.format).signed:
-            raise WireError(f'wire format "{self.format}" has no negative values', expected="a signed format, as e4m3")
-        if self.block < 1:
-            raise WireError("a block has no elements", where="WireSpec.block", expected=">= 1", got=str(self.block))
+        check_wire_format(self.format, self.block)
 
     @property
     def compressor(self) -> Codec:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.compile_marks import constant_result
 from runtime.errors import FormatError
 from runtime.kernels.cast.public import quantize
 from runtime.kernels.cpu import accumulate, accumulate_wide
@@ -88,7 +89,7 @@ def _broadcasts(left: torch.Size, right: torch.Size) -> bool:
     return all(1 in (m, n) or m == n for m, n in zip(reversed(left), reversed(right)))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _checked_spec(
     a_format: str,
     b_format: str,

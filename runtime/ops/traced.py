@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.compile_marks import constant_result
 from runtime.kernels.cast.grid import roomy_dtype
 from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import declare
@@ -73,7 +74,7 @@ def gemm(
     return result
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _code() -> str:
     return _digest_of_sources()
 
@@ -92,12 +93,12 @@ def _clock(state: RunState | None, is_stochastic: bool) -> tuple[int, ...]:
     return state.clock if state is not None and is_stochastic else NO_CLOCK
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _draws(spec: str) -> bool:
     return QuantSpec.parse(spec).rounding == "stochastic"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _layer_draws(spec: str) -> bool:
     layer = LayerSpec.parse(spec)
     roles = (layer.fwd, layer.bwd, layer.grad)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.compile_marks import constant_result
 from runtime.errors import FormatError
 from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu.cast_library import DTYPES
@@ -51,7 +52,7 @@ class _Facts(NamedTuple):
     starts: tuple[float, ...]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _facts(format: str, rounding: Rounding | None) -> _Facts | None:
     if is_block_format(format):
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from launch.cli import app
+from launch.cli import command_line
 from launch.commands.bench import find_benchmarks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,7 +24,7 @@ def _texts() -> dict[str, str]:
         for verb, each in getattr(command, "commands", {}).items():
             walk(f"{name} {verb}", each)
 
-    walk("lpcompile", get_command(app))
+    walk("lpcompile", get_command(command_line()))
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return texts | {str(page.relative_to(ROOT)): page.read_text() for page in pages}
 
@@ -41,7 +41,7 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("line", _commands())
 def test_the_command_line_takes_every_example(line: str) -> None:
     """Parsed by the command that it names: an option or an argument that does not exist raises."""
-    words, command = shlex.split(line), get_command(app)
+    words, command = shlex.split(line), get_command(command_line())
     context = command.make_context("lpcompile", list(words), resilient_parsing=True)
     while hasattr(command, "commands"):
         name = words.pop(0)
