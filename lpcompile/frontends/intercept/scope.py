@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from lpcompile.plan import Sight
 from passes.analysis.lengths import lengths_of
+from runtime.compile_marks import constant_result
 from runtime.ops.contractions import ConvGeometry
 from runtime.ops.product import Product, TracedProduct
 from runtime.state import RunState
@@ -215,7 +216,7 @@ def why_not_cast(x: Tensor) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _text_of(key: int, phase: int, name: str, op: str, kind: str, n: int | None, k: int | None) -> str:
     """While torch.compile traces: what a TracedProduct reads; empty where torch runs the product."""
     scope = _SCOPES[key]
