@@ -93,6 +93,7 @@ def _output(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
         ("torchao-int4-weight-only", "model.layers.1.mlp.down_proj", "bf16 * int4 block[1,128]/amax"),
         ("qlora-nf4", "model.layers.1.mlp.down_proj", "bf16 * nf4 block[1,64]/amax"),
         ("modelopt-int8-convolutions", "2", "int8 tensor/amax * int8 channel/amax"),
+        ("fms-mo-pact-lsq", "model.layers.1.mlp.down_proj", "int8 pact[init=8.0] * int4 lsq"),
         ("fms-mo-hfp8-chunks", "model.layers.1.mlp.down_proj", "hfp8-143 * hfp8-143"),
     ],
 )
@@ -105,7 +106,7 @@ def test_what_an_example_says_of_a_site(name: str, site: str, fwd: str) -> None:
 def test_the_guide_lists_every_example() -> None:
     text = (ROOT / "docs" / "policies.md").read_text()
     assert [path.stem for path in EXAMPLES if f"examples/policies/{path.name}" not in text] == []
-    assert len(EXAMPLES) == 26
+    assert len(EXAMPLES) == 27
 
 
 def test_every_policy_in_the_guide_loads(tmp_path: Path) -> None:
