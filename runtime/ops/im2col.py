@@ -6,8 +6,9 @@
     GRAD  dw   (b, p)     sample, then output position
 
 Padding adds zero products as well. Of a transposed convolution FWD and BWD change places, and so do x and dy in GRAD.
-The output element that keys stochastic bits is (group, row, column) of the product: (g, b p, o), (g, b p, c) and
-(g, o, c r).
+Its output padding may reach a stride where the dilation is larger, so that dy has room for positions that x does not
+have: the sums are over those of x. The output element that keys stochastic bits is (group, row, column) of the
+product: (g, b p, o), (g, b p, c) and (g, o, c r).
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,12 @@ class UnfoldedConv(Conv):
     """y = x * w by im2col; x (B, C, ...), w (O, C / groups, ...)."""
 
     def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
-        return _forward(lhs, rhs, self.geometry, multiply)
+        g, kernel = self.geometry, rhs.shape[2:]
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, s, p, d, k in zip(lhs.shape[2:], g.stride, g.padding, g.dilation, kernel)
+        ]
+        return _forward(lhs, rhs, torch.Size(size), g, multiply)
 
     def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return _input_gradient(dy, rhs, lhs_shape[2:], self.geometry, multiply)
@@ -53,17 +59,16 @@ class UnfoldedConvTranspose(Conv):
         return _input_gradient(lhs, rhs, torch.Size(size), g, multiply)
 
     def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return _forward(dy, rhs, self.geometry, multiply)
+        return _forward(dy, rhs, lhs_shape[2:], self.geometry, multiply)
 
     def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return _weight_gradient(lhs, dy, rhs_shape, self.geometry, multiply)
 
 
-def _forward(x: Tensor, w: Tensor, g: ConvGeometry, multiply: Multiply) -> Tensor:
-    padding = [(p, p) for p in g.padding]
-    columns, out = _columns(x, w.shape[2:], g.stride, g.dilation, padding, g.groups)
+def _forward(x: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
+    columns = _columns(_padded(x, [(p, p) for p in g.padding]), w.shape[2:], size, g.stride, g.dilation, g.groups)
     weights = w.reshape(g.groups, w.shape[0] // g.groups, -1).transpose(-1, -2)
-    return _image(multiply(columns, weights), x.shape[0], out)
+    return _image(multiply(columns, weights), x.shape[0], size)
 
 
 def _input_gradient(dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
@@ -74,35 +79,35 @@ def _input_gradient(dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, mu
     apart[every] = dy
     reach = [d * (k - 1) for d, k in zip(g.dilation, kernel)]
     padding = [(r - p, n + p - m) for r, p, n, m in zip(reach, g.padding, size, spread)]
-    columns, out = _columns(apart, kernel, (1,) * len(kernel), g.dilation, padding, g.groups)
+    columns = _columns(_padded(apart, padding), kernel, size, (1,) * len(kernel), g.dilation, g.groups)
     flipped = w.flip(tuple(range(2, w.dim()))).reshape(g.groups, w.shape[0] // g.groups, w.shape[1], -1)
-    return _image(multiply(columns, flipped.transpose(2, 3).flatten(1, 2)), dy.shape[0], out)
+    return _image(multiply(columns, flipped.transpose(2, 3).flatten(1, 2)), dy.shape[0], size)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, w_shape: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
-    """dw (O, C / groups, ...). Of a padded x whose last rows no output reads, `columns` holds those that one does."""
-    padding = [(p, p) for p in g.padding]
-    columns, _ = _columns(x, w_shape[2:], g.stride, g.dilation, padding, g.groups)
+    """dw (O, C / groups, ...)."""
+    padded = _padded(x, [(p, p) for p in g.padding])
+    columns = _columns(padded, w_shape[2:], dy.shape[2:], g.stride, g.dilation, g.groups)
     rows = dy.reshape(dy.shape[0], g.groups, dy.shape[1] // g.groups, -1).permute(1, 2, 0, 3).flatten(2)
     return multiply(rows, columns).reshape(w_shape)
 
 
+def _padded(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+    """Zeros around the spatial dims; a negative number takes away, of zeros too that the other side gave."""
+    x = torch.nn.functional.pad(x, [max(n, 0) for pair in reversed(padding) for n in pair])
+    return torch.nn.functional.pad(x, [min(n, 0) for pair in reversed(padding) for n in pair])
+
+
 def _columns(
-    x: Tensor,
-    kernel: torch.Size,
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: list[tuple[int, int]],
-    groups: int,
-) -> tuple[Tensor, torch.Size]:
-    """(groups, B positions, C / groups * kernel positions), and the spatial shape of the positions."""
-    x = torch.nn.functional.pad(x, [n for pair in reversed(padding) for n in pair])
-    for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation), start=2):
-        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
-    spatial, ndim = x.shape[2 : 2 + len(kernel)], len(kernel)
+    x: Tensor, kernel: torch.Size, size: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Tensor:
+    """(groups, B positions, C / groups * kernel positions) of the first `size` positions of a padded x."""
+    for dim, (k, n, s, d) in enumerate(zip(kernel, size, stride, dilation), start=2):
+        x = x.unfold(dim, d * (k - 1) + 1, s).narrow(dim, 0, n)[..., ::d]
+    ndim = len(kernel)
     x = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + ndim), 2, *range(3 + ndim, 3 + 2 * ndim))
-    return x.permute(order).reshape(groups, x.shape[0] * prod(spatial), -1), spatial
+    return x.permute(order).reshape(groups, x.shape[0] * prod(size), -1)
 
 
 def _image(rows: Tensor, batch: int, spatial: torch.Size) -> Tensor:

@@ -1,8 +1,10 @@
 """Compiled models whose GEMMs add in 1-6-9, in all three roles, against loops of Fraction sums."""
 
+import copy
 import itertools
 from fractions import Fraction
 
+import pytest
 import torch
 import yaml
 from torch import Tensor, nn
@@ -135,3 +137,30 @@ def test_a_compiled_linear_layer_sums_in_1_6_9() -> None:
     assert torch.equal(y.detach(), _product(x8, w.t()))
     assert torch.equal(x.grad, _product(dy8, w))
     assert torch.equal(layer.weight.grad, _product(dy8.t(), x8))
+
+
+@pytest.mark.parametrize("without_kernels", [False, True], ids=["a kernel", "the reference"])
+def test_an_output_padding_of_a_stride(without_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Legal where the dilation is larger: dy has room for one position more than x has. Small integers are exact."""
+    if without_kernels:
+        monkeypatch.setattr("runtime.kernels.cpu.accumulate.accumulate_library", lambda: None)
+    torch.manual_seed(0)
+    text = "rules:\n  - match: {name: '*'}\n" + "".join(
+        f"    {name}: {{{', '.join(f'{each}: e4m3' for each in operands)}, accumulate: 1-6-9}}\n"
+        for name, operands in (("fwd", "xw"), ("bwd", ("dy", "w")), ("grad", ("dy", "x")))
+    )
+    layer = nn.ConvTranspose1d(3, 2, 3, dilation=2, output_padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-2, 3, layer.weight.shape))
+        layer.bias.copy_(torch.tensor([1.0, -1.0]))
+    wanted = copy.deepcopy(layer)
+    x = torch.randint(-3, 4, (2, 3, 5)).float()
+    lpcompile(layer, Policy(name="sums", **yaml.safe_load(text)), strict=True)
+    assert ({row.backend for row in report(layer).gemms} == {"reference"}) is without_kernels
+    found = []
+    for each in (layer, wanted):
+        given = x.clone().requires_grad_()
+        y = each(given)
+        y.backward(torch.randint(-3, 4, y.shape, generator=torch.Generator().manual_seed(1)).float())
+        found.append((y, given.grad, each.weight.grad, each.bias.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found))
