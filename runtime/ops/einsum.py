@@ -6,11 +6,14 @@ around it.
 The labels of a group are in the order of the output, those of the sum in the order of the alphabet (capitals first), as
 torch.einsum has it: the same products are summed in the same order and give the same bits. Where the output begins
 with labels of the right operand, torch multiplies right by left: a policy's `a` stays the left operand, and the order
-of the sums may differ, by the machine's library.
+of the sums may differ, by the machine's library; strides are torch's all the same.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -75,11 +78,58 @@ def right_matrices(x: Tensor, equation: str) -> Tensor:
 
 
 def from_matrices(product: Tensor, left: Tensor, right: Tensor, equation: str) -> Tensor:
-    """(batch, rows, columns) back to the output's dims; sizes are read from the operands."""
+    """(batch, rows, columns) back to the output's dims, with the strides that torch.einsum gives the result and its
+    operands' gradients; sizes are read from the operands.
+    """
     labels = Labels.of(equation)
     sizes = dict(zip(labels.left, left.shape)) | dict(zip(labels.right, right.shape))
     order = labels.batch + labels.rows + labels.columns
-    return product.reshape([sizes[label] for label in order]).permute([order.index(label) for label in labels.out])
+    y = product.reshape([sizes[label] for label in order]).permute([order.index(label) for label in labels.out])
+    if torch.compiler.is_compiling():
+        return y
+    return _laid(y, _strides(equation, left.shape, left.stride(), right.shape, right.stride())[0])
+
+
+def with_gradients_as_torch(left: Tensor, right: Tensor, equation: str) -> tuple[Tensor, Tensor]:
+    """The operands, whose gradients get the strides that torch.einsum gives them."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return left, right
+    _, of_left, of_right = _strides(equation, left.shape, left.stride(), right.shape, right.stride())
+    return _GradientLaid.apply(left, of_left), _GradientLaid.apply(right, of_right)
+
+
+class _GradientLaid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...]) -> Tensor:
+        ctx.strides = strides
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return _laid(dx, ctx.strides), None
+
+
+def _laid(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x with these strides."""
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+_Strides = tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _strides(
+    equation: str, left: torch.Size, left_strides: _Strides, right: torch.Size, right_strides: _Strides
+) -> tuple[_Strides, _Strides, _Strides]:
+    """Of torch.einsum's result and of its operands' gradients, found without data."""
+    with torch.inference_mode(False), torch.enable_grad():
+        pairs = ((left, left_strides), (right, right_strides))
+        a, b = (torch.empty_strided(*each, device="meta", requires_grad=True) for each in pairs)
+        y = torch.einsum(equation, a, b)
+        da, db = torch.autograd.grad(y, (a, b), torch.empty_strided(y.shape, y.stride(), device="meta"))
+    return y.stride(), da.stride(), db.stride()
 
 
 def _grouped(x: Tensor, labels: str, groups: tuple[str, str, str]) -> Tensor:

@@ -156,7 +156,7 @@ def check_transforms(is_identity: bool) -> None:
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of what a product of x gives: under autocast what torch's own would, else x's."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -77,6 +77,8 @@ class Constants:
         """Why nothing is kept; empty where casts are."""
         self._kept: dict[_Key, Kept] = {}
         self._key_at: dict[_Place, _Key] = {}
+        self._num_forwards = 0
+        """Since the clock last moved on."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Constants, ()
@@ -90,7 +92,13 @@ class Constants:
         return sum(kept.num_bytes for kept in self._kept.values())
 
     def watch(self, model: nn.Module) -> None:
-        """Look, before each forward of `model`, whether its weights lie on this rank between uses."""
+        """Look, before each forward of `model`, whether its weights lie on this rank between uses. The walk through a
+        model takes longer than a small product: the first 16 forwards of a step look, and then every 16th. What is
+        kept too long till then is memory, and never stale.
+        """
+        self._num_forwards += 1
+        if self._num_forwards > _LOOKS and self._num_forwards % _LOOKS:
+            return
         self.why_none = why_gathered(model)
         if self.why_none:
             self.clear()
@@ -120,6 +128,7 @@ class Constants:
 
     def end_step(self) -> None:
         """The clock moves on: forget the casts of lifetime `step` that nothing asked for since it last did."""
+        self._num_forwards = 0
         for key, kept in list(self._kept.items()):
             if kept.lifetime == "step" and not kept.is_asked:
                 for place in self._kept.pop(key).places:
@@ -136,6 +145,9 @@ class Constants:
         kept.places.discard(place)
         if not kept.places:
             del self._kept[key]
+
+
+_LOOKS = 16
 
 
 def why_gathered(model: nn.Module) -> str:

@@ -79,11 +79,14 @@ def possible_sites(writers: Mapping[str, nn.Module], num_layers: Mapping[str, in
 
 
 _NUMBERS = range(4)
+_MULTIHEAD = "multi_head_attention_forward_0"
 _PRODUCTS = (
     *((f"{stem}_{number}", "matmul") for stem in ("matmul", "einsum", "addmm", "baddbmm") for number in _NUMBERS),
     *((f"sdpa_{number}.{part}", "matmul") for number in _NUMBERS for part in ("qk", "pv")),
+    *((f"{_MULTIHEAD}.{part}", "matmul") for part in ("qk", "pv")),
 )
 _WEIGHTED = (
+    *((f"{_MULTIHEAD}.{part}", "linear") for part in ("in_proj", "out_proj")),
     *((f"{stem}_{number}", "linear") for stem in ("linear", "grouped_mm") for number in _NUMBERS),
     *((f"{op}_{number}", op) for op in ("conv1d", "conv2d", "conv3d") for number in _NUMBERS),
     *((f"conv_transpose{dims}d_{number}", f"conv_transpose{dims}d") for dims in (1, 2, 3) for number in _NUMBERS),

@@ -4,9 +4,11 @@ Every runner numbers the call, reads its operands, asks the scope for what runs 
 that have no lp form, and why, are those of passes/ir/gemm_nodes.py.
 """
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from lpcompile.frontends.conv_geometry import per_dim, read_geometry
 from lpcompile.frontends.intercept.scope import RUNNERS, Frame
+from lpcompile.frontends.leaves.multihead_attention import multihead_attention
 from passes.ir.gemm_nodes import unreadable_functions
 from runtime.ops import attention, einsum
 from runtime.ops.contractions import ConvGeometry
@@ -167,6 +170,8 @@ def _run_einsum(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwargs) 
     product = frame.scope.product(name, "matmul", "matmul", lhs, rhs)
     if product is None:
         return func(*args, **kwargs)
+    left, right = einsum.with_gradients_as_torch(left, right, equation)
+    lhs, rhs = einsum.left_matrices(left, equation), einsum.right_matrices(right, equation)
     return einsum.from_matrices(product(lhs, rhs), left, right, equation)
 
 
@@ -186,6 +191,51 @@ def _run_attention(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwarg
     weights = attention.attention_weights(scores, mask, is_causal, dropout_p)
     values = attention.heads_like(v, q, enable_gqa)
     return attention.like_query(torch.matmul(weights, values) if pv is None else pv(weights, values), q)
+
+
+def _run_multihead(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    """torch's multi-head attention as a function: its four products, as those of its module."""
+    name = frame.name("multi_head_attention_forward")
+    given = dict(zip(_MULTIHEAD, args)) | dict(kwargs)
+    if given.get("static_k") is not None or given.get("static_v") is not None:
+        frame.scope.leave(name, "linear", "keys and values that are projected already have no lp form")
+        return func(*args, **kwargs)
+    q, k, v = given["query"], given["key"], given["value"]
+    is_apart, width = given.get("use_separate_proj_weight", False), q.shape[-1]
+    first, last = given["q_proj_weight"] if is_apart else given["in_proj_weight"], given["out_proj_weight"]
+    scores, heads = (*q.shape[:-1], k.shape[0]), q.shape[-1] // given["num_heads"]
+    products = {
+        "in_proj": frame.scope.product(f"{name}.in_proj", "linear", "linear", q, first, (3 * width, width)),
+        "qk": frame.scope.product(f"{name}.qk", "matmul", "matmul", q[..., :heads], k[..., :heads].mT),
+        "pv": frame.scope.product(f"{name}.pv", "matmul", "matmul", q, v, lhs_shape=scores),
+        "out_proj": frame.scope.product(f"{name}.out_proj", "linear", "linear", q, last, tuple(last.shape)),
+    }
+    if all(product is None for product in products.values()):
+        return func(*args, **kwargs)
+    module = SimpleNamespace(
+        embed_dim=given["embed_dim_to_check"], num_heads=given["num_heads"], head_dim=heads, batch_first=False,
+        in_proj_weight=None if is_apart else first, in_proj_bias=given["in_proj_bias"],
+        **{f"{each}_proj_weight": given.get(f"{each}_proj_weight") for each in "qkv"},
+        bias_k=given["bias_k"], bias_v=given["bias_v"], add_zero_attn=given["add_zero_attn"],
+        dropout=given["dropout_p"], training=given.get("training", True),
+        out_proj=SimpleNamespace(weight=last, bias=given["out_proj_bias"]),
+    )  # fmt: skip
+    options = {each: given[each] for each in _MULTIHEAD_OPTIONS if each in given}
+    parts = {part: _part_of_multihead(part, product) for part, product in products.items()}
+    return multihead_attention(module, parts, q, k, v, **options)  # type: ignore[arg-type]
+
+
+def _part_of_multihead(part: str, product: Any) -> Callable[..., Tensor]:
+    if part in ("qk", "pv"):
+        return torch.matmul if product is None else product
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if product is None:
+            return torch._C._nn.linear(x, weight, bias)
+        y: Tensor = product(x, weight, bias, is_weight=_is_weight(weight))
+        return y
+
+    return project
 
 
 def _run_grouped(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
@@ -224,6 +274,8 @@ def _run_unreadable(
     return func(*args, **kwargs)
 
 
+_MULTIHEAD = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+_MULTIHEAD_OPTIONS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 _TRANSPOSED_DEFAULTS = (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
 
@@ -257,6 +309,7 @@ RUNNERS.update(
         **dict.fromkeys((torch.convolution, _ATEN.convolution, _ATEN.convolution.default), _run_convolution),
         torch.einsum: _run_einsum,
         F.scaled_dot_product_attention: _run_attention,
+        F.multi_head_attention_forward: _run_multihead,
         F.grouped_mm: _run_grouped,
         torch._grouped_mm: _run_grouped,
     }

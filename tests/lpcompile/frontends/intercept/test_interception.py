@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -494,3 +495,88 @@ def test_a_product_that_falls_through_warns_once() -> None:
     model(numbers, numbers)
     counts = run_state(model).calls
     assert (counts.seen("matmul_0", "fwd"), counts.as_said("matmul_0", "fwd")) == (2, 0)
+
+
+# Functions of several products, factors, strides
+
+
+def _einsums() -> list[str]:
+    """Every order of labels in two operands and in the result, with a batch label and without."""
+    plain = [
+        f"{''.join(a)},{''.join(b)}->{''.join(c)}"
+        for a in permutations("ij")
+        for b in permutations("jk")
+        for c in permutations("ik")
+    ]
+    batched = [f"bij,{''.join(b)}->{''.join(c)}" for b in permutations("bjk") for c in permutations("bik")]
+    return plain + batched
+
+
+@pytest.mark.parametrize("equation", _einsums())
+def test_an_einsum_has_the_values_and_strides_of_torch(equation: str) -> None:
+    class Sum(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.einsum(equation, a, b)
+
+    sizes = {"b": 2, "i": 3, "j": 4, "k": 5}
+    left, right = equation.partition("->")[0].split(",")
+    low = [_e4m3(_x(*(sizes[label] for label in labels))).requires_grad_() for labels in (left, right)]
+    mine = [x.detach().clone().requires_grad_() for x in low]
+    y, wanted = lpcompile(Sum(), MATMUL)(*mine), Sum()(*low)
+    dy = torch.ones_like(wanted)
+    found = torch.autograd.grad(y, mine, dy)
+    for a, b in zip((y, *found), (wanted, *torch.autograd.grad(wanted, low, dy)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (0.5, 2), (0, 0.25), (1, 0.125)])
+def test_baddbmm_with_factors(beta: float, alpha: float) -> None:
+    class Bloom(nn.Module):
+        def forward(self, added: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return added.baddbmm(a, b, beta=beta, alpha=alpha)
+
+    inputs = _x(2, 3, 5), _x(2, 3, 4), _x(2, 4, 5)
+    wanted = torch.baddbmm(inputs[0], _e4m3(inputs[1]), _e4m3(inputs[2]), beta=beta, alpha=alpha)
+    model = lpcompile(Bloom(), MATMUL, inputs, strict=True)
+    torch.testing.assert_close(model(*inputs), wanted, rtol=1e-6, atol=1e-6)
+    _assert_runs(model, 1, "baddbmm_0")
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_multi_head_attention_as_a_function(is_apart: bool) -> None:
+    """As WavLM and CLIP call it; equal to the module's own, product by product."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, kdim=8, vdim=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            m = self.inner
+            apart = {f"{n}_proj_weight": w for n, w in zip("qkv", m.in_proj_weight.chunk(3))} if is_apart else {}
+            return F.multi_head_attention_forward(
+                x, x, x, 8, 2, None if is_apart else m.in_proj_weight, m.in_proj_bias, None, None, False, 0.0,
+                m.out_proj.weight, m.out_proj.bias, use_separate_proj_weight=is_apart, **apart,
+            )[0]  # fmt: skip
+
+    torch.manual_seed(0)
+    functional, x = Functional(), _x(5, 2, 8)
+    module = copy.deepcopy(functional.inner)
+    emulated = lpcompile(copy.deepcopy(functional), "fp32-emulated", (x,), strict=True)
+    assert torch.equal(emulated(x), functional(x))
+    lpcompile(functional, policy_of(), (x,), strict=True)
+    lpcompile(module, policy_of(), strict=True)
+    torch.testing.assert_close(functional(x), module(x, x, x)[0], rtol=1e-6, atol=1e-6)
+    parts = [f"multi_head_attention_forward_0.{part}" for part in ("qk", "pv", "out_proj")]
+    _assert_runs(functional, 1, *parts)
+
+
+@pytest.mark.parametrize("policy", ["int8", "fp8-rowwise", "hfp8"])
+def test_a_model_on_meta_runs_there(policy: str) -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(8, 8), Attention()), torch.empty(2, 3, 8)
+    y = lpcompile(model, policy)(x)
+    y.sum().backward()
+    assert y.is_meta
+    assert all(parameter.grad is not None for parameter in model.parameters())
