@@ -57,7 +57,8 @@ class Monitor:
             return
         state = describe_step(step)
         if self._progress:
-            self._progress.update(self._task, completed=step.step, state=state)
+            shown = f"loss {step.loss:.4f}  {step.ms:.0f} ms" if self._console.width < _NARROW else state
+            self._progress.update(self._task, completed=step.step, state=shown)
         if step.validation is not None:
             self.say(f"{self._title}: step {step.step}/{self._steps}  {state}  validation {step.validation:.4f}")
         elif step.skipped:
@@ -72,7 +73,7 @@ def unless_closed() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich makes the second of the first
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -356,7 +356,7 @@ class _GraphReader:
 
 
 def _is_name(text: str) -> bool:
-    return text.isidentifier() and not keyword.iskeyword(text)
+    return len(text) <= _LONGEST_NAME and text.isidentifier() and not keyword.iskeyword(text)
 
 
 def _is_path(text: str) -> bool:
@@ -364,7 +364,8 @@ def _is_path(text: str) -> bool:
     return all(part and part.isprintable() and not set(part) & set("\"'\\") for part in text.split("."))
 
 
-_A_NAME = "a name that Python can have"
+_LONGEST_NAME = 500
+_A_NAME = f"a name that Python can have, of at most {_LONGEST_NAME} characters"
 _NODE_OPS = ("torch.get_attr", "torch.call_module", "torch.call_method", "torch.call_function", "torch.return")
 _META_KEYS = {meta_attribute(key): key for key in NODE_META}
 _KIND_NAMES = {

@@ -99,6 +99,7 @@ REFUSED: dict[str, str] = {
         GRAPH.replace('"module"', '"module", arg_attrs = [{name = 1}]')
         % '^bb0(%x : !torch.value):\n"torch.return"(%x) : (!torch.value) -> ()'
     ),
+    "a value with a number of 5000 digits": call("torch.neg").replace("%y", f"%y_{'9' * 5000}"),
     "neg of 2x2 is 7x9": call("torch.neg", "tensor<7x9xf16>"),
     "neg of floats is integers": call("torch.neg", "tensor<2x2xi64>"),
     "a method that gives another shape": call("t", "tensor<7x9xf32>", kind="call_method"),
