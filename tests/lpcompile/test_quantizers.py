@@ -21,6 +21,8 @@ from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
+from runtime.kernels.cpu.build import load_library
+from runtime.kernels.cpu.fingerprint import SOURCE
 from runtime.quantize.store import quantizers_of
 
 PACT = {"format": "uint4", "quantizer": {"kind": "pact", "init": 2.0}}
@@ -181,6 +183,16 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+def test_inductor_learns_what_eager_code_does() -> None:
+    eager, model = (lpcompile(_model(), _policy(LSQ)) for _ in range(2))
+    torch._dynamo.reset()
+    losses = [_train(each, _adam(one), 0, 3) for each, one in ((eager, eager), (torch.compile(model), model))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:

@@ -46,7 +46,8 @@ class Lsq(Learned):
 
     def observe(self, x: Tensor) -> None:
         if torch.compiler.is_compiling():  # where a flag that changes would compile the second step anew
-            torch.ops.lp.first_step_into(x.detach(), self.base, self.high, self.is_weight)
+            with torch.no_grad():
+                self.base.copy_(torch.ops.lp.first_step(x.detach(), self.base, self.high, self.is_weight))
         elif not self._is_settled:
             _settle(x, self.base, self.high, self.is_weight)
             self._is_settled = True
@@ -74,8 +75,15 @@ def _settle(x: Tensor, base: Tensor, high: float, is_weight: bool) -> None:
     base.copy_(torch.where(torch.isfinite(first) & (first > 0), first, torch.full_like(first, 1.0 / high)))
 
 
+def _first_step(x: Tensor, base: Tensor, high: float, is_weight: bool) -> Tensor:
+    """What `_settle` makes of base, as a new tensor: what an op wrote into a buffer did not survive Inductor."""
+    settled = base.clone()
+    _settle(x, settled, high, is_weight)
+    return settled
+
+
 declare(
-    "first_step_into(Tensor x, Tensor(a!) base, float high, bool is_weight) -> ()",
-    _settle,
-    fake=lambda x, base, high, is_weight: None,
+    "first_step(Tensor x, Tensor base, float high, bool is_weight) -> Tensor",
+    _first_step,
+    fake=lambda x, base, high, is_weight: torch.empty_like(base),
 )

@@ -87,7 +87,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "quantize_block_values": [(X, "mxfp8", None, *DRAW), (X.half(), "nvfp4", "stochastic", *DRAW)],
     "quantize_block_values_into": [(X, X.new_empty(X.shape), "mxfp4", None, *DRAW)],
     "encode": [(X, None, "e4m3", None, *DRAW, "saturate"), (X, None, "dlfloat16", "stochastic", *DRAW, "ieee")],
-    "first_step_into": [(X, X.new_zeros(1), 127.0, False), (W, W.new_zeros(1), 7.0, True)],
+    "first_step": [(X, X.new_zeros(1), 127.0, False), (W, W.new_zeros(1), 7.0, True)],
     "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2"), (torch.arange(16).view(4, 4).t(), "nf4")],
     "scale": [(X, f"{E4M3} row/amax", "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
