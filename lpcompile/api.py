@@ -79,7 +79,7 @@ def lpcompile(
     with recompiling(model) as quantizers:
         captured = example_inputs is not None or example_kwargs is not None
         call = (args, kwargs) if captured else None
-        state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none")
+        state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none", strict=strict)
         if mode == "infer":
             compiled, calls = compile_recorded(model, loaded, state, call, mode, strict)
             _refuse_if_not_lowered(compiled)

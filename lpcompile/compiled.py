@@ -5,13 +5,14 @@ state_dict.
 import copy
 import dataclasses
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from lpcompile.errors import LoweringError
+from lpcompile.errors import LoweringError, LoweringWarning
 from lpcompile.frontends.graph_code import dumps, loads
 from lpcompile.frontends.leaves.find import Leaf, Unreached
 from lpcompile.plan import PhaseCode, Sight, number_found, number_sites
@@ -82,9 +83,10 @@ class Compiled:
         called = None if self.called is None else self.called & leaves
         self.classes = {path: classes_of(module) for path, module in model.named_modules()}
         self.num_layers = count_layers([path for path, _ in model.named_parameters(remove_duplicate=False)])
-        self._add(sights, describe([self._site(each) for each in sights], model, called), are_all=True)
+        self._add(sights, describe([self.site_of(each) for each in sights], model, called), are_all=True)
 
-    def _site(self, sight: Sight) -> Site:
+    def site_of(self, sight: Sight) -> Site:
+        """What rules are asked about."""
         count = sum(leaf.index is not None for leaf in self.leaves)
         owner = sight.owner
         classes = () if owner is None else self.classes.get(owner, ())
@@ -109,7 +111,7 @@ class Compiled:
         """
         with _FINDING:
             if not any(sight.name in phase.resolution.specs for phase in self.phases):
-                self._add([sight], [self._site(sight)])
+                self._add([sight], [self.site_of(sight)])
                 for phase in self.phases:
                     if self.strict and sight.name in phase.program.refusals:
                         raise LoweringError(
@@ -118,6 +120,10 @@ class Compiled:
                             expected="every named GEMM to run as its policy says",
                             hint="strict=False, or another rule for it",
                         )
+                if reason := self.phase.program.refusals.get(sight.name):
+                    warnings.warn(
+                        f"{sight.name} runs as in the uncompiled model: {reason}", LoweringWarning, stacklevel=2
+                    )
         return [phase.products.get(sight.name) for phase in self.phases]
 
     @property
@@ -133,6 +139,13 @@ def find_compiled(model: nn.Module | None) -> Compiled | None:
             return inner.__dict__[COMPILED]
         inner = inner._modules.get("module")
     return None
+
+
+def find_root(model: nn.Module) -> nn.Module:
+    """The compiled model inside its wrappers."""
+    while COMPILED not in vars(model):
+        model = model._modules["module"]  # type: ignore[assignment]
+    return model
 
 
 def get_compiled(model: nn.Module) -> Compiled:

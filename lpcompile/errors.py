@@ -2,6 +2,8 @@
 
 from runtime.errors import (
     FormatError,
+    LoweringError,
+    LoweringWarning,
     LpError,
     LpWarning,
     NotSupported,
@@ -31,14 +33,6 @@ __all__ = [
 
 class PolicyError(LpError):
     """A policy says something that does not exist or contradicts itself."""
-
-
-class LoweringWarning(LpWarning):
-    """A GEMM that a rule matches does not run as its policy says, or a check of the policy found something wrong."""
-
-
-class LoweringError(LpError):
-    """A GEMM that a rule matches does not run as its policy says, and strict was asked for."""
 
 
 def did_you_mean(what: str, hint: str) -> str:

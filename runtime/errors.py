@@ -24,12 +24,20 @@ class LpWarning(UserWarning):
     """Base of every warning meant for a user: something runs otherwise than was said, or costs more than it seems."""
 
 
+class LoweringWarning(LpWarning):
+    """A GEMM that a rule matches does not run as its policy says, or a check of the policy found something wrong."""
+
+
 class LossScaleWarning(LpWarning):
     """A policy asks for a loss scale, and nothing applies it."""
 
 
 class FormatError(LpError, ValueError):
     """A number format, rounding or scale that does not exist or does not fit."""
+
+
+class LoweringError(LpError):
+    """A GEMM that a rule matches does not run as its policy says, and strict was asked for."""
 
 
 class NotSupported(LpError):

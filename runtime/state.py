@@ -52,6 +52,8 @@ class CallCounts:
     """
 
     sites: defaultdict[str, SiteCalls] = field(default_factory=lambda: defaultdict(SiteCalls))
+    told: dict[tuple[str, Role], tuple[int, int]] = field(default_factory=dict)
+    """What `since_told` gave last."""
 
     def ran(self, site: str, role: Role) -> None:
         """One call ran as the policy says."""
@@ -73,6 +75,13 @@ class CallCounts:
     def as_said(self, site: str, role: Role) -> int:
         return self.sites[site].by_role[role][1] if site in self.sites else 0
 
+    def since_told(self, site: str, role: Role) -> tuple[int, int]:
+        """(calls seen, as the policy says) since this was asked last."""
+        now = self.seen(site, role), self.as_said(site, role)
+        before = self.told.get((site, role), (0, 0))
+        self.told[site, role] = now
+        return now[0] - before[0], now[1] - before[1]
+
 
 @dataclass
 class RunState:
@@ -82,7 +91,8 @@ class RunState:
     policy's schedule that is in force. `overflow` is set when a gradient operand exceeded its format's largest value
     (it saturates all the same), as a bool tensor (), so that nobody waits for a GPU before whoever owns the loss scale
     reads and clears it. `is_scaled` says that somebody owns it: else the first gradient that is cast warns.
-    `gemm_calls` counts executed forward GEMMs, for tests and reports.
+    `strict`: a call that does not run as the policy says raises. `gemm_calls` counts executed forward GEMMs, for tests
+    and reports.
     """
 
     seed: int = 0
@@ -93,6 +103,7 @@ class RunState:
     watch_overflow: bool = False
     overflow: bool | Tensor = False
     is_scaled: bool = False
+    strict: bool = False
     gemm_calls: int = 0
     calls: CallCounts = field(default_factory=CallCounts, compare=False, repr=False)
     """Per site and role: calls seen, and calls that ran as the policy says, since compiling."""

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from torch import nn
 
-from lpcompile.compiled import Compiled, get_compiled
+from lpcompile.compiled import Compiled, find_root, get_compiled
 from lpcompile.frontends.install import installed
 from lpcompile.policy.rules import Site
+from lpcompile.reporting.changes import AGAIN, added_sites, lost_leaves
 from lpcompile.reporting.page import make_page
 from lpcompile.reporting.rows import REFUSED, UNCALLED, GemmRow
 from lpcompile.reporting.text import print_report
 from passes.finding import Finding
-from runtime.numerics.specs import ROLES, LayerSpec
+from runtime.numerics.specs import ROLES, LayerSpec, Role
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,16 @@ def report(model: nn.Module) -> Report:
     """The lowering certificate of a compiled model (also through DDP or a DeepSpeed engine). Raises LpError if it was
     not compiled.
     """
-    compiled = get_compiled(model)
+    compiled, root = get_compiled(model), find_root(model)
     phase = compiled.phase
     misses = {
         path: f"{_counted(record.num_misses)} ran the original forward, first as {record.first_miss}"
         for path, module in model.named_modules()
         if (record := installed(module)) is not None and getattr(record, "num_misses", False)
     }
-    rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site)]
+    lost = lost_leaves(root, compiled)
+    rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site, lost.get(site.name, ""))]
+    rows += [row for site in added_sites(root, compiled) for row in _rows_of_added(compiled, site)]
     return Report(
         policy=phase.policy.name,
         policy_hash=compiled.policy.hash,
@@ -128,30 +131,48 @@ def _counted(num_calls: int) -> str:
     return f"{num_calls} call" if num_calls == 1 else f"{num_calls} calls"
 
 
-def _rows_of_site(compiled: Compiled, site: Site) -> list[GemmRow]:
-    name, op, flops = site.name, site.op, 2 * (site.n or 0) * (site.k or 0)
-    phase = compiled.phase
+def _rows_of_site(compiled: Compiled, site: Site, lost: str) -> list[GemmRow]:
+    """`lost`: why the site no longer runs as it was compiled."""
+    name, phase, counts = site.name, compiled.phase, compiled.state.calls
     spec: LayerSpec | None = phase.program.specs.get(name)
     if spec is None:
         return []
     rows = []
-    is_uncalled = name in compiled.uncalled
     for role in ROLES:
-        gemm = spec.role(role)
         choice = phase.program.choices.get(name, {}).get(role)
-        accumulate = gemm.accumulate + (f"/{gemm.chunk}" if gemm.chunk else "")
-        how = (
-            ("original", REFUSED, phase.program.refusals.get(name, ""))
-            if choice is None
-            else (choice.backend, choice.fidelity, choice.reason)
-        )
-        if is_uncalled and how[1] != REFUSED:
-            how = "none", UNCALLED, f"{_WHY_UNCALLED} ({how[0]} if it is)"
+        fallen = counts.sites[name].reason if name in counts.sites else ""
+        calls = (counts.seen(name, role), counts.as_said(name, role), *counts.since_told(name, role))
+        if choice is None or lost:
+            how = "original", REFUSED, lost or phase.program.refusals.get(name, "")
+        elif name in compiled.uncalled and not calls[0]:
+            how = "none", UNCALLED, f"{_WHY_UNCALLED} ({choice.backend} if it is)"
+        elif calls[1] < calls[0]:
+            how = choice.backend, choice.fidelity, f"{calls[0] - calls[1]} of {calls[0]} calls ran otherwise: {fallen}"
+        else:
+            how = choice.backend, choice.fidelity, choice.reason
         rule = phase.resolution.rule_of.get(name, {}).get(role, "no rule: fp32")
         decided = phase.program.decisions.get(name, {}).get(role)
         rule += f"; {decided}" if decided else ""
-        rows.append(GemmRow(name, op, role, str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out, *how, rule, flops))
+        rows.append(_row(site, role, spec, how, rule, calls))
     return rows
+
+
+def _rows_of_added(compiled: Compiled, site: Site) -> list[GemmRow]:
+    """Of a leaf that was not there when the model was compiled."""
+    found = compiled.phase.policy.resolve([site])
+    spec, rules = found.specs[site.name], found.rule_of.get(site.name, {})
+    assert spec is not None
+    how = "original", REFUSED, f"the module came after compiling. Try {AGAIN}"
+    return [_row(site, role, spec, how, rules.get(role, "no rule: fp32"), (0, 0, 0, 0)) for role in ROLES]
+
+
+def _row(
+    site: Site, role: Role, spec: LayerSpec, how: tuple[str, str, str], rule: str, calls: tuple[int, int, int, int]
+) -> GemmRow:
+    gemm = spec.role(role)
+    accumulate = gemm.accumulate + (f"/{gemm.chunk}" if gemm.chunk else "")
+    numbers = str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out
+    return GemmRow(site.name, site.op, role, *numbers, *how, rule, 2 * (site.n or 0) * (site.k or 0), *calls)
 
 
 _WHY_UNCALLED = "not called by the example forward"

@@ -16,7 +16,7 @@ from lpcompile.reporting.text import headline, print_report
 if TYPE_CHECKING:
     from lpcompile.reporting.certificate import Report
 
-COLUMNS = ("name", "op", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity", "reason", "rule")
+COLUMNS = ("name", "op", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity", "counts", "reason", "rule")
 
 
 def make_page(report: "Report") -> str:

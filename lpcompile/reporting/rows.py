@@ -29,10 +29,25 @@ class GemmRow:
     flops: int = 0
     """Of one row of input, in a layer with a weight; 0 where the sizes are not known before it runs."""
 
+    calls: int = 0
+    """Calls seen since compiling, in eager code: compiled code counts none."""
+    calls_as_said: int = 0
+    """Of those, how many ran as the policy says."""
+    new_calls: int = 0
+    """Calls seen since the last report."""
+    new_calls_as_said: int = 0
+
     @property
     def runs_as_policy_says(self) -> bool:
-        """False if it runs otherwise. What the example forward never called runs in no way, and is counted apart."""
-        return self.fidelity != REFUSED
+        """False if it, or a call of it, runs otherwise. What the example forward never called runs in no way, and is
+        counted apart.
+        """
+        return self.fidelity != REFUSED and self.calls_as_said == self.calls
+
+    @property
+    def counts(self) -> str:
+        """`3 of 5 calls`, or "" before there was one."""
+        return f"{self.calls_as_said} of {self.calls} calls" if self.calls else ""
 
     @property
     def formula(self) -> str:

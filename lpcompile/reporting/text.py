@@ -14,12 +14,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lpcompile.reporting.grouping import fold_names
-from lpcompile.reporting.rows import FIDELITIES, REFUSED, UNCALLED, GemmRow
+from lpcompile.reporting.rows import FIDELITIES, UNCALLED, GemmRow
 from runtime.numerics.specs import ROLES
 
 if TYPE_CHECKING:
     from lpcompile.reporting.certificate import Report
 
+_COUNTS = ("calls_as_said", "new_calls", "new_calls_as_said")
 COLUMNS = ("name", "role", "lhs", "rhs", "accumulate", "out", "backend", "fidelity")
 """Of a row, in a table with a line per GEMM."""
 
@@ -27,14 +28,19 @@ COLUMNS = ("name", "role", "lhs", "rhs", "accumulate", "out", "backend", "fideli
 def print_report(report: "Report", full: bool = False) -> str:
     """The whole certificate; `full` for a line per GEMM in place of a line per group."""
     lines = [headline(report), *_shares(report)]
+    if calls := sum(row.calls for row in report.gemms):
+        so, new, new_so = (sum(getattr(row, each) for row in report.gemms) for each in _COUNTS)
+        lines.append(
+            f"calls in eager code since compiling: {so} of {calls} ran so; since the last report: {new_so} of {new}"
+        )
     if not report.captured:
         lines.append("no example inputs were given: products of activations are found when they run")
-    refused = [row for row in report.gemms if row.fidelity == REFUSED]
+    refused = [row for row in report.gemms if not row.runs_as_policy_says]
     if refused:
         lines += ["does not run as the policy says:", *_refusals(refused)]
     lines += [f"warning: {finding}" for finding in report.warnings]
     lines += _remarks(report)
-    running = [row for row in report.gemms if row.fidelity != REFUSED]
+    running = [row for row in report.gemms if row.runs_as_policy_says]
     if full:
         lines += table(report.gemms)
     elif running:
@@ -57,7 +63,7 @@ def table(rows: Sequence[GemmRow]) -> list[str]:
     lines = []
     for row in rows:
         cells = [str(getattr(row, column)).ljust(width) for column, width in zip(COLUMNS, widths)]
-        lines.append("  ".join(cells) + f"  {row.reason}")
+        lines.append("  ".join(cells) + "".join(f"  {each}" for each in (row.counts, row.reason) if each))
     return lines
 
 

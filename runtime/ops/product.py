@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from runtime.errors import LoweringError, LoweringWarning
 from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import dialect
@@ -25,10 +26,6 @@ from runtime.quantize.kept_casts import Lifetime
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.state import RunState
-
-
-class FellThrough(UserWarning):
-    """A product that a policy names ran as the uncompiled model has it."""
 
 
 @dataclass
@@ -105,9 +102,18 @@ class Product:
         note_call(self.state, self._plans.get((None, 0)) or self._plan(None, 0), "fwd")
 
     def fall_through(self, reason: str) -> None:
-        """A call that torch's own function runs although the policy says otherwise."""
+        """A call that torch's own function runs although the policy says otherwise: told once a site, refused under
+        strict.
+        """
+        if self.state.strict:
+            raise LoweringError(
+                f"{self.name} would run as in the uncompiled model: {reason}",
+                where="strict",
+                expected="every named GEMM to run as its policy says, in every call",
+                hint="strict=False, or another rule for it",
+            )
         if self.state.calls.fell_through(self.name, reason):
-            warnings.warn(f"{self.name} ran as in the uncompiled model: {reason}", FellThrough, stacklevel=2)
+            warnings.warn(f"{self.name} ran as in the uncompiled model: {reason}", LoweringWarning, stacklevel=2)
 
     def _plan(self, geometry: ConvGeometry | None, group: int) -> GemmPlan:
         site = self.site + group * self.group_stride

@@ -31,6 +31,13 @@ class LeafForward:
     state: RunState
     is_picklable = True
 
+    @property
+    def sites(self) -> set[str]:
+        """The names of its products, of every phase."""
+        parts = [part for products in self.phases if products is not None for part in products.values()]
+        bare = [part.product if isinstance(part, GroupedProduct) else getattr(part, "func", part) for part in parts]
+        return {part.name for part in bare if isinstance(part, Product)}
+
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:

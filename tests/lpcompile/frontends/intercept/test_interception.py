@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from lpcompile import Policy, lpcompile, report
 from lpcompile.api import restore, run_state
 from lpcompile.errors import LoweringError
+from runtime.errors import LoweringWarning
 from runtime.numerics import quantize
-from runtime.ops.product import FellThrough
 
 _OPS = ("matmul", "linear", "conv1d", "conv2d", "conv3d")
 
@@ -490,7 +490,7 @@ def test_a_product_that_falls_through_warns_once() -> None:
 
     model = lpcompile(Product(), MATMUL, (_x(3, 3), _x(3, 3)))
     numbers = torch.arange(9).view(3, 3)
-    with pytest.warns(FellThrough, match=r"matmul_0.*torch.int64"):
+    with pytest.warns(LoweringWarning, match=r"matmul_0.*torch.int64"):
         assert torch.equal(model(numbers, numbers), numbers @ numbers)
     model(numbers, numbers)
     counts = run_state(model).calls
