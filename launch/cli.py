@@ -66,7 +66,7 @@ def run(arguments: list[str] | None = None) -> int:
     except LpError as error:
         code = error.exit_code if isinstance(error, WorkerError) else 2
         leave_last_words(error, code)
-        _complain(str(error))
+        _complain(str(error), error.is_of_all_ranks)
         return code
     except _USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
@@ -83,7 +83,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _complain(sentence: str) -> None:
+def _complain(sentence: str, is_of_all_ranks: bool = False) -> None:
     """Once: a worker that our launcher started is silent (the launcher speaks); under torchrun rank 0 speaks.
 
     Another rank speaks too if it is still there after a while: torchrun ends it at once where rank 0 failed as well.
@@ -91,6 +91,8 @@ def _complain(sentence: str) -> None:
     if "--prepared" in sys.argv:
         return
     if is_worker() and (rank := os.environ["RANK"]) != "0":
+        if is_of_all_ranks:
+            return
         time.sleep(_RANK_0_SPEAKS_S)
         sentence = f"rank {rank}: {sentence.removeprefix(f'rank {rank}: ')}"
     print(sentence, file=sys.stderr, flush=True)

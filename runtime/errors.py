@@ -7,6 +7,9 @@ class LpError(Exception):
     `str(error)` joins the parts: `where: what. Expected ... Got ... Try ...`.
     """
 
+    is_of_all_ranks: bool = False
+    """Every rank raises it: one of them is to speak."""
+
     def __init__(self, what: str, *, where: str = "", expected: str = "", got: str = "", hint: str = "") -> None:
         self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
         parts = [f"{where}: {what}" if where else what]

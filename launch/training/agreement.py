@@ -30,12 +30,14 @@ def compare(of_ranks: list[dict[str, Any]]) -> None:
     for rank, fields in enumerate(of_ranks):
         for name, value in fields.items():
             if value != first.get(name):
-                raise ConfigError(
+                error = ConfigError(
                     "the ranks do not run the same",
                     where=f"rank {rank}: {name}",
                     expected=f"{first.get(name)}, as on rank 0",
                     got=str(value),
                 )
+                error.is_of_all_ranks = True
+                raise error
 
 
 def _versions() -> dict[str, str]:

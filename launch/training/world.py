@@ -40,6 +40,7 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         if isinstance(box[0], LpError):
+            box[0].is_of_all_ranks = True
             raise box[0]
         return box[0]
 
@@ -79,6 +80,7 @@ class World:
             if failure is not None:
                 if len({str(each) for each in told_by}) > 1:  # not everybody's
                     failure.args = (f"rank {rank}: {failure}",)
+                failure.is_of_all_ranks = True
                 raise failure
 
     def largest(self, number: float) -> float:

@@ -22,6 +22,7 @@ def test_the_field_and_the_rank_are_named(field: str) -> None:
     of_ranks[2][field] = "that"
     with pytest.raises(ConfigError) as caught:
         compare(of_ranks)
+    assert caught.value.is_of_all_ranks, "rank 0 alone speaks"
     assert str(caught.value).startswith(f"rank 2: {field}: the ranks do not run the same. Expected this, as on rank 0.")
 
 
