@@ -24,7 +24,8 @@ from passes.ir.program import Program
 from passes.manager import Pass
 from runtime.errors import PassError
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec
 
 _FP32_BITS = 23

@@ -19,7 +19,8 @@ from runtime.errors import FormatError, nearest_names
 from runtime.numerics import decode, encode, quantize
 from runtime.numerics.block_casts import encode_blocks
 from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat, get_block_format, is_block_format
-from runtime.numerics.formats import FORMATS, FloatFormat, Format, get_format
+from runtime.numerics.format_kinds import FloatFormat, Format
+from runtime.numerics.formats import FORMATS, get_format
 from runtime.numerics.formats_table import BLOCK_COLUMNS, COLUMNS, block_cells, number, scalar_cells
 from runtime.numerics.grid import neighbours, round_to_grid
 from runtime.numerics.specs import ROUNDINGS, Rounding

@@ -34,7 +34,8 @@ from runtime.numerics.block_formats import (
     grid_format,
     is_block_format,
 )
-from runtime.numerics.formats import FORMATS, IntFormat
+from runtime.numerics.format_kinds import IntFormat
+from runtime.numerics.formats import FORMATS
 from runtime.numerics.specs import (
     ACCUMULATE_MODELS,
     ACCUMULATE_OVERFLOWS,

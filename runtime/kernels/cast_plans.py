@@ -10,7 +10,8 @@ from runtime.kernels.constants import MAX_TABLE, RULE_NUMBERS
 from runtime.kernels.cpu.cast_library import BlockPlan, CastPlan, TablePlan
 from runtime.kernels.fake import beside_tracing
 from runtime.numerics.block_formats import BlockFormat
-from runtime.numerics.formats import FloatFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat, LookupFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.grid import int_range, round_to_grid
 from runtime.numerics.specs import ROUNDINGS, Rounding
 

@@ -30,7 +30,9 @@ from torch.nn.functional import pad
 from runtime.kernels.int8_product import check_int8_sum
 from runtime.kernels.request import GemmRequest
 from runtime.kernels.triton import has_triton
-from runtime.numerics.formats import Format, finite_values, get_format, has_value
+from runtime.numerics.embedding import finite_values, has_value
+from runtime.numerics.format_kinds import Format
+from runtime.numerics.formats import get_format
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import FloatFormat, Format, IntFormat
+from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat
 from runtime.numerics.free_axes import FREE_AXES, Side
 from runtime.numerics.specs import SCALE_RULES, AccumulateSpec, GemmSpec, QuantSpec, Role
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from runtime.kernels.fake import beside_tracing
 from runtime.kernels.request import GemmRequest
 from runtime.numerics import reference_gemm
-from runtime.numerics.formats import Format, IntFormat
+from runtime.numerics.format_kinds import Format, IntFormat
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import GemmSpec

@@ -40,7 +40,8 @@ from torch.nn.functional import pad
 from runtime.errors import FormatError
 from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
-from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.scaling import divisor_of_amax, power_of_two
 from runtime.numerics.specs import Rounding

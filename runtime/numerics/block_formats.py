@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
-from runtime.numerics.formats import BLOCK_NAMES, DefaultRounding, FloatFormat, Format, get_format
+from runtime.numerics.format_kinds import DefaultRounding, FloatFormat, Format
+from runtime.numerics.formats import BLOCK_NAMES, get_format
 
 BlockScaleRule = Literal["floor", "ceil", "rceil", "even", "two_level"]
 BLOCK_RULES: tuple[BlockScaleRule, ...] = get_args(BlockScaleRule)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
-from runtime.numerics.formats import FloatFormat, Format, LookupFormat
+from runtime.numerics.format_kinds import FloatFormat, Format, LookupFormat
 from runtime.numerics.grid import binade
 from runtime.numerics.scaling import power_of_two
 
@@ -35,7 +35,7 @@ def codes_of_grid(q: Tensor, row: Format) -> Tensor:
 
 
 def grid_of_codes(codes: Tensor, row: Format) -> Tensor:
-    """The fp32 values of codes of any integer dtype, by the equations of formats.py; int32 values above 2^24 are
+    """The fp32 values of codes of any integer dtype, by the equations of format_kinds.py; int32 values above 2^24 are
     rounded.
     """
     code = codes.long()

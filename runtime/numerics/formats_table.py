@@ -6,7 +6,9 @@ python -m runtime.numerics.formats_table > docs/formats.md
 from math import frexp
 
 from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat
-from runtime.numerics.formats import FORMATS, FloatFormat, Format, IntFormat, LookupFormat, embeds
+from runtime.numerics.embedding import embeds
+from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
+from runtime.numerics.formats import FORMATS
 
 COLUMNS = (
     "name",

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError, nearest_names
-from runtime.numerics.formats import FloatFormat, Format, IntFormat, LookupFormat
+from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
 from runtime.numerics.random import random_bits
 from runtime.numerics.rounding import round_to_integer
 from runtime.numerics.scaling import power_of_two

@@ -39,7 +39,8 @@ from torch import Tensor
 
 from runtime.errors import SlowPathWarning
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import FloatFormat, IntFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat, IntFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.grid import binade, round_to_grid
 from runtime.numerics.random import random_bits
 from runtime.numerics.specs import AccumulateSpec, GemmSpec

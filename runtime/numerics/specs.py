@@ -21,7 +21,8 @@ from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
 from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
-from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
+from runtime.numerics.formats import get_format
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 Granularity = Literal["tensor", "row", "column", "channel", "block"]

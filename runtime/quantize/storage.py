@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import embeds
+from runtime.numerics.embedding import embeds
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lpcompile import Policy, advance, lpcompile, report
 from runtime.numerics import quantize
-from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.formats import get_format
 
 
 def _nearest(x: Fraction, row: FloatFormat) -> Fraction:

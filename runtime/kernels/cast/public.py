@@ -21,7 +21,8 @@ from runtime.kernels.fake import has_values
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_formats import BlockFormat, is_block_format
 from runtime.numerics.codes import code_dtype, codes_of_grid, grid_of_codes
-from runtime.numerics.formats import FloatFormat, Format, IntFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import ROUNDINGS, Rounding
@@ -173,7 +174,7 @@ def encode(
 
 @torch.no_grad()
 def decode(codes: Tensor, format: str | Format) -> Tensor:
-    """The fp32 values of codes 0 <= code < 2^bits (any integer dtype), by the equations of formats.py; encode undone.
+    """The fp32 values of codes 0 <= code < 2^bits (any integer dtype), by the equations of format_kinds.py; encode undone.
 
     Every NaN code gives NaN; codes a format without subnormals does not use give zero. int32 values above 2^24 are
     rounded to fp32.

@@ -21,7 +21,8 @@ from runtime.kernels.cpu.cast_library import cast_library, is_readable, run_cast
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.torch_ops import declare
 from runtime.kernels.triton import is_readable_by_triton
-from runtime.numerics.formats import embeds, get_format
+from runtime.numerics.embedding import embeds
+from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.scaling import matrix_shape

@@ -37,7 +37,8 @@ from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
 from runtime.kernels.cpu.philox import random_plan
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_digits
 from runtime.numerics.specs import GemmSpec, QuantSpec
 

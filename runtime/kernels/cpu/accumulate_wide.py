@@ -17,7 +17,8 @@ from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import RandomPlan
 from runtime.kernels.cpu.philox import random_plan
-from runtime.numerics.formats import IntFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import IntFormat, LookupFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_digits
 from runtime.numerics.reference_gemm import declines as reference_declines
 from runtime.numerics.specs import ROUNDINGS, AccumulateSpec, GemmSpec

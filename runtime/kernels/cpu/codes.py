@@ -18,7 +18,8 @@ from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import DTYPES, CastPlan, RandomPlan, TablePlan, cast_library, num_threads
 from runtime.numerics.codes import code_dtype
-from runtime.numerics.formats import IntFormat, LookupFormat, get_format
+from runtime.numerics.format_kinds import IntFormat, LookupFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import matrix_shape
 from runtime.numerics.specs import Rounding
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from runtime.kernels.cpu import gemm
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, Epilogue, register
 from runtime.kernels.request import FOLDED, GemmRequest
-from runtime.numerics.formats import embeds
+from runtime.numerics.embedding import embeds
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
 

@@ -11,7 +11,7 @@ from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import INT32, GemmRequest
 from runtime.numerics import reference_gemm
 from runtime.numerics.block_formats import grid_format
-from runtime.numerics.formats import IntFormat
+from runtime.numerics.format_kinds import IntFormat
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import GemmSpec
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from runtime.kernels import cuda
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import FOLDED, GemmRequest
-from runtime.numerics.formats import embeds
+from runtime.numerics.embedding import embeds
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
 

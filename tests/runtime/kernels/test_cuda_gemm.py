@@ -14,7 +14,8 @@ from runtime.kernels.cuda import FP8, Capability, fp8_containers, multiply_fp8, 
 from runtime.kernels.registry import Choice, choose, get_kernel
 from runtime.kernels.request import GemmRequest
 from runtime.numerics import quantize
-from runtime.numerics.formats import finite_values, get_format, has_value
+from runtime.numerics.embedding import finite_values, has_value
+from runtime.numerics.formats import get_format
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec, Role
 
 V100, T4, A100, L40 = (

@@ -5,7 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.reference_gemm import add_to_odd, multiply
 from runtime.numerics.specs import AccumulateSpec, GemmSpec
 

@@ -17,7 +17,8 @@ from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cast.traced import Draw, traced_to_grid
 from runtime.numerics import decode, encode, quantize
 from runtime.numerics.casts import to_grid
-from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
 from tests.runtime.kernels.test_cast import DECLINED, NAMES, hard_values

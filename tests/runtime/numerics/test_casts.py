@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime.errors import FormatError
 from runtime.numerics import FORMATS, decode, encode, get_format, quantize
 from runtime.numerics.casts import to_grid
-from runtime.numerics.formats import FloatFormat, Format, IntFormat, LookupFormat
+from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
 from runtime.numerics.random import random_bits
 from runtime.numerics.scaling import affine_of_range, compute_scale
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding

@@ -7,7 +7,8 @@ import torch
 
 from runtime.errors import FormatError
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
-from runtime.numerics.formats import LookupFormat, get_format
+from runtime.numerics.format_kinds import LookupFormat
+from runtime.numerics.formats import get_format
 
 
 def test_minus_zero_is_zero_where_its_code_means_nan() -> None:

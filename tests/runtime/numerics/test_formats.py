@@ -13,18 +13,9 @@ from hypothesis import strategies as st
 
 from runtime.errors import FormatError, NotSupported
 from runtime.numerics import decode
-from runtime.numerics.formats import (
-    BLOCK_NAMES,
-    FORMATS,
-    FloatFormat,
-    Format,
-    IntFormat,
-    LookupFormat,
-    embeds,
-    finite_values,
-    get_format,
-    has_value,
-)
+from runtime.numerics.embedding import embeds, finite_values, has_value
+from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
+from runtime.numerics.formats import BLOCK_NAMES, FORMATS, get_format
 from runtime.numerics.specs import QuantSpec
 
 DTYPES = {

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import FormatError
 from runtime.numerics import FORMATS, decode, encode, get_format, quantize
-from runtime.numerics.formats import LookupFormat, finite_values
+from runtime.numerics.embedding import finite_values
+from runtime.numerics.format_kinds import LookupFormat
 from runtime.numerics.grid import neighbours, round_to_grid
 from runtime.numerics.specs import ROUNDINGS, Rounding
 

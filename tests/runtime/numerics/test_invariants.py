@@ -16,7 +16,7 @@ from runtime.kernels.cast.grid import fast_to_grid
 from runtime.numerics import FORMATS, encode, get_format, quantize
 from runtime.numerics.block_casts import encode_blocks
 from runtime.numerics.block_formats import BLOCK_FORMATS
-from runtime.numerics.formats import FloatFormat, IntFormat, LookupFormat
+from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.grid import neighbours
 from runtime.numerics.random import random_bits
 from runtime.numerics.scaling import compute_scale, expand_scale

@@ -19,7 +19,8 @@ from runtime.errors import FormatError, SlowPathWarning
 from runtime.kernels.cpu.accumulate_wide import wide_library
 from runtime.numerics import encode, quantize
 from runtime.numerics import reference_gemm as reference
-from runtime.numerics.formats import FloatFormat, get_format
+from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.random import random_bits
 from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec
