@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
 from runtime.numerics.format_kinds import DefaultRounding, FloatFormat, Format
-from runtime.numerics.formats import BLOCK_NAMES, get_format
+from runtime.numerics.formats import get_format
 
 BlockScaleRule = Literal["floor", "ceil", "rceil", "even", "two_level"]
 BLOCK_RULES: tuple[BlockScaleRule, ...] = get_args(BlockScaleRule)
@@ -58,7 +58,7 @@ class BlockFormat:
 
 def is_block_format(name: str) -> bool:
     """Whether `name` is written as a block format; its option may still be wrong."""
-    return name.partition(":")[0] in BLOCK_NAMES
+    return name.partition(":")[0] in BLOCK_FORMATS
 
 
 @lru_cache(maxsize=256)

@@ -33,8 +33,10 @@ def get_format(name: str) -> Format:
         return FORMATS[_ALIASES.get(name, name)]
     if not isinstance(name, str):
         raise FormatError("a format is given by its name", expected='text such as "e4m3"', got=repr(name))
+    from runtime.numerics.block_formats import BLOCK_FORMATS  # here: their rows name rows of this file
+
     base, colon, text = name.partition(":")
-    if base in BLOCK_NAMES:
+    if base in BLOCK_FORMATS:
         raise NotSupported(
             f'format "{name}" is a block format: it is for the operands of a GEMM and for quantize()',
             hint=f"one of {', '.join(FORMATS)}",
@@ -54,7 +56,7 @@ def get_format(name: str) -> Format:
     raise FormatError(
         f'"{name}" is not a number format',
         expected="a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`",
-        hint=nearest_names(name, (*FORMATS, *BLOCK_NAMES)),
+        hint=nearest_names(name, (*FORMATS, *BLOCK_FORMATS)),
     )
 
 
@@ -218,6 +220,3 @@ FORMATS: dict[str, Format] = {
 }
 
 _ALIASES = {"binary": "int1"}
-
-BLOCK_NAMES = ("mxfp8", "mxfp8-e5m2", "mxfp6", "mxfp6-e3m2", "mxfp4", "mxint8", "nvfp4")
-"""The rows of block_formats.py, which needs this file and not the other way round."""

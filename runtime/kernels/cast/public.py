@@ -174,7 +174,8 @@ def encode(
 
 @torch.no_grad()
 def decode(codes: Tensor, format: str | Format) -> Tensor:
-    """The fp32 values of codes 0 <= code < 2^bits (any integer dtype), by the equations of format_kinds.py; encode undone.
+    """The fp32 values of codes 0 <= code < 2^bits (any integer dtype), by the equations of format_kinds.py: encode
+    undone.
 
     Every NaN code gives NaN; codes a format without subnormals does not use give zero. int32 values above 2^24 are
     rounded to fp32.

@@ -12,7 +12,8 @@ from lpcompile.errors import LpError, NotSupported, ParseError, PolicyError
 from lpcompile.policy.file import load_policy, policy_schema, shipped_policies
 from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Site
-from runtime.numerics.formats import BLOCK_NAMES, FORMATS
+from runtime.numerics.block_formats import BLOCK_FORMATS
+from runtime.numerics.formats import FORMATS
 
 SITES = [
     Site("stem", "conv2d", 0, 3, 64, 27),
@@ -21,7 +22,7 @@ SITES = [
     Site("attn", "matmul", None, 3, None, None),
 ]
 ALL_FORMATS = ", ".join(FORMATS)
-NAMES = ", ".join((*FORMATS, *BLOCK_NAMES))
+NAMES = ", ".join((*FORMATS, *BLOCK_FORMATS))
 SHIPPED = "bf16, fp16, fp32, fp32-emulated, fp8-rowwise, hfp8, int8"
 
 

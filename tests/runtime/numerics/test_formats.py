@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from runtime.errors import FormatError, NotSupported
 from runtime.numerics import decode
+from runtime.numerics.block_formats import BLOCK_FORMATS
 from runtime.numerics.embedding import embeds, finite_values, has_value
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
-from runtime.numerics.formats import BLOCK_NAMES, FORMATS, get_format
+from runtime.numerics.formats import FORMATS, get_format
 from runtime.numerics.specs import QuantSpec
 
 DTYPES = {
@@ -176,7 +177,7 @@ def test_a_wrong_name_says_what_is_wrong(name: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [*BLOCK_NAMES, "mxfp4:scale=rceil"])
+@pytest.mark.parametrize("name", [*BLOCK_FORMATS, "mxfp4:scale=rceil"])
 def test_a_block_format_is_an_operand_and_has_no_row_of_its_own(name: str) -> None:
     assert QuantSpec(format=name).is_block
     with pytest.raises(NotSupported, match=r"a block format: it is for the operands of a GEMM and for quantize\(\)"):

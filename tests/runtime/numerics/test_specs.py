@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FormatError
-from runtime.numerics.formats import BLOCK_NAMES, FORMATS
+from runtime.numerics.block_formats import BLOCK_FORMATS
+from runtime.numerics.formats import FORMATS
 from runtime.numerics.specs import (
     ALONG,
     GRANULARITIES,
@@ -26,7 +27,7 @@ scales = st.one_of(
 )
 blocks_of = st.builds(
     QuantSpec,
-    st.sampled_from([*BLOCK_NAMES, "mxfp4:scale=rceil"]),
+    st.sampled_from([*BLOCK_FORMATS, "mxfp4:scale=rceil"]),
     st.sampled_from(ROUNDINGS),
     st.none(),
     st.sampled_from([None, *ALONG]),
