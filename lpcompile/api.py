@@ -13,8 +13,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lpcompile.capture.children import MARK
-from lpcompile.capture.whole_graphs import compile_recorded, install_recorded, keeps_constants
 from lpcompile.collector import no_full_collections
 from lpcompile.compiled import COMPILED, JOINT, Compiled, find_compiled, get_compiled
 from lpcompile.errors import LoweringError, LpError
@@ -34,6 +32,7 @@ from lpcompile.reporting.checks import check_policy
 from lpcompile.reporting.trouble import tell_trouble
 from passes.finding import Finding
 from passes.ir.program import STATE
+from runtime.ops.dialect import OP_OF
 from runtime.quantize.learned.quantizer import Learned
 from runtime.quantize.store import STORE as QUANTIZERS
 from runtime.quantize.store import find_store
@@ -80,13 +79,7 @@ def lpcompile(
         captured = example_inputs is not None or example_kwargs is not None
         call = (args, kwargs) if captured else None
         state = RunState(seed=seed, watch_overflow=loaded.loss_scale.kind != "none", strict=strict)
-        if mode == "infer":
-            compiled, calls = compile_recorded(model, loaded, state, call, mode, strict)
-            _refuse_if_not_lowered(compiled)
-            install_recorded(model, compiled, calls)
-            finish_install(model, compiled, keeps_constants(compiled), quantizers)
-        else:
-            _compile_products(model, loaded, state, call, strict, quantizers)
+        _compile_products(model, loaded, state, call, mode, strict, quantizers)
     tell_trouble(model, stacklevel=3)
     return model
 
@@ -138,7 +131,7 @@ def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
 
 def _installed(module: nn.Module) -> dict[str, Any]:
     """What of a module's __dict__ is lpcompile's."""
-    return {name: vars(module)[name] for name in (RECORD, MARK, STATE, COMPILED) if name in vars(module)}
+    return {name: vars(module)[name] for name in (RECORD, STATE, COMPILED) if name in vars(module)}
 
 
 def _take_away(model: nn.Module) -> dict[str, Learned]:
@@ -176,6 +169,7 @@ def _compile_products(
     policy: Policy,
     state: RunState,
     call: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    mode: str,
     strict: bool,
     quantizers: dict[str, Learned],
 ) -> None:
@@ -187,8 +181,8 @@ def _compile_products(
     phases = [PhaseCode.of(from_step, each, device) for from_step, each in policy.phases]
     unreached += [Unreached(path, reason) for path, reason in (seen.asides if seen else {}).items()]
     called = None if seen is None else frozenset(seen.calls)
-    compiled = Compiled(policy, state, [], phases, leaves, unreached, "train", strict, called)
-    sights = [_sight_of(model, leaf, seen) for leaf in leaves]
+    compiled = Compiled(policy, state, [], phases, leaves, unreached, mode, strict, called)
+    sights = [sight_of(model, leaf, seen) for leaf in leaves]
     compiled.add_all(model, [*sights, *(seen.functional_sights() if seen else ())])
     modules = dict(model.named_modules())
     unseen = {path: modules[path] for path in writers if seen is None or path not in seen.calls}
@@ -197,19 +191,40 @@ def _compile_products(
         phase.resolution = expecting(phase.policy, phase.resolution, possible)
         phase.program.findings[:0] = check_policy(model, leaves, compiled.sites, phase.policy, phase.resolution)
         phase.num_quantize_before, phase.num_quantize_after = count_casts(phase, seen.operands if seen else {})
+    if mode == "infer" and call is not None:
+        from lpcompile.frontends.export.whole_graph import compile_exported, install_exported  # and torch's compiler
+
+        exported = compile_exported(model, compiled, call)
+    else:
+        exported = None
     _refuse_if_not_lowered(compiled)
+    install_products(model, compiled, writers, seen, quantizers)
+    if exported is not None and call is not None:
+        install_exported(model, compiled, exported, call)
+
+
+def install_products(
+    model: nn.Module,
+    compiled: Compiled,
+    writers: Sequence[str],
+    seen: Seen | None,
+    quantizers: dict[str, Learned],
+) -> None:
+    """Let every leaf that a phase names, and what modules write as operations, run what was planned."""
     has_scopes = install_scopes(model, compiled, writers, seen)
-    for path, group in groupby(leaves, key=lambda leaf: leaf.path):
+    modules = dict(model.named_modules())
+    for path, group in groupby(compiled.leaves, key=lambda leaf: leaf.path):
         parts = list(group)
-        products = [leaf_products(parts, phase.products) for phase in phases]
+        products = [leaf_products(parts, phase.products) for phase in compiled.phases]
         if has_scopes or any(each is not None for each in products):
-            install(modules[path], LeafForward(leaf_forward(modules[path]), products, state))
-            modules[path].__dict__[STATE] = state
-    keeps = any(is_kept_weight(product) for phase in phases for product in phase.products.values())
-    finish_install(model, compiled, keeps or has_scopes, quantizers)
+            install(modules[path], LeafForward(leaf_forward(modules[path]), products, compiled.state))
+            modules[path].__dict__[STATE] = compiled.state
+    keeps = any(is_kept_weight(product) for phase in compiled.phases for product in phase.products.values())
+    finish_install(model, compiled, keeps or has_scopes or keeps_casts(compiled), quantizers)
 
 
-def _sight_of(model: nn.Module, leaf: Leaf, seen: Seen | None) -> Sight:
+def sight_of(model: nn.Module, leaf: Leaf, seen: Seen | None) -> Sight:
+    """What the plan asks of a leaf."""
     weight = model.get_submodule(leaf.path)._parameters.get("weight")
     reason = ""
     if type(weight) is nn.Parameter and not leaf.part and not weight.is_floating_point():
@@ -222,6 +237,12 @@ def _sight_of(model: nn.Module, leaf: Leaf, seen: Seen | None) -> Sight:
         lengths.pop("grad", None)
     sizes = leaf.n, leaf.k
     return Sight(leaf.name, leaf.op, leaf.kind, *sizes, lengths, leaf.index, is_repeated, reason)
+
+
+def keeps_casts(compiled: Compiled) -> bool:
+    """Whether a graph keeps casts of weights."""
+    graphs = [graph for phase in compiled.phases for _, graph in phase.program.graphs()]
+    return any("lifetime" in node.kwargs for graph in graphs for node in graph.nodes if node.target in OP_OF)
 
 
 def finish_install(model: nn.Module, compiled: Compiled, keeps_casts: bool, quantizers: dict[str, Learned]) -> None:
@@ -308,7 +329,7 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     """
     leaves, _ = find_leaves(model)
     compiled = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, "cpu")], leaves, [], "train", False)
-    compiled.add_all(model, [_sight_of(model, leaf, None) for leaf in leaves])
+    compiled.add_all(model, [sight_of(model, leaf, None) for leaf in leaves])
     phase = compiled.phase
     found = check_policy(model, leaves, compiled.sites, policy, phase.resolution)
     return phase.resolution, found + phase.program.findings

@@ -1,25 +1,25 @@
 """fuse: a residual and an activation that follow a product become a part of it.
 
-    %y = call_module[fc](%x)       becomes      %z = call_module[fc](%x, lp_residual=%r, lp_activation='relu')
+    %y = lp.gemm(%x, %w, ...)      becomes      %z = lp.gemm(%x, %w, ..., %r) {activation = "relu"}
     %s = add(%y, %r)
     %z = relu(%s)
 
-and the lp.gemm of fc's fed graph gets the operand and the attribute. No bit changes, of the outputs or of any gradient:
-so what follows must follow at once, or gradients would add up in another order. A product in the graph itself is fused
-in the same way, without a call.
+No bit of the output changes. The product runs where the last of the three ran, so that what is added is there by then;
+nothing may write in between.
 """
 
-import copy
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from passes.analysis.writes import epochs, writes
 from passes.ir.gemm_nodes import argument
-from passes.ir.program import ACTIVATION, FOLDED, RESIDUAL, Program, Unit, child_path
+from passes.ir.operands import operands_of, set_operands
+from passes.ir.program import Program, Unit
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
@@ -27,34 +27,17 @@ from runtime.ops.dialect import OPS
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """For inference: in training the modules around a leaf get hooks of an engine, and a fused call has none to show.
-    A leaf that has several calls is left alone, since its fed graph is one.
-    """
+    """For inference: moved, a product would have its gradients added up in another order."""
 
     name: ClassVar[str] = "fuse"
     requires: ClassVar[tuple[str, ...]] = ("annotated", "cast")
 
     def run(self, program: Program) -> bool:
-        calls = _num_calls(program)
         changed = False
         for unit in program.units.values():
-            for node in list(unit.graph.nodes):
-                if node.target is _GEMM:
-                    changed |= _fuse_gemm(program, unit, node)
-                leaf = program.called_leaf(unit, node)
-                if leaf is not None and calls[leaf.path] == 1 and not leaf.is_observed:
-                    changed |= _fuse_call(program, unit, node, leaf)
+            for gemm in unit.graph.find_nodes(op="call_function", target=_GEMM):
+                changed |= _fuse(program, unit, gemm)
         return changed
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """What follows a product at once: the nodes that go, the residual, the activation, and modules that it calls."""
-
-    nodes: tuple[fx.Node, ...]
-    residual: fx.Node | None
-    activation: str
-    modules: tuple[str, ...]
 
 
 def activation_of(node: fx.Node) -> str:
@@ -64,88 +47,33 @@ def activation_of(node: fx.Node) -> str:
     return "relu" if node.op == "call_function" and node.target in _RELU else ""
 
 
-def _num_calls(program: Program) -> dict[str, int]:
-    """How many nodes call each leaf."""
-    calls = dict.fromkeys((unit.path for unit in program.units.values() if unit.kind == "leaf"), 0)
-    for unit in program.units.values():
-        for node in unit.graph.nodes:
-            leaf = program.called_leaf(unit, node)
-            if leaf is not None:
-                calls[leaf.path] += 1
-    return calls
-
-
-def _fuse_gemm(program: Program, unit: Unit, gemm: fx.Node) -> bool:
-    tail = _tail(program, unit, gemm)
-    if tail is None or gemm.args[-1] is not None or "activation" in gemm.kwargs:
+def _fuse(program: Program, unit: Unit, gemm: fx.Node) -> bool:
+    if operands_of(gemm)["residual"] is not None or "activation" in gemm.kwargs:
         return False
-    _write(gemm, tail.residual, tail.activation)
-    _replace(gemm, tail)
-    return True
-
-
-def _fuse_call(program: Program, unit: Unit, call: fx.Node, leaf: Unit) -> bool:
-    graph = leaf.fed if leaf.fed is not None and call.kwargs else leaf.graph
-    gemms = [node for node in graph.nodes if node.target is _GEMM]
-    output = next(node for node in graph.nodes if node.op == "output")
-    tail = _tail(program, unit, call)
-    if tail is None or len(gemms) != 1 or output.args != ((gemms[0],),) or {ACTIVATION, RESIDUAL} & {*call.kwargs}:
+    tail: list[fx.Node] = []
+    following, residual, activation = _follower(gemm), None, ""
+    if following is not None and (residual := _residual(following, gemm)) is not None:
+        tail.append(following)
+        following = _follower(following)
+    if following is not None and following.args[:1] == (tail[-1] if tail else gemm,):
+        activation = activation_of(following)
+        tail += [following] if activation else []
+    epoch_of = epochs(program, unit.path, unit.graph)
+    if not tail or epoch_of[tail[-1]] - epoch_of[gemm] != sum(map(writes, tail)):
         return False
-    fed = copy.deepcopy(graph)
-    gemm = next(node for node in fed.nodes if node.target is _GEMM)
-    handed: dict[str, Any] = {}
-    if tail.residual is not None:
-        handed[RESIDUAL] = tail.residual
-    if tail.activation:
-        handed[ACTIVATION] = tail.activation
-    added = {}
-    for name in handed:
-        with fed.inserting_after([node for node in fed.nodes if node.op == "placeholder"][-1]):
-            added[name] = fed.placeholder(name, default_value=None)
-    if tail.residual is not None:
-        added[RESIDUAL].meta[META] = tail.residual.meta[META]
-    _write(gemm, added.get(RESIDUAL), tail.activation)
-    leaf.fed = fed
-    call.kwargs = {**call.kwargs, **handed}
-    _replace(call, tail)
-    return True
-
-
-def _write(gemm: fx.Node, residual: fx.Node | None, activation: str) -> None:
-    gemm.args = (*gemm.args[:-1], residual)
+    set_operands(gemm, residual=residual)
     if activation:
         gemm.kwargs = {**gemm.kwargs, "activation": activation}
-
-
-def _replace(product: fx.Node, tail: _Tail) -> None:
-    last = tail.nodes[-1]
-    last.replace_all_uses_with(product)
-    for node in reversed(tail.nodes):
-        product.graph.erase_node(node)
-    if tail.modules:
-        product.meta[FOLDED] = ",".join(filter(None, (product.meta.get(FOLDED), *tail.modules)))
-
-
-def _tail(program: Program, unit: Unit, product: fx.Node) -> _Tail | None:
-    """What can become a part of a product: first a sum, then an activation, each right after what it takes alone."""
-    nodes: list[fx.Node] = []
-    modules: list[str] = []
-    last, residual, activation = product, None, ""
-    following = _follower(last)
-    if following is not None and (residual := _residual(following, last)) is not None:
-        nodes.append(following)
-        last, following = following, _follower(following)
-    if following is not None and following.args[:1] == (last,):
-        activation = activation_of(following) or _called_activation(program, unit, following)
-        if activation:
-            nodes.append(following)
-            modules += [str(following.target)] if following.op == "call_module" else []
-    return _Tail(tuple(nodes), residual, activation, tuple(modules)) if nodes else None
+    tail[-1].prepend(gemm)
+    tail[-1].replace_all_uses_with(gemm)
+    for node in reversed(tail):
+        unit.graph.erase_node(node)
+    return True
 
 
 def _follower(node: fx.Node) -> fx.Node | None:
-    """The next node, where that is all that uses this one."""
-    return node.next if list(node.users) == [node.next] else None
+    """What uses a node, where one node does."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _residual(node: fx.Node, product: fx.Node) -> fx.Node | None:
@@ -160,21 +88,6 @@ def _residual(node: fx.Node, product: fx.Node) -> fx.Node | None:
         return None
     seen, wanted = other.meta[META], product.meta[META]
     return other if (seen.shape, seen.dtype) == (wanted.shape, wanted.dtype) else None
-
-
-def _called_activation(program: Program, unit: Unit, node: fx.Node) -> str:
-    """The activation that a called module is, if its graph is that and nothing more, and no hooks see it."""
-    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-        return ""
-    units = [each for each in program.units.values() if each.path == child_path(unit.path, node)]
-    return _whole_activation(units[0]) if len(units) == 1 and not units[0].is_observed else ""
-
-
-def _whole_activation(unit: Unit) -> str:
-    x, *rest = unit.graph.nodes
-    if len(rest) != 2 or rest[0].args[:1] != (x,) or rest[1].args != ((rest[0],),):
-        return ""
-    return activation_of(rest[0])
 
 
 _GEMM = OPS["lp.gemm"].run

@@ -232,7 +232,7 @@ class _Regions:
         def needs_high(node: fx.Node, user: fx.Node) -> bool:
             if user.kwargs.get(RESIDUAL) is node:
                 return True
-            is_scale = user.target is SCALE and all(each in readers for each in user.users)
+            is_scale = user.target is SCALE and all(each in readers or each.target is _GEMM for each in user.users)
             return not (user in ops or user in readers or is_scale or self.is_carrier(user, node))
 
         low, values = storage_dtype(key.spec.format).itemsize, []

@@ -9,8 +9,7 @@ same input casts it once itself and hands the cast down:
 
 %x is still handed over: it carries the gradient, so gradients add up in the order they did before. A cast is not shared
 across an in-place op, which may have changed the tensor, nor when it rounds stochastically; and casts are alike only
-if their keys are (passes/cast_keys.py): q, k and v with a learned clip each cast one spec in three ways. Hooks of the
-leaves, which no graph shows, are for lpcompile/capture/cast_origins.py.
+if their keys are (passes/cast_keys.py): q, k and v with a learned clip each cast one spec in three ways.
 """
 
 from collections import defaultdict

@@ -44,7 +44,7 @@ def opt(
         ),
     ] = None,
     mode: Annotated[
-        str, typer.Option(metavar="[train|infer]", help="What of a model is recorded, and which pipeline runs.")
+        str, typer.Option(metavar="[train|infer]", help="Which pipeline runs; the graph is that of evaluation.")
     ] = "train",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the text here and not to stdout.")
@@ -75,7 +75,7 @@ def opt(
         raise LpError("nothing to work on", where="opt", expected="FILE_OR_MODEL", hint="lpcompile opt --help")
     if mode not in PIPELINES:
         raise LpError("not a mode", where="--mode", expected=" or ".join(PIPELINES), got=mode)
-    program = read_program(source, policy, mode)
+    program = read_program(source, policy)
     if verify_only:
         verify(program)
         graphs = sum(1 for _ in program.graphs())
@@ -102,7 +102,7 @@ def opt(
         told.print(stats_table(records, moved))
 
 
-def read_program(source: str, policy: str | None, mode: str = "train") -> Program:
+def read_program(source: str, policy: str | None) -> Program:
     """The program of a file, or of a model under a policy before any pass."""
     path = Path(source)
     if source.endswith(".lpir") or path.exists():
@@ -125,7 +125,7 @@ def read_program(source: str, policy: str | None, mode: str = "train") -> Progra
     from lpcompile.programs import program_of
 
     example = example_model(source)
-    return program_of(example.model, policy, example.args, example.kwargs, mode)  # type: ignore[arg-type]
+    return program_of(example.model, policy, example.args, example.kwargs)
 
 
 def write_file(path: Path, text: str) -> None:

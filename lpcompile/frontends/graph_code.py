@@ -4,19 +4,19 @@ Only the graph is state. Source is generated and compiled on the first call, and
 The module is an argument and not captured, so a copied model calls its own children.
 """
 
-import importlib
 import io
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
+
+from passes.ir.targets import find_target, name_of
 
 
 class GraphCode:
@@ -92,38 +92,6 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     return namespace["forward"]
 
 
-def is_same_graph(left: fx.Graph, right: fx.Graph) -> bool:
-    """Whether two graphs are the same node by node: operations, operands, constants and recorded metadata."""
-    if left is right:
-        return True
-    if len(left.nodes) != len(right.nodes):
-        return False
-    twins: dict[fx.Node, fx.Node] = {}
-    for a, b in zip(left.nodes, right.nodes):
-        if a.op != b.op or a.target != b.target or a.name != b.name:
-            return False
-        if not _is_same_operand(a.args, b.args, twins) or not _is_same_operand(a.kwargs, b.kwargs, twins):
-            return False
-        if a.meta.get("tensor_meta") != b.meta.get("tensor_meta"):
-            return False
-        twins[a] = b
-    return True
-
-
-def _is_same_operand(a: Any, b: Any, twins: dict[fx.Node, fx.Node]) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, fx.Node):
-        return twins.get(a) is b
-    if isinstance(a, Sequence) and not isinstance(a, (str, bytes, range)):
-        return len(a) == len(b) and all(_is_same_operand(x, y, twins) for x, y in zip(a, b))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(_is_same_operand(a[key], b[key], twins) for key in a)
-    if type(a) is slice:
-        return all(_is_same_operand(getattr(a, s), getattr(b, s), twins) for s in ("start", "stop", "step"))
-    return a is b or bool(a == b and repr(a) == repr(b))  # repr: 0.0 is not -0.0
-
-
 @dataclass(frozen=True)
 class _Reference:
     """Stands for a node in a pickled row."""
@@ -133,9 +101,8 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Named:
-    """Stands for a function that pickle cannot name: an attribute of one of the namespaces."""
+    """Stands for a function by its name in the text form; pickle cannot name all of torch's."""
 
-    namespace: str
     name: str
 
 
@@ -171,7 +138,7 @@ def _load_graph(rows: list[_Row]) -> fx.Graph:
         return nodes[value.name] if isinstance(value, _Reference) else value
 
     for op, name, target, args, kwargs, meta in rows:
-        found = getattr(_namespace(target.namespace), target.name) if isinstance(target, _Named) else target
+        found = find_target(target.name) if isinstance(target, _Named) else target
         node = graph.create_node(op, found, map_aggregate(args, replace), map_aggregate(kwargs, replace), name=name)
         node.meta.update(meta)
         nodes[name] = node
@@ -190,20 +157,8 @@ def _plain_copy(value: Any) -> Any:
 
 
 def _name_target(target: Any) -> Any:
-    if isinstance(target, str):
-        return target
-    name = getattr(target, "__name__", "")
-    for namespace in _NAMESPACES:
-        if getattr(_namespace(namespace), name, None) is target:
-            return _Named(namespace, name)
-    return target
-
-
-def _namespace(path: str) -> ModuleType | type:
-    return torch.Tensor if path == "torch.Tensor" else importlib.import_module(path)
+    name = None if isinstance(target, str) else name_of(target)
+    return target if name is None else _Named(name)
 
 
 _ROOT = "_lp_root"
-
-_NAMESPACES = ("torch", "torch.Tensor", "torch.nn.functional", "torch._C._nn", "torch._C", "operator", "math")
-"""Where a function is looked for by its name, since many of torch's do not pickle (F.max_pool2d is a closure)."""

@@ -92,7 +92,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
         "forward": forward,
         "__reduce_ex__": reduce,
         "__deepcopy__": deepcopy,
-        _ORIGINAL: cls,
+        ORIGINAL: cls,
     }
     metaclass: Any = type(cls)
     made: type[nn.Module] = metaclass(cls.__name__, (cls,), namespace)
@@ -121,17 +121,17 @@ def _deepcopy(made: type[nn.Module], module: nn.Module, memo: dict[int, Any]) ->
 
 def _captured_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class made here among the bases of `cls`, which a wrapper may have subclassed again."""
-    return next((base for base in cls.__mro__ if _ORIGINAL in vars(base)), None)
+    return next((base for base in cls.__mro__ if ORIGINAL in vars(base)), None)
 
 
 def _original_class(made: type[nn.Module]) -> type[nn.Module]:
-    return vars(made)[_ORIGINAL]
+    return vars(made)[ORIGINAL]
 
 
 RECORD = "_lp_captured"
 """Where the record lies in the instance's __dict__: no submodule, no buffer, not in the state_dict."""
 
-_ORIGINAL = "_lp_original_class"
+ORIGINAL = "_lp_original_class"
 
 _MADE: dict[type, type[nn.Module]] = {}
 """One subclass per class, whatever number of instances."""

@@ -100,6 +100,7 @@ def export_graph(
     (results,) = graph.output_node().args
     graph.output_node().args = (tuple(results),)  # type: ignore[arg-type]
     graph.lint()
+    assert program.call_spec.in_spec == in_spec
     assert program.call_spec.out_spec is not None
     return Exported(graph, in_spec, program.call_spec.out_spec, sizes)
 

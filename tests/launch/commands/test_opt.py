@@ -210,7 +210,7 @@ def a_model_and_a_call() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return a_model(), (torch.randn(2, 4),)
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("a_model", {"leaf"}), ("a_model_and_a_call", {"leaf", "module"})])
+@pytest.mark.parametrize(("name", "kinds"), [("a_model", {"leaf"}), ("a_model_and_a_call", {"module"})])
 def test_a_callable_gives_the_model(
     name: str, kinds: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +231,7 @@ def test_a_model_by_name_is_compiled_as_text(name: str, tmp_path: Path) -> None:
     assert run(["opt", name, "--policy", "fp8-rowwise", "--mode", "infer", "-o", str(path)]) == 0
     text = path.read_text()
     program = parse_program(text, str(path))
-    assert {unit.kind for unit in program.units.values()} == {"leaf", "module"}
+    assert {unit.kind for unit in program.units.values()} == {"module"}
     assert program.choices
     assert '!lp.quant<"e4m3", "row", 1, tensor<' in text
     verify_text(text)

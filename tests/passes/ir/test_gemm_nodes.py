@@ -9,8 +9,7 @@ from torch import Tensor, fx, nn
 
 from lpcompile import lpcompile, report
 from lpcompile.api import run_state
-from lpcompile.capture.recorder import record
-from lpcompile.frontends.leaves.find import is_leaf
+from lpcompile.frontends.export.trace import export_graph
 from lpcompile.policy.resolve import Policy
 from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
 from passes.pipelines import PASSES
@@ -33,7 +32,7 @@ class _Spellings(nn.Module):
 
 
 def _gemms() -> list[Reading]:
-    graph: fx.Graph = record(_Spellings(), (torch.randn(4, 4),), {}, is_leaf=is_leaf).recordings[""][0].graph
+    graph = export_graph(_Spellings(), (torch.randn(4, 4),), {}, []).graph
     return [gemm for node in graph.nodes if (gemm := read_gemm(node)) is not None]
 
 
@@ -248,5 +247,5 @@ def _padded_conv(padding: str, kernel: int, dilation: int) -> Reading:
         def forward(self, x: Tensor) -> Tensor:
             return F.conv1d(x, self.weight, padding=padding, dilation=dilation)
 
-    graph = record(Padded(), (torch.randn(1, 2, 9),), {}, is_leaf=is_leaf).recordings[""][0].graph
+    graph = export_graph(Padded(), (torch.randn(1, 2, 9),), {}, []).graph
     return next(gemm for node in graph.nodes if (gemm := read_gemm(node)) is not None)

@@ -1,1 +1,0 @@
-"""Capture: from live modules to graphs and back."""
