@@ -259,12 +259,13 @@ def _conv_forward(module: Any, products: Any, input: Tensor) -> Tensor:
 
 def _transposed(module: Any, products: Any, input: Tensor, output_size: Any = None) -> Tensor:
     """The forward of nn.ConvTransposeNd."""
-    dims = module.weight.dim() - 2
+    weight = module.weight  # read once: it may be computed
+    dims = weight.dim() - 2
     lists = [[*per_dim(value, dims)] for value in (module.stride, module.padding, module.kernel_size, module.dilation)]
     more = module._output_padding(input, output_size, *lists[:3], dims, lists[3])
     stride, padding, _, dilation = map(tuple, lists)
     geometry = ConvGeometry(stride, padding, dilation, module.groups, per_dim(more, dims))
-    return products[""](input, module.weight, module.bias, geometry=geometry)
+    return products[""](input, weight, module.bias, geometry=geometry)
 
 
 def _transposed_geometry(module: Any) -> tuple[Any, ...]:
