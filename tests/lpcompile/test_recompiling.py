@@ -46,6 +46,7 @@ def test_what_fails_leaves_the_earlier_compilation(name: str, tmp_path: Path) ->
     model, x = Net(), torch.randn(4, 16)
     lpcompile(model, "hfp8", example_inputs=(x,))
     expected, state, before = model(x), run_state(model), installed(model)
+    report(model)  # counts since the last report begin anew
     hooks, text = dict(model._forward_pre_hooks), report(model).to_text()
     with pytest.raises((LpError, RuntimeError)):
         FAILURES[name](model, x, file)
