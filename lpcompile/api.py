@@ -36,6 +36,7 @@ from runtime.ops.dialect import OP_OF
 from runtime.quantize.learned.quantizer import Learned
 from runtime.quantize.store import STORE as QUANTIZERS
 from runtime.quantize.store import find_store
+from runtime.recomputation import is_recomputing
 from runtime.state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -236,7 +237,7 @@ def sight_of(model: nn.Module, leaf: Leaf, seen: Seen | None) -> Sight:
     if is_repeated:
         lengths.pop("grad", None)
     sizes = leaf.n, leaf.k
-    return Sight(leaf.name, leaf.op, leaf.kind, *sizes, lengths, leaf.index, is_repeated, reason)
+    return Sight(leaf.name, leaf.op, leaf.kind, *sizes, lengths, leaf.index, reason)
 
 
 def keeps_casts(compiled: Compiled) -> bool:
@@ -337,12 +338,14 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
 
 @dataclass(frozen=True)
 class CountMicroBatches:
-    """A forward pre-hook of the root, which recomputation never calls: each training forward is one micro-batch."""
+    """A forward pre-hook of the root: each forward with gradients is a micro-batch. Calls that do not come by the root,
+    and forwards without gradients, are told apart by their sites, which count their calls.
+    """
 
     state: RunState
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if model.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not is_recomputing()):
             self.state.micro_batch += 1
 
 

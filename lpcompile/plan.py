@@ -35,8 +35,6 @@ class Sight:
     k: int | None = None
     lengths: Lengths = field(default_factory=dict)
     index: int | None = None
-    is_repeated: bool = False
-    """One forward runs it several times."""
     reason: str = ""
     owner: str | None = None
     """Path of the module that writes it; None of a leaf."""
@@ -95,8 +93,6 @@ class PhaseCode:
         number = numbers[sight.name]
         if not placed and number >= _FIRST_FOUND and (spec.fwd.lhs.quantizer or spec.fwd.rhs.quantizer):
             placed = "its quantizer has state, and the product was found after that was made: give example inputs"
-        if not placed and sight.is_repeated and spec.is_stochastic:
-            placed = "one forward runs it several times: stochastic rounding would draw the same bits each time"
         placed = placed or place(sight.kind, sight.op, spec, self.program.device)
         if isinstance(placed, str):
             self.program.refusals[sight.name] = placed

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
-from runtime.errors import LossScaleWarning, LpError
+from runtime.errors import LossScaleWarning
 from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
 from runtime.quantize.kept_casts import Constants
+from runtime.recomputation import remembered
+from runtime.streams import SITE_BITS, Turn
 
 
 class Stepped:
@@ -87,7 +89,8 @@ class CallCounts:
 class RunState:
     """The clock, the random streams and the overflow flag of one compiled model.
 
-    `step` counts optimizer steps and `micro_batch` the forward passes since the last one; `phase` is the entry of the
+    `step` counts optimizer steps and `micro_batch` the model's forwards with gradients since the last one, within which
+    every site counts its calls; `rank` is that of torch.distributed unless it is given. `phase` is the entry of the
     policy's schedule that is in force. `overflow` is set when a gradient operand exceeded its format's largest value
     (it saturates all the same), as a bool tensor (), so that nobody waits for a GPU before whoever owns the loss scale
     reads and clears it. `is_scaled` says that somebody owns it: else the first gradient that is cast warns.
@@ -96,7 +99,7 @@ class RunState:
     """
 
     seed: int = 0
-    rank: int = 0
+    rank: int | None = None
     step: int = 0
     micro_batch: int = 0
     phase: int = 0
@@ -113,6 +116,8 @@ class RunState:
     """The casts of weights that are kept between uses."""
     stepped: Stepped = field(default_factory=Stepped, init=False, compare=False, repr=False)
     """What tells one step of several optimizers from several steps."""
+    num_turns: dict[int, int] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Calls of each site that drew random bits in this micro-batch."""
     quantizers: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Quantizers with state by name, SITE.x or SITE.w: modules of the model (runtime/quantize/store.py)."""
 
@@ -120,6 +125,7 @@ class RunState:
         # torch.compile takes a plain int of a module for a constant, and would compile every step anew
         if name in ("step", "micro_batch") and not torch.compiler.is_compiling():
             value = DynamicInt(int(value))
+            vars(self).setdefault("num_turns", {}).clear()
         object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
@@ -145,37 +151,30 @@ class RunState:
     @property
     def clock(self) -> tuple[int, int, int, int]:
         """(seed, rank, step, micro-batch) as ops carry them, the seed as a signed number of 64 bits."""
-        return signed_seed(self.seed), self.rank, self.step, self.micro_batch
+        rank = _rank_of_process() if self.rank is None else self.rank
+        return signed_seed(self.seed), rank, self.step, self.micro_batch
 
-    def stream(self, site: int, slot: int) -> int:
-        """The stream of one cast or sum of this forward; `stream_number`."""
-        return stream_number(self.rank, self.micro_batch, site, slot)
+    def turn(self, site: int) -> Turn:
+        """What keys the random bits of this call of a site, in forward and backward; of a call that activation
+        checkpointing runs again, what it was the first time.
+        """
+        return remembered((self.key, site), lambda: self._next_turn(site))
 
-
-def stream_number(rank: int, micro_batch: int, site: int, slot: int) -> int:
-    """A 48-bit stream number that no two (rank, micro-batch, site, operand slot) share: 16 + 10 + 18 + 4 bits.
-
-    Raises LpError where a part does not fit: 1024 forward passes without a step mean that nobody calls advance(model).
-    """
-    number = 0
-    for name, value, bits in (
-        ("rank", rank, 16),
-        ("micro_batch", micro_batch, 10),
-        ("site", site, 18),
-        ("slot", slot, 4),
-    ):
-        if not 0 <= value < 1 << bits:
-            hint = "advance(model) after each optimizer step" if name == "micro_batch" else ""
-            raise LpError(
-                f"{name} has no stochastic stream left", expected=f"less than {1 << bits}", got=str(value), hint=hint
-            )
-        number = number * (1 << bits) + value
-    return number
+    def _next_turn(self, site: int) -> Turn:
+        number = self.num_turns.get(site, 0)
+        self.num_turns[site] = number + 1
+        return Turn(self.clock, site + (number << SITE_BITS))
 
 
 def find_state(key: int) -> RunState | None:
     """The state with this key, while it lives."""
     return _STATES.get(key)
+
+
+@torch.compiler.assume_constant_result
+def _rank_of_process() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 _NO_LOSS_SCALE = (

@@ -167,8 +167,6 @@ class Run:
                 strict=self.config.strict,
                 seed=self.config.seed,
             )
-        if state := run_state(self.model):
-            state.rank = self.world.rank
         self._certify()
 
     def _certify(self) -> None:

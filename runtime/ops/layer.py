@@ -28,51 +28,59 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import QuantSpec, Role
 from runtime.ops.activations import activation_grad, followed_by, needed_by
 from runtime.ops.plan import GemmPlan
-from runtime.ops.products import NO_CLOCK, multiply, multiply_traced, own
+from runtime.ops.products import multiply, multiply_traced, own
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import NO_DRAW, Draw, to_grid
 from runtime.quantize.stateless import quantizer_of
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
+from runtime.streams import NO_CLOCK, Turn, stream_of
 
 _DY_BWD, _DY_GRAD, _WEIGHT_BWD = 4, 5, 6
 """Operand slots of the random streams; 0 to 3 are the casts of the forward graph, 7 to 9 the sums."""
 
 
-def cast(x: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> QTensor:
-    """x on the grid of `spec`, which says everything, with its scale; detached."""
-    return quantizer_of(spec).cast(x, draw_of(spec, state, site, slot))
+def cast(x: Tensor, spec: QuantSpec, turn: RunState | Turn | None, site: int, slot: int) -> QTensor:
+    """x on the grid of `spec`, which says everything, with its scale; detached. `turn`: of this call of the site, or
+    the state whose clock it reads.
+    """
+    return quantizer_of(spec).cast(x, draw_of(spec, turn, site, slot))
 
 
-def draw_of(spec: QuantSpec, state: RunState | None, site: int, slot: int) -> Draw:
+def draw_of(spec: QuantSpec, turn: RunState | Turn | None, site: int, slot: int) -> Draw:
     """What keys the random bits of a cast, where it has any."""
     if spec.rounding != "stochastic":
         return NO_DRAW
-    state = state or RunState()
-    return Draw(state.seed, state.step, state.stream(site, slot))
+    if isinstance(turn, Turn):
+        return Draw(*stream_of(turn.clock, turn.site, slot))
+    return Draw(*stream_of(NO_CLOCK if turn is None else turn.clock, site, slot))
 
 
-def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan) -> QTensor:
+def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan, turn: Turn | None) -> QTensor:
     """BWD's cast of a weight: a kept one of these bytes, FWD's where it is the same cast, or a new one."""
     slot, kept = _WEIGHT_BWD, None
     if plan.lifetime:
         kept = state.constants.find(w, CastKey(spec), plan.site, slot, plan.lifetime)
     if kept is None:
-        return cast(w, spec, state, plan.site, slot)
+        return cast(w, spec, turn, plan.site, slot)
     scale = kept.scale_or(lambda: compute_scale(w.detach(), spec))
     return QTensor(kept.grid_or(lambda: to_grid(w, scale, spec)), scale, spec)  # what is kept draws nothing
 
 
-def cast_gradient(dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int) -> QTensor:
+def cast_gradient(
+    dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int, turn: Turn | None = None
+) -> QTensor:
+    """A cast that notes an overflow in `state`, where that watches for it; `turn` as in `cast`."""
     if state is None or not state.watch_overflow or spec.is_identity:
-        return cast(dy, spec, state, site, slot)
+        return cast(dy, spec, turn or state, site, slot)
     if torch.compiler.is_compiling():
-        clock = state.clock if spec.rounding == "stochastic" else NO_CLOCK
+        clock = (turn or state).clock if spec.rounding == "stochastic" else NO_CLOCK
         watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot)
         return QTensor(watched, one if spec.has_scale else None, spec)
     scale = compute_scale(dy, spec)
     dtype = storage_dtype(spec.format)
-    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **draw_of(spec, state, site, slot)._asdict())
+    draw = draw_of(spec, turn or state, site, slot)
+    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **draw._asdict())
     state.note_overflow(beyond)
     return QTensor(grid, scale, spec)
 
@@ -86,8 +94,10 @@ def run_gemm(
     plan: GemmPlan,
     residual: Tensor | None = None,
     activation: str = "",
+    turn: Turn | None = None,
 ) -> Tensor:
-    """One site, differentiable in lhs, rhs, bias and residual. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast
+    """One site, differentiable in lhs, rhs, bias and residual. `turn` keys its random bits, else the state's clock does
+    as it is now, in backward too. casts: fwd_lhs, fwd_rhs, bwd_rhs (None: rhs is cast
     again in backward), grad_lhs. A residual has shape and dtype of the result; activation is one of ACTIVATIONS or "".
 
     Where no role rounds anything and the casts are the carriers themselves, it is torch's own op with torch's own
@@ -105,7 +115,9 @@ def run_gemm(
         operand = casts[name]
         flat += [operand.grid, operand.scale] if operand else [None, None]
     # the residual first: autograd hands out gradients in the order of operands, and an addition would come before
-    return _Gemm.apply(residual, lhs, rhs, bias, state, plan, activation, torch.is_grad_enabled(), *flat)
+    if turn is None and plan.spec.is_stochastic:
+        turn = Turn(state.clock, plan.site)
+    return _Gemm.apply(residual, lhs, rhs, bias, state, turn, plan, activation, torch.is_grad_enabled(), *flat)
 
 
 def note_call(state: RunState, plan: GemmPlan, role: Role) -> None:
@@ -206,6 +218,7 @@ class _Gemm(torch.autograd.Function):
         rhs: Tensor,
         bias: Tensor | None,
         state: RunState,
+        turn: Turn | None,
         plan: GemmPlan,
         activation: str,
         is_recording: bool,
@@ -221,7 +234,7 @@ class _Gemm(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             note_call(state, plan, "fwd")
         needs_lhs, needs_rhs = ctx.needs_input_grad[1:3]
-        ctx.state, ctx.plan, ctx.activation = state, plan, activation
+        ctx.state, ctx.turn, ctx.plan, ctx.activation = state, turn, plan, activation
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
@@ -235,14 +248,14 @@ class _Gemm(torch.autograd.Function):
         spec = plan.spec.fwd
         a, b = QTensor(fwd_lhs, fwd_lhs_scale, spec.lhs), QTensor(fwd_rhs, fwd_rhs_scale, spec.rhs)
         keeps = is_recording and any(ctx.needs_input_grad[:4])
-        y, needed = _finished(plan, a, b, bias, result_dtype(lhs), state, residual, activation, keeps)
+        y, needed = _finished(plan, a, b, bias, result_dtype(lhs), turn, residual, activation, keeps)
         ctx.save_for_backward(*kept, needed)
         return y
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        plan, state = ctx.plan, ctx.state
+        plan, state, turn = ctx.plan, ctx.state, ctx.turn
         rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale, activated = ctx.saved_tensors
         needs_residual, needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:4]
         dy = activation_grad(dy, activated, ctx.activation)
@@ -250,38 +263,38 @@ class _Gemm(torch.autograd.Function):
         dx = dw = db = dy_cast = None
         if needs_lhs:
             _note_backward(state, plan, "bwd")
-            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD)
+            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD, turn)
             w = (
                 QTensor(bwd_rhs, bwd_rhs_scale, bwd.rhs)
                 if bwd_rhs is not None
-                else _cast_weight(rhs, bwd.rhs, state, plan)
+                else _cast_weight(rhs, bwd.rhs, state, plan, turn)
             )
-            dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], state)
+            dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], turn)
         if needs_rhs:
             _note_backward(state, plan, "grad")
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
-                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD)
+                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD, turn)
             x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)
-            dw = _gradient("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], state)
+            dw = _gradient("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], turn)
         if needs_bias:
             db = plan.contraction.bias_grad(dy).sum_to_size(ctx.bias_shape).to(ctx.dtypes[2])
-        return dy if needs_residual else None, dx, dw, db, *(None,) * 12
+        return dy if needs_residual else None, dx, dw, db, *(None,) * 13
 
 
 def _finished(
-    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, state: RunState,
+    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, turn: Turn | None,
     residual: Tensor | None, activation: str, keeps: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """FWD with what follows it, and what the activation's backward needs where it `keeps` that."""
     is_as_is = plan.kernel("fwd").is_own_op
     if torch.compiler.is_compiling():  # what follows is left to the compiler
-        y = _native(plan, a, b, bias, dtype) if is_as_is else multiply_traced("fwd", plan, a, b, bias, dtype, state)
+        y = _native(plan, a, b, bias, dtype) if is_as_is else multiply_traced("fwd", plan, a, b, bias, dtype, turn)
         y = y if residual is None else y + residual
         return needed_by(activation, torch.relu(y) if activation == "relu" else y)
     if is_as_is and residual is None and not activation:
         return _native(plan, a, b, bias, dtype), None
     inside = activation if activation == "relu" or not keeps else ""
-    y = multiply("fwd", plan, a, b, bias, dtype, state, residual, inside)
+    y = multiply("fwd", plan, a, b, bias, dtype, turn, residual, inside)
     return needed_by(activation, y) if keeps else (y, None)
 
 
@@ -290,11 +303,11 @@ def _native(plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: 
 
 
 def _gradient(
-    role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, shape: torch.Size, dtype: torch.dtype, state: RunState
+    role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, shape: torch.Size, dtype: torch.dtype, turn: Turn | None
 ) -> Tensor:
     """BWD or GRAD: torch's own op where nothing is cast, else one op of products.py."""
     if not plan.kernel(role).is_own_op:
         run = multiply_traced if torch.compiler.is_compiling() else multiply
-        return run(role, plan, dy, other, shape, dtype, state)
+        return run(role, plan, dy, other, shape, dtype, turn)
     of_role = plan.contraction.bwd if role == "bwd" else plan.contraction.grad
     return of_role(dy.grid, other.grid, shape, torch.matmul).to(dtype)

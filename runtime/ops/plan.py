@@ -1,6 +1,6 @@
 """Plan: everything about one GEMM site that does not change from call to call, and the text that says it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from runtime.kernels import gemm as gemm  # fills the registry
@@ -42,6 +42,10 @@ class GemmPlan:
 
     def kernel(self, role: Role) -> AbstractKernel:
         return get_kernel(self.methods[ROLES.index(role)])
+
+    def at(self, site: int) -> "GemmPlan":
+        """This plan, whose random bits are those of `site`."""
+        return self if site == self.site else replace(self, site=site)
 
     @cached_property
     def stochastic_sums(self) -> frozenset[Role]:

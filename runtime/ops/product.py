@@ -9,16 +9,18 @@ gets the same product as lp ops.
 
 import warnings
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from runtime.errors import LoweringError, LoweringWarning
 from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import dialect
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.layer import cast, check_transforms, note_call, result_dtype, run_gemm
+from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result_dtype, run_gemm
 from runtime.ops.plan import GemmPlan, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.quantize.cast_memo import MEMO
@@ -26,6 +28,7 @@ from runtime.quantize.kept_casts import Lifetime
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.state import RunState
+from runtime.streams import SITE_BITS, Turn
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Product:
 
     def __post_init__(self) -> None:
         self.is_identity = self.spec.is_identity
+        self.is_stochastic = self.spec.is_stochastic
         self.text = TracedProduct.write(self)
 
     def __call__(
@@ -73,29 +77,30 @@ class Product:
             return plan.contraction.native(lhs, rhs, bias)
         check_transforms(is_identity=False)
         spec, needs_grad = self.spec, torch.is_grad_enabled()
+        turn = self.state.turn(plan.site) if self.is_stochastic else None
         x, w = lhs, rhs
         if spec.fwd.lhs.quantizer is None:
-            fwd_lhs = self._activation(x, spec.fwd.lhs, plan.site, 0)
+            fwd_lhs = self._activation(x, spec.fwd.lhs, turn, 0)
         else:
-            lhs, fwd_lhs = self._learned(x, spec.fwd.lhs, "x", plan.site, 0, "")
+            lhs, fwd_lhs = self._learned(x, spec.fwd.lhs, "x", plan.site, 0, "", turn)
         if spec.fwd.rhs.quantizer is not None:
-            rhs, fwd_rhs = self._learned(w, spec.fwd.rhs, "w", plan.site, 1, self.lifetime if is_weight else "")
+            rhs, fwd_rhs = self._learned(w, spec.fwd.rhs, "w", plan.site, 1, self.lifetime if is_weight else "", turn)
         elif is_weight:
-            fwd_rhs = self._weight(w, plan)
+            fwd_rhs = self._weight(w, plan, turn)
         else:
-            fwd_rhs = self._activation(w, spec.fwd.rhs, plan.site, 1)
+            fwd_rhs = self._activation(w, spec.fwd.rhs, turn, 1)
         bwd_rhs = grad_lhs = None
         if needs_grad and lhs.requires_grad and (not is_weight or spec.bwd.rhs.quantizer is not None):
             same = spec.bwd.rhs == spec.fwd.rhs
-            bwd_rhs = fwd_rhs if same else self._activation(w, spec.bwd.rhs, plan.site, 2)
+            bwd_rhs = fwd_rhs if same else self._activation(w, spec.bwd.rhs, turn, 2)
         if needs_grad and rhs.requires_grad:
             same = spec.grad.rhs == spec.fwd.lhs
-            grad_lhs = fwd_lhs if same else self._activation(x, spec.grad.rhs, plan.site, 3)
+            grad_lhs = fwd_lhs if same else self._activation(x, spec.grad.rhs, turn, 3)
         if not needs_grad or not (lhs.requires_grad or rhs.requires_grad or (bias is not None and bias.requires_grad)):
             note_call(self.state, plan, "fwd")
-            return multiply_unrecorded(plan, fwd_lhs, fwd_rhs, bias, result_dtype(lhs), self.state)
+            return multiply_unrecorded(plan, fwd_lhs, fwd_rhs, bias, result_dtype(lhs), turn)
         casts = {"fwd_lhs": fwd_lhs, "fwd_rhs": fwd_rhs, "bwd_rhs": bwd_rhs, "grad_lhs": grad_lhs}
-        return run_gemm(lhs, rhs, bias, casts, self.state, plan)
+        return run_gemm(lhs, rhs, bias, casts, self.state, plan, turn=turn)
 
     def count(self) -> None:
         """A call that torch's own function runs, as the identity says."""
@@ -122,29 +127,31 @@ class Product:
         self._plans[geometry, group] = plan
         return plan
 
-    def _activation(self, x: Tensor, spec: QuantSpec, site: int, slot: int) -> QTensor:
+    def _activation(self, x: Tensor, spec: QuantSpec, turn: Turn | None, slot: int) -> QTensor:
         if spec.is_identity or spec.rounding == "stochastic":
-            return cast(x, spec, self.state, site, slot)
-        return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, self.state, site, slot))
+            return cast(x, spec, turn, self.site, slot)
+        return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, turn, self.site, slot))
 
     def _learned(
-        self, x: Tensor, spec: QuantSpec, operand: str, site: int, slot: int, lifetime: str
+        self, x: Tensor, spec: QuantSpec, operand: str, site: int, slot: int, lifetime: str, turn: Turn | None
     ) -> tuple[Tensor, QTensor]:
         """What carries the gradient of x and of the quantizer's state, and the cast."""
         state, owner, text = self.state, f"{self.name}.{operand}".removeprefix("."), str(spec)
         scale = dialect.learned_scale(x, state, spec=text, quantizer=owner)
         carrier = dialect.carrier(x, scale, state, spec=text, quantizer=owner)
-        keyed = {"site": site, "slot": slot, "lifetime": "" if spec.is_stochastic else lifetime, "quantizer": owner}
+        if spec.is_stochastic:
+            return carrier, QTensor(to_grid(x, scale, spec, draw_of(spec, turn, site, slot)), scale, spec)
+        keyed = {"site": site, "slot": slot, "lifetime": lifetime, "quantizer": owner}
         return carrier, QTensor(dialect.quantize(x, scale, state, spec=text, **keyed), scale, spec)  # type: ignore[arg-type]
 
-    def _weight(self, w: Tensor, plan: GemmPlan) -> QTensor:
+    def _weight(self, w: Tensor, plan: GemmPlan, turn: Turn | None) -> QTensor:
         """FWD's cast of a weight, kept between uses where that is worth asking."""
         spec, state = self.spec.fwd.rhs, self.state
         kept = None
         if _is_worth_keeping(spec):
             kept = state.constants.find(w, CastKey(spec), plan.site, 1, self.lifetime)
         if kept is None:
-            return cast(w, spec, state, plan.site, 1)
+            return cast(w, spec, turn, plan.site, 1)
         scale = kept.scale_or(lambda: compute_scale(w.detach(), spec)) if spec.has_scale else None
         return QTensor(kept.grid_or(lambda: to_grid(w, scale, spec)), scale, spec)  # what is kept draws nothing
 
@@ -184,6 +191,8 @@ class TracedProduct:
     ) -> Tensor:
         """As a Product; `group` is what is added to the number of the site."""
         site, of = self.site + group, self.casts
+        if _draws(self.spec):
+            site = site + (_count_in_trace(self.state.key, site) << SITE_BITS)
         left, fwd_lhs = self._cast(lhs, 0, site, "x")
         right, fwd_rhs = self._cast(rhs, 1, site, "w")
         bwd_rhs: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -208,3 +217,22 @@ class TracedProduct:
         elif not text.endswith("!"):
             scale = dialect.scale(x, spec=spec)
         return carrier, (dialect.quantize(x, scale, state, spec=spec, site=site, slot=slot), scale)
+
+
+@torch.compiler.assume_constant_result
+def _draws(spec: str) -> bool:
+    return LayerSpec.parse(spec).is_stochastic
+
+
+@torch.compiler.assume_constant_result
+def _count_in_trace(key: int, site: int) -> int:
+    """How many calls of a site the graph that is being traced holds already."""
+    trace = TracingContext.try_get()
+    if trace is None:
+        return 0
+    calls = _TRACES.setdefault(trace, {})
+    calls[key, site] = calls.get((key, site), -1) + 1
+    return calls[key, site]
+
+
+_TRACES: WeakKeyDictionary[TracingContext, dict[tuple[int, int], int]] = WeakKeyDictionary()

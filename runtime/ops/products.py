@@ -38,15 +38,19 @@ from runtime.ops.plan import GemmPlan, parse_geometry
 from runtime.ops.sum_scales import varies_along_sum
 from runtime.quantize.qtensor import QTensor
 from runtime.quantize.storage import storage_dtype
-from runtime.state import RunState, stream_number
+from runtime.state import RunState
+from runtime.streams import NO_CLOCK, Turn, stream_of
 
 
 def multiply(
     role: Role, plan: GemmPlan, a: QTensor, b: QTensor, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
-    state: RunState | None, residual: Tensor | None = None, activation: str = "",
+    turn: RunState | Turn | None, residual: Tensor | None = None, activation: str = "",
 ) -> Tensor:  # fmt: skip
-    """One role as one op. rest: FWD's bias, else the shape of the result, which is in `dtype`."""
-    call = (*a.pair, *b.pair, rest, *plan.attributes, clock_of(state, plan, role), dtype)
+    """One role as one op. rest: FWD's bias, else the shape of the result, which is in `dtype`; turn: what keys the
+    random bits of its sums.
+    """
+    plan, clock = _drawing(plan, role, turn)
+    call = (*a.pair, *b.pair, rest, *plan.attributes, clock, dtype)
     if role != "fwd":
         gradient: Tensor = _CALLS[role](*call)
         return gradient
@@ -55,32 +59,35 @@ def multiply(
 
 
 def multiply_unrecorded(
-    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, state: RunState | None
+    plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, turn: RunState | Turn | None
 ) -> Tensor:
     """FWD where no gradient flows: what lp::fwd computes, without the op unless someone watches operations."""
     if _get_current_dispatch_mode() is not None or type(a.grid) is not Tensor or type(b.grid) is not Tensor:
-        return multiply("fwd", plan, a, b, bias, dtype, state)
+        return multiply("fwd", plan, a, b, bias, dtype, turn)
+    plan, clock = _drawing(plan, "fwd", turn)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(plan, a, b, bias, clock_of(state, plan, "fwd"), dtype)
+        return _forward(plan, a, b, bias, clock, dtype)
 
 
-def clock_of(state: RunState | None, plan: GemmPlan, role: Role) -> tuple[int, ...]:
-    """(seed, rank, step, micro-batch) where sums are stochastic, else zeros: what compiled code reads is guarded."""
-    return NO_CLOCK if state is None or role not in plan.stochastic_sums else state.clock
+def _drawing(plan: GemmPlan, role: Role, turn: RunState | Turn | None) -> tuple[GemmPlan, tuple[int, ...]]:
+    """The plan of this call of its site, and the clock if its sums draw: what compiled code reads is guarded."""
+    if turn is None or role not in plan.stochastic_sums:
+        return plan, NO_CLOCK
+    return plan.at(turn.site) if isinstance(turn, Turn) else plan, turn.clock
 
 
 def multiply_traced(
     role: Role, plan: GemmPlan, a: QTensor, b: QTensor, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
-    state: RunState | None,
+    turn: RunState | Turn | None,
 ) -> Tensor:  # fmt: skip
     """One role as compiled code has it: the opaque product, and its scales in operations that fuse with what follows.
     rest: FWD's bias, else the shape of the result, which is in `dtype`.
     """
     if not has_free_scales(plan, role, a, b):
-        return multiply(role, plan, a, b, rest, dtype, state)
+        return multiply(role, plan, a, b, rest, dtype, turn)
     bare = rest if role != "fwd" else None
     left, right = replace(a, scale=None), replace(b, scale=None)
-    y = multiply(role, plan, left, right, bare, torch.float32, state)
+    y = multiply(role, plan, left, right, bare, torch.float32, turn)
     bias = rest if isinstance(rest, Tensor) else None
     return with_scales(role, plan, y, a.scale, b.scale, bias).to(dtype)
 
@@ -250,8 +257,7 @@ def _foldable(plan: GemmPlan, role: Role, lhs: QTensor, rhs: QTensor) -> tuple[Q
 def _key(plan: GemmPlan, role: Role, clock: Sequence[int]) -> RandomKey:
     if role not in plan.stochastic_sums:
         return NO_KEY
-    seed, rank, step, micro_batch = clock
-    return RandomKey(seed, step, stream_number(rank, micro_batch, plan.site, _ACCUMULATE[role]))
+    return RandomKey(*stream_of(clock, plan.site, _ACCUMULATE[role]))
 
 
 def _operands(
@@ -373,7 +379,6 @@ def _flops(geometry: str, x: Sequence[int], w: Sequence[int], y: Sequence[int]) 
     return 2 * batch * math.prod(positions[-num_dims:]) * math.prod(w)
 
 
-NO_CLOCK = (0, 0, 0, 0)
 _ACCUMULATE: dict[Role, int] = {"fwd": 7, "bwd": 8, "grad": 9}
 """Slots of the random streams; those of casts are below."""
 _ROLE = "str kind, str spec, str methods, int site, str geometry, SymInt[] clock, ScalarType dtype"

@@ -30,11 +30,11 @@ from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import layer as gemms
 from runtime.ops.layer import CAST_NAMES
 from runtime.ops.plan import GemmPlan
-from runtime.ops.products import NO_CLOCK
 from runtime.quantize.qtensor import QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState, find_state
+from runtime.streams import NO_CLOCK
 
 
 def scale(x: Tensor, spec: str) -> Tensor:

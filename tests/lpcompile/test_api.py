@@ -267,12 +267,15 @@ def test_stochastic_bits_follow_the_clock_and_nothing_else(tmp_path: Path) -> No
     with torch.no_grad():
         first = model(**call).logits
         torch.manual_seed(99)
+        assert not torch.equal(model(**call).logits, first), "every call has bits of its own"
+        advance(model, to_step=0)
         assert torch.equal(model(**call).logits, first), "the same step, the same bits"
         advance(model)
         second = model(**call).logits
         assert not torch.equal(second, first)
         advance(model, to_step=0)
         assert torch.equal(model(**call).logits, first)
+        advance(model, to_step=0)
         run_state(model).rank = 1
         assert not torch.equal(model(**call).logits, first)
 

@@ -75,7 +75,6 @@ class Seen:
             replace(
                 sight,
                 lengths=self.lengths.get(name, {}),
-                is_repeated=self.is_repeated(self.writer[name]),
                 unreal=self.unreal.get(name, ""),
             )
             for name, sight in self.sights.items()
