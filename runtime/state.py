@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
+from runtime.compile_marks import constant_result
 from runtime.errors import LossScaleWarning
 from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
@@ -171,7 +172,7 @@ def find_state(key: int) -> RunState | None:
     return _STATES.get(key)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _rank_of_process() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
+from runtime.compile_marks import constant_result
 from runtime.errors import LoweringError, LoweringWarning
 from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec
@@ -219,12 +220,12 @@ class TracedProduct:
         return carrier, (dialect.quantize(x, scale, state, spec=spec, site=site, slot=slot), scale)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _draws(spec: str) -> bool:
     return LayerSpec.parse(spec).is_stochastic
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _count_in_trace(key: int, site: int) -> int:
     """How many calls of a site the graph that is being traced holds already."""
     trace = TracingContext.try_get()
