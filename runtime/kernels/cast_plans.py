@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from runtime.kernels.constants import MAX_TABLE, RULE_NUMBERS
+from runtime.kernels.constants import MAX_TABLE, ROUNDING_NUMBERS, RULE_NUMBERS
 from runtime.kernels.cpu.cast_library import BlockPlan, CastPlan, TablePlan
 from runtime.kernels.fake import beside_tracing
 from runtime.numerics.block_formats import BlockFormat
@@ -18,9 +18,9 @@ from runtime.numerics.specs import ROUNDINGS, Rounding
 
 @lru_cache(maxsize=4096)
 def cast_plan(format: str, rounding: Rounding) -> CastPlan | None:
-    """The plan of a cast; None if the loop cannot do it: a table, or a constant that is no fp32."""
+    """The plan of a cast; None if the loop cannot do it: a table, a rounding of its own, a constant that is no fp32."""
     row = get_format(format)
-    if isinstance(row, LookupFormat):
+    if isinstance(row, LookupFormat) or rounding not in ROUNDING_NUMBERS:
         return None
     if isinstance(row, FloatFormat):
         shift, smallest, least, largest = 23 - row.mantissa, row.tiny, row.min, row.max
@@ -67,7 +67,7 @@ def table_plan(format: str, rounding: Rounding) -> TablePlan | None:
     row = get_format(format)
     if not isinstance(row, LookupFormat) or len(row.grid) + 2 > MAX_TABLE or not row.signed:
         return None
-    if rounding == "toward_zero" and 0.0 not in row.grid:
+    if rounding not in ROUNDING_NUMBERS or (rounding == "toward_zero" and 0.0 not in row.grid):
         return None
     before = -row.beyond_max if row.min == -row.max else 2 * row.grid[0] - row.grid[1]
     with beside_tracing():

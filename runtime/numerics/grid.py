@@ -31,7 +31,7 @@ from torch import Tensor
 from runtime.errors import FormatError, nearest_names
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
 from runtime.numerics.random import random_bits
-from runtime.numerics.rounding import round_to_integer
+from runtime.numerics.rounding import goes_far, round_to_integer
 from runtime.numerics.scaling import power_of_two
 from runtime.numerics.specs import ROUNDINGS, Rounding
 
@@ -153,18 +153,7 @@ def _look_up(x: Tensor, row: LookupFormat, rounding: Rounding, u: Tensor | None)
     # `near` is the smaller in magnitude; of int1, -1.
     mirrored = above <= 0
     near, far = torch.where(mirrored, above, below), torch.where(mirrored, below, above)
-    excess = torch.where(mirrored, -1.0, 1.0) * (2 * inside - (near + far))  # only its sign is used, and is exact
-    match rounding:
-        case "nearest_even":
-            is_far = (excess > 0) | ((excess == 0) & (near != 0))
-        case "nearest_away":
-            is_far = excess >= 0
-        case "toward_zero":
-            is_far = inside == far
-        case "stochastic":
-            assert u is not None
-            is_far = (inside - near).abs() / (far - near).abs() >= 1 - u
-    q = torch.where(is_far, far, near)
+    q = torch.where(goes_far(near, far, inside, rounding, u), far, near)
     if not row.signed and row.min > 0:
         q = torch.where(x <= 0, x, q)
     return torch.where(q == 0, torch.copysign(q, x), q)

@@ -38,3 +38,21 @@ def round_to_integer(t: Tensor, mode: Rounding, u: Tensor | None = None) -> Tens
                 raise FormatError("stochastic rounding has no random numbers", expected="u, one number in [0, 1) each")
             return below + (rest >= 1 - u)
     raise FormatError(f'"{mode}" is not a rounding', hint=nearest_names(mode, ROUNDINGS))
+
+
+def goes_far(near: Tensor, far: Tensor, x: Tensor, mode: Rounding, u: Tensor | None = None) -> Tensor:
+    """Whether x, between two values of a table, becomes `far`, the larger in magnitude; float64, bool of that shape.
+
+    The two may be any distance apart, and x need be no multiple of anything: so nothing is divided but for `u`.
+    """
+    excess = torch.where(far <= 0, -1.0, 1.0) * (2 * x - (near + far))  # only its sign is used, and is exact
+    match mode:
+        case "nearest_even":
+            return (excess > 0) | ((excess == 0) & (near != 0))
+        case "nearest_away":
+            return excess >= 0
+        case "toward_zero":
+            return x == far
+        case "stochastic":
+            assert u is not None
+            return (x - near).abs() / (far - near).abs() >= 1 - u

@@ -33,6 +33,7 @@ Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk"]
 AccumulateOverflow = Literal["saturate", "wrap"]
 QuantizerKind = Literal["pact", "lsq"]
+"""Each a file of runtime/quantize/learned/."""
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.kernels.constants import ROUNDING_NUMBERS
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import RandomPlan
@@ -21,7 +22,7 @@ from runtime.numerics.format_kinds import IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_digits
 from runtime.numerics.reference_gemm import declines as reference_declines
-from runtime.numerics.specs import ROUNDINGS, AccumulateSpec, GemmSpec
+from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
 SOURCE = Path(__file__).with_name("accumulate_wide.cpp")
 
@@ -60,6 +61,8 @@ def wide_library() -> ctypes.CDLL | None:
 
 def declines(spec: GemmSpec) -> str | None:
     """Why the kernel cannot run this GEMM; None if it can."""
+    if spec.accumulator.mode not in ROUNDING_NUMBERS:
+        return f"its loops do not round {spec.accumulator.mode}"
     return reference_declines(spec) or (None if wide_library() else "no C++ compiler")
 
 
@@ -96,7 +99,7 @@ def _plan(how: AccumulateSpec, key: RandomKey, first_element: int, num_elements:
     row = get_format(how.format)
     assert not isinstance(row, LookupFormat)
     plan = WidePlan(
-        mode=ROUNDINGS.index(how.mode),
+        mode=ROUNDING_NUMBERS[how.mode],
         is_rounded_product=how.product == "rounded",
         is_per_chunk=how.model == "per_chunk",
         digits=random_digits(how) if how.mode == "stochastic" else 0,

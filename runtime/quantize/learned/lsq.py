@@ -25,6 +25,7 @@ from runtime.quantize.learned.quantizer import LEAST, Learned, at_least
 class Lsq(Learned):
     """`base` (1,) and `offset` (1,); base 0: nothing was seen yet."""
 
+    kind = "lsq"
     has_residual = True
     base: Tensor
 

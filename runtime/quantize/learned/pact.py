@@ -19,6 +19,8 @@ FIRST_CLIP = 8.0
 class Pact(Learned):
     """`clip` (1,): a, before it is kept above 2^-10 of what it began as."""
 
+    kind = "pact"
+
     def __init__(self, spec: QuantSpec, owner: str, is_weight: bool) -> None:
         super().__init__(spec, owner, is_weight)
         assert spec.quantizer is not None

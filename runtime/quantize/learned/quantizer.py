@@ -8,14 +8,14 @@ ZeRO-3 and FSDP gather parameters run. `carrier` then carries the gradient of x^
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import QuantSpec
+from runtime.numerics.specs import QuantizerKind, QuantSpec
 from runtime.quantize.qtensor import CastKey
 from runtime.quantize.quantizer import AbstractQuantizer
 
@@ -23,6 +23,8 @@ from runtime.quantize.quantizer import AbstractQuantizer
 class Learned(nn.Module, AbstractQuantizer):
     """One operand of one site. `owner` is its name, SITE.x or SITE.w; `is_weight`: what it casts is a parameter."""
 
+    kind: ClassVar[QuantizerKind]
+    """By which a policy names it."""
     has_residual = False
     """Whether the derivative in the scale counts, between the ends, what rounding moved: round(x / s) - x / s."""
 
