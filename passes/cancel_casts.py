@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.analysis.carried_ops import read_carried
+from passes.analysis.grid_ops import read_grid_op
 from passes.cast_keys import cast_key, cast_spec
 from passes.fed_leaves import QUANTIZE
 from passes.ir.program import Program, Unit
@@ -65,6 +65,6 @@ def _holds_casts(program: Program, unit: Unit, node: fx.Node, key: CastKey) -> b
     """Whether a value consists of casts of this key, contiguous as a cast is."""
     if node.target is QUANTIZE:
         return cast_key(node) == key
-    op = read_carried(program, unit, node, through_modules=False)
+    op = read_grid_op(program, unit, node, through_modules=False)
     is_kept = op is not None and op.kind != "layout"
     return op is not None and is_kept and all(_holds_casts(program, unit, each, key) for each in op.inputs)

@@ -5,7 +5,7 @@
     %y = call_module[conv](%p)                     %p = max_pool2d(%r, 2)
                                                    %y = call_module[conv](lp.stand_in(%p), lp_casts=(%p, None))
 
-A cast moves only through what changes no bit of it (passes/analysis/carried_ops.py), within one epoch of its tensor
+A cast moves only through what changes no bit of it (passes/analysis/grid_ops.py), within one epoch of its tensor
 (passes/analysis/writes.py), and only if the graph then moves fewer bytes. A scale that is computed from what is cast
 moves with it: the largest of relu(x) is relu(the largest of x), which is one number. Casts of one spec without a scale
 are placed together; of a computed scale, those of one tensor.
@@ -24,14 +24,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from passes.analysis.carried_ops import (
-    CarriedOp,
-    carried_scale,
+from passes.analysis.grid_ops import (
+    GridOp,
     elements,
     moves_scale,
-    read_carried,
+    read_grid_op,
+    scale_behind,
     shape_of,
-    why_not_carried,
+    why_not_on_grid,
 )
 from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
@@ -162,7 +162,7 @@ class _Regions:
 
     def _viewed(self, node: fx.Node, spec: QuantSpec) -> fx.Node:
         """What a value is a view of, the scale of which follows."""
-        op = read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
+        op = read_grid_op(self.program, self.unit, node, through_modules=self.is_dropping)
         is_view = op is not None and op.kind == "view" and moves_scale(op, spec, is_nonnegative=False)
         return self._viewed(op.inputs[0], spec) if op is not None and is_view else node
 
@@ -170,7 +170,7 @@ class _Regions:
         """Solve one problem and rewrite the graph, if that moves fewer bytes."""
         epoch_of = epochs(self.program, self.unit.path, self.graph)
         demands = [each for each in self.demands().get(key, []) if epoch_of[each.reader] == epoch_of[each.value]]
-        ops = self._carried(key, demands, epoch_of)
+        ops = self._grid_ops(key, demands, epoch_of)
         if not ops:
             return False
         relevant = {each for op in ops.values() for each in (op.node, *op.inputs)} | {each.value for each in demands}
@@ -184,15 +184,15 @@ class _Regions:
         self.unit.is_forward_only |= self.is_dropping
         return True
 
-    def _carried(self, key: _Key, demands: list[_Demand], epoch_of: Mapping[fx.Node, int]) -> dict[fx.Node, CarriedOp]:
+    def _grid_ops(self, key: _Key, demands: list[_Demand], epoch_of: Mapping[fx.Node, int]) -> dict[fx.Node, GridOp]:
         """The ops above the demands, as far as casts of this problem may move."""
-        ops: dict[fx.Node, CarriedOp] = {}
+        ops: dict[fx.Node, GridOp] = {}
         sees_zero_signs = not self.is_dropping or not all(self._is_summed(each) for each in demands)
         waiting = [each.value for each in demands]
         while waiting:
             node = waiting.pop()
-            op = None if node in ops else read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
-            if op is None or why_not_carried(op, key.spec, self.finite, sees_zero_signs) is not None:
+            op = None if node in ops else read_grid_op(self.program, self.unit, node, through_modules=self.is_dropping)
+            if op is None or why_not_on_grid(op, key.spec, self.finite, sees_zero_signs) is not None:
                 continue
             is_near = all(epoch_of[each] == epoch_of[node] and elements(each) for each in op.inputs)
             if is_near and elements(node) and moves_scale(op, key.spec, self._is_nonnegative(op.inputs[0])):
@@ -204,7 +204,7 @@ class _Regions:
         """Whether the value is a relu, or such elements of one as a scale moves through."""
         if "relu" in (node.kwargs.get(ACTIVATION), node.kwargs.get("activation")):
             return True
-        op = read_carried(self.program, self.unit, node, through_modules=self.is_dropping)
+        op = read_grid_op(self.program, self.unit, node, through_modules=self.is_dropping)
         return op is not None and (op.kind == "cut" or (op.kind != "join" and self._is_nonnegative(op.inputs[0])))
 
     def _is_summed(self, demand: _Demand) -> bool:
@@ -222,7 +222,7 @@ class _Regions:
         return CASTS in call.kwargs and bool(gemms) and all(map(_sums_several, gemms))
 
     def _values(
-        self, key: _Key, nodes: list[fx.Node], ops: Mapping[fx.Node, CarriedOp], demands: list[_Demand]
+        self, key: _Key, nodes: list[fx.Node], ops: Mapping[fx.Node, GridOp], demands: list[_Demand]
     ) -> list[Value]:
         """The values as the minimum cut reads them, in bytes."""
         number = {node: at for at, node in enumerate(nodes)}
@@ -289,23 +289,23 @@ class _Rewriter:
     """
 
     def __init__(
-        self, regions: _Regions, key: _Key, ops: Mapping[fx.Node, CarriedOp], places: Mapping[fx.Node, Place]
+        self, regions: _Regions, key: _Key, ops: Mapping[fx.Node, GridOp], places: Mapping[fx.Node, Place]
     ) -> None:
         self.regions, self.graph, self.key, self.ops, self.places = regions, regions.graph, key, ops, places
         self.images: dict[fx.Node, Pair] = {}
 
     def run(self, demands: list[_Demand]) -> None:
-        carried = [node for node, where in self.places.items() if where.is_carried]
-        imaged = {*carried, *(each for node in carried for each in self.ops[node].inputs)}
+        run_on_grid = [node for node, where in self.places.items() if where.is_run_on_grid]
+        imaged = {*run_on_grid, *(each for node in run_on_grid for each in self.ops[node].inputs)}
         moved = [each for each in demands if each.value in imaged]
         for each in moved:
             cast = self._own_cast(each)
             q, scale = self._image(each.value, dict(cast.kwargs))
             self._put_in_place_of(cast, q, scale)
-        for node in carried:
+        for node in run_on_grid:
             if self.places[node] is Place.LOW:
                 self._stand_in(node)
-        for node in reversed(carried):
+        for node in reversed(run_on_grid):
             if not node.users:
                 self.graph.erase_node(node)
 
@@ -328,13 +328,13 @@ class _Rewriter:
             q, scale = self.images[node]
             assert q is not None
             return q, scale
-        if self.places[node].is_carried:
+        if self.places[node].is_run_on_grid:
             op = self.ops[node]
             sources = {each: self._image(each, attributes) for each in op.inputs}
             scale = sources[op.inputs[0]][1]
             with self.graph.inserting_before(_behind(node)):
                 q = op.replay(self.graph, {each: grid for each, (grid, _) in sources.items()})
-                scale = None if scale is None else carried_scale(self.graph, op, scale, self.key.spec)
+                scale = None if scale is None else scale_behind(self.graph, op, scale, self.key.spec)
         else:
             with self.graph.inserting_before(_behind(node)):
                 scale = self._scale(node) if self.key.scaled is not None else None

@@ -1,13 +1,13 @@
 """Regions: which values of a graph are held in low precision, so that the fewest bytes move: a minimum cut.
 
 A value is computed in high precision, or as grid values, or as both. Grid values come from a cast of the high-precision
-value, or are carried: computed from the grid values of the inputs. The four places are steps of a chain, and every
+value, or the operation runs on the grid values of its inputs. The four places are steps of a chain, and every
 rule says that one value's step bounds another's, which is what a cut can say:
 
     HIGH         high precision only
     BOTH_CAST    high precision, and a cast of it               has grid values
-    BOTH_CARRIED high precision, and grid values carried        has grid values, carried
-    LOW          carried grid values only                       has grid values, carried, without high precision
+    BOTH_RUN     high precision, and run on grid values         has grid values, run
+    LOW          run on grid values only                        has grid values, run, without high precision
 
 Source: the chain of labels is that of H. Ishikawa, Exact Optimization for Markov Random Fields with Convex Priors, IEEE
 PAMI 25(10), 2003.
@@ -26,7 +26,7 @@ class Place(IntEnum):
 
     HIGH = 0
     BOTH_CAST = 1
-    BOTH_CARRIED = 2
+    BOTH_RUN = 2
     LOW = 3
 
     @property
@@ -34,8 +34,8 @@ class Place(IntEnum):
         return self >= Place.BOTH_CAST
 
     @property
-    def is_carried(self) -> bool:
-        return self >= Place.BOTH_CARRIED
+    def is_run_on_grid(self) -> bool:
+        return self >= Place.BOTH_RUN
 
     @property
     def has_high(self) -> bool:
@@ -51,7 +51,7 @@ class Value:
     high: int
     """Bytes that its operation moves in high precision."""
     low: int | None
-    """Bytes that its operation moves on grid values; None: it cannot be carried."""
+    """Bytes that its operation moves on grid values; None: it cannot run on them."""
     cast: int
     """Bytes that a cast of it moves."""
     needs_high: bool = False
@@ -64,18 +64,18 @@ def place(values: Sequence[Value]) -> list[Place]:
     source, sink = "source", "sink"
     graph.add_nodes_from((source, sink))
     for number, value in enumerate(values):
-        low, carried, without_high = ((number, step) for step in (Place.BOTH_CAST, Place.BOTH_CARRIED, Place.LOW))
+        low, run, without_high = ((number, step) for step in (Place.BOTH_CAST, Place.BOTH_RUN, Place.LOW))
         # an edge is paid for where its tail is true (on the side of the source) and its head is not
         edges = [
             (source, without_high, value.high),
-            (low, carried, value.cast),
-            (carried, sink, inf if value.low is None else value.low),
-            (carried, low, inf),
-            (without_high, carried, inf),
+            (low, run, value.cast),
+            (run, sink, inf if value.low is None else value.low),
+            (run, low, inf),
+            (without_high, run, inf),
         ]
         edges += [(without_high, sink, inf)] if value.needs_high else []
         edges += [(source, low, inf)] if value.needs_low else []
-        edges += [(carried, (each, Place.BOTH_CAST), inf) for each in value.inputs]
+        edges += [(run, (each, Place.BOTH_CAST), inf) for each in value.inputs]
         edges += [((each, Place.LOW), without_high, inf) for each in value.inputs]
         for tail, head, bytes_ in edges:
             _add(graph, tail, head, bytes_)
@@ -93,10 +93,10 @@ def bytes_moved(values: Sequence[Value], places: Sequence[Place]) -> float:
             return inf
         if where.has_high and not all(each.has_high for each in inputs):
             return inf
-        if where.is_carried and (value.low is None or not all(each.has_low for each in inputs)):
+        if where.is_run_on_grid and (value.low is None or not all(each.has_low for each in inputs)):
             return inf
         total += value.high * where.has_high + value.cast * (where is Place.BOTH_CAST)
-        total += (value.low or 0) * where.is_carried
+        total += (value.low or 0) * where.is_run_on_grid
     return total
 
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import fx
 
-from passes.analysis.carried_ops import read_carried
+from passes.analysis.grid_ops import read_grid_op
 from passes.ir.program import Program, Unit, child_path
 from passes.ir.types import types_of
 from runtime.ops.dialect import OPS
@@ -57,7 +57,7 @@ def _graphs_run(program: Program) -> Iterator[tuple[Unit, fx.Graph]]:
 def _is_counted(program: Program, unit: Unit, node: fx.Node) -> bool:
     if node.target in _COUNTED:
         return True
-    op = read_carried(program, unit, node, through_modules=False) if node.op == "call_function" else None
+    op = read_grid_op(program, unit, node, through_modules=False) if node.op == "call_function" else None
     return op is not None and op.kind in ("cut", "pool", "join")
 
 

@@ -86,7 +86,7 @@ class AbstractKernel(ABC):
     has_native: bool = False
     """Whether a layer without scales may run as torch's own op of the layer instead, on the same operands."""
     is_matrix_only: bool = False
-    """Whether a convolution is unfolded into matrices for it."""
+    """Whether a convolution is laid out as matrices for it."""
 
     @abstractmethod
     def consider(self, request: GemmRequest) -> Choice | Declined:

@@ -8,7 +8,7 @@ from runtime.numerics.free_axes import FREE_AXES, Side
 from runtime.numerics.specs import SCALE_RULES, AccumulateSpec, GemmSpec, QuantSpec, Role
 
 INT32 = AccumulateSpec("int32")
-FOLDED = "a scale inside the sum is multiplied into the values"
+SCALE_IN_SUM = "a scale inside the sum is multiplied into the values"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GemmRequest:
     def operands(self) -> str:
         return f"{self.spec.lhs.format} x {self.spec.rhs.format}"
 
-    def folds(self, rules: tuple[str, ...] = SCALE_RULES) -> bool:
+    def has_scale_in_sum(self, rules: tuple[str, ...] = SCALE_RULES) -> bool:
         """Whether a scale of one of these rules varies along the sum, and is then multiplied into its operand's
         values.
         """
@@ -48,20 +48,22 @@ class GemmRequest:
     @property
     def leaves_grid(self) -> bool:
         """Whether an operand's values are rounded to fp32 once more, by a scale in the sum that is no power of two."""
-        return self.folds(("amax",))
+        return self.has_scale_in_sum(("amax",))
 
     @property
     def is_int8(self) -> bool:
         """Whether int8 matrices are multiplied into int32 sums."""
         spec = self.spec
-        return spec.accumulator == INT32 and spec.lhs.format == spec.rhs.format == "int8" and not self.folds()
+        return (
+            spec.accumulator == INT32 and spec.lhs.format == spec.rhs.format == "int8" and not self.has_scale_in_sum()
+        )
 
     @property
     def can_underflow(self) -> bool:
         """Whether a product of two operands can leave fp32's normal range, which the bf16 unit flushes to zero."""
         for operand, row in zip((self.spec.lhs, self.spec.rhs), self.rows):
-            is_folded = operand.scale is not None and operand.scale.rule == "pow2"
-            if is_folded or (isinstance(row, FloatFormat) and row.tiny < 2.0**-63):
+            is_scaled = operand.scale is not None and operand.scale.rule == "pow2"
+            if is_scaled or (isinstance(row, FloatFormat) and row.tiny < 2.0**-63):
                 return True
         return False
 

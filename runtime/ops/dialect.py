@@ -86,8 +86,8 @@ def learned_scale(x: Tensor, state: RunState, *, spec: str, quantizer: str) -> T
 
 def carrier(x: Tensor, s: Scale, state: RunState, *, spec: str, quantizer: str) -> Tensor:
     """x with the derivatives of the cast of the quantizer named, in x and in its scale s (runtime/quantize/learned)."""
-    carried: Tensor = state.quantizers[quantizer].carrier(x, s)
-    return carried
+    result: Tensor = state.quantizers[quantizer].carrier(x, s)
+    return result
 
 
 def quantize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Multiply
 
 
-def unfolded(geometry: ConvGeometry) -> AbstractContraction:
+def as_matrices(geometry: ConvGeometry) -> AbstractContraction:
     """The convolution of this geometry as matrix products."""
     return UnfoldedConvTranspose(geometry) if geometry.is_transposed else UnfoldedConv(geometry)
 

@@ -7,7 +7,7 @@ from runtime.kernels import gemm as gemm  # fills the registry
 from runtime.kernels.registry import AbstractKernel, get_kernel
 from runtime.numerics.specs import ROLES, LayerSpec, Role
 from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul
-from runtime.ops.im2col import unfolded
+from runtime.ops.im2col import as_matrices
 
 Attributes = tuple[str, str, str, int, str]
 """Those of an lp.gemm node: kind, spec, methods, site, geometry."""
@@ -35,9 +35,9 @@ class GemmPlan:
         return contraction_of(self.kind, self.geometry)
 
     def contraction_of(self, role: Role) -> AbstractContraction:
-        """What lays out the GEMM of one role: a convolution is unfolded for a kernel that has none."""
+        """What lays out the GEMM of one role: a convolution is laid out as matrices for a kernel that has none."""
         if self.geometry is not None and self.kernel(role).is_matrix_only:
-            return unfolded(self.geometry)
+            return as_matrices(self.geometry)
         return self.contraction
 
     def kernel(self, role: Role) -> AbstractKernel:

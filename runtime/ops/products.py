@@ -135,7 +135,7 @@ def multiply_fwd(
     once; residual and relu after it.
     """
     spec, kernel, kind = plan.spec.fwd, plan.kernel("fwd"), plan.contraction_of("fwd")
-    x, w = _foldable(plan, "fwd", x, w)
+    x, w = _with_scales_in_sum(plan, "fwd", x, w)
     lhs, rhs = kernel.load(x.grid), kernel.load(w.grid)
     is_unscaled = x.scale is None and w.scale is None
     if kernel.has_native and spec.out == kernel.out and is_unscaled:
@@ -176,7 +176,7 @@ def _finish_conv(
 
 def multiply_bwd(plan: GemmPlan, dy: QTensor, w: QTensor, lhs_shape: torch.Size, key: RandomKey) -> Tensor:
     spec, kernel = plan.spec.bwd, plan.kernel("bwd")
-    dy, w = _foldable(plan, "bwd", dy, w)
+    dy, w = _with_scales_in_sum(plan, "bwd", dy, w)
     multiply = _product(plan, "bwd", dy, w, key)
     dx = plan.contraction_of("bwd").bwd(kernel.load(dy.grid), kernel.load(w.grid), lhs_shape, multiply)
     return _round_out(dx if plan.geometry is None else _scaled(dx, dy.scale, w.scale), spec, kernel)
@@ -184,7 +184,7 @@ def multiply_bwd(plan: GemmPlan, dy: QTensor, w: QTensor, lhs_shape: torch.Size,
 
 def multiply_grad(plan: GemmPlan, dy: QTensor, x: QTensor, rhs_shape: torch.Size, key: RandomKey) -> Tensor:
     spec, kernel = plan.spec.grad, plan.kernel("grad")
-    dy, x = _foldable(plan, "grad", dy, x)
+    dy, x = _with_scales_in_sum(plan, "grad", dy, x)
     multiply = _product(plan, "grad", dy, x, key, is_swapped=plan.contraction.grad_rows == "rhs")
     dw = plan.contraction_of("grad").grad(kernel.load(dy.grid), kernel.load(x.grid), rhs_shape, multiply)
     return _round_out(dw if plan.geometry is None else _scaled(dw, dy.scale, x.scale), spec, kernel)
@@ -242,16 +242,16 @@ def _along(operand: QTensor, axis: str, batched: bool) -> Tensor | None:
     return scale if operand.spec.scale.granularity == axis else scale.transpose(-1, -2)
 
 
-def _foldable(plan: GemmPlan, role: Role, lhs: QTensor, rhs: QTensor) -> tuple[QTensor, QTensor]:
+def _with_scales_in_sum(plan: GemmPlan, role: Role, lhs: QTensor, rhs: QTensor) -> tuple[QTensor, QTensor]:
     """Multiply into the grid values any scale that varies along the sum, as the head of this file says."""
     sides: tuple[tuple[Side, QTensor], ...] = (("lhs", lhs), ("rhs", rhs))
-    folded = []
+    scaled = []
     for side, operand in sides:
         if operand.scale is not None and varies_along_sum(plan.contraction, role, side, operand.spec):
             value = operand.grid.float() * expand_scale(operand.scale, operand.grid.shape, operand.spec)
             operand = replace(operand, grid=value, scale=None)
-        folded.append(operand)
-    return folded[0], folded[1]
+        scaled.append(operand)
+    return scaled[0], scaled[1]
 
 
 def _key(plan: GemmPlan, role: Role, clock: Sequence[int]) -> RandomKey:

@@ -18,7 +18,7 @@ class CpuAccumulateOffGrid(CpuAccumulate):
     name = "cpu_accumulate_off_grid"
 
     def consider(self, request: GemmRequest) -> Choice | Declined:
-        return super().consider(request) if request.folds() else Declined()
+        return super().consider(request) if request.has_scale_in_sum() else Declined()
 
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
         return accumulate.multiply(lhs, rhs, replace(spec, lhs=IDENTITY, rhs=IDENTITY), key)

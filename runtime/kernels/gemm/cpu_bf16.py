@@ -5,7 +5,7 @@ from torch import Tensor
 
 from runtime.kernels.cpu import gemm
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, Epilogue, register
-from runtime.kernels.request import FOLDED, GemmRequest
+from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.embedding import embeds
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
@@ -26,7 +26,7 @@ class CpuBf16(AbstractKernel):
         if not all(embeds(row, "bf16") for row in request.rows):
             return Declined(f"{request.operands} does not embed in bf16")
         if request.leaves_grid:
-            return Declined(f"{FOLDED}, which leave bf16")
+            return Declined(f"{SCALE_IN_SUM}, which leave bf16")
         if spec.out == "bf16" and not (spec.lhs.has_scale or spec.rhs.has_scale):
             return Declined("torch's own bf16 GEMM has this output")
         if gemm.gemm_library() is None:

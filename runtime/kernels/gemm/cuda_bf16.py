@@ -5,7 +5,7 @@ from torch import Tensor
 
 from runtime.kernels import cuda
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
-from runtime.kernels.request import FOLDED, GemmRequest
+from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.embedding import embeds
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
@@ -26,7 +26,7 @@ class CudaBf16(AbstractKernel):
         if not found.has_bf16 or not all(embeds(row, "bf16") for row in request.rows):
             return Declined(f"{found.device} has no bf16 unit that holds both operands")
         if request.leaves_grid:
-            return Declined(f"{FOLDED}, which leave bf16")
+            return Declined(f"{SCALE_IN_SUM}, which leave bf16")
         if request.spec.out == "bf16" and not (request.spec.lhs.has_scale or request.spec.rhs.has_scale):
             return Declined("torch's own bf16 GEMM has this output")
         if not found.has_mm_out_dtype:

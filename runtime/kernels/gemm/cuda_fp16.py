@@ -5,7 +5,7 @@ from torch import Tensor
 
 from runtime.kernels import cuda
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
-from runtime.kernels.request import FOLDED, GemmRequest
+from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.embedding import embeds
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
@@ -25,8 +25,8 @@ class CudaFp16(AbstractKernel):
             return Declined(f"it sums in fp32, not {request.sum_text}")
         if not found.has_fp16 or not all(embeds(row, "fp16") for row in request.rows):
             return Declined(f"{found.device} has no fp16 unit that holds both operands")
-        if request.folds():
-            return Declined(f"{FOLDED}, which leave fp16")
+        if request.has_scale_in_sum():
+            return Declined(f"{SCALE_IN_SUM}, which leave fp16")
         if not found.has_mm_out_dtype:
             return Declined("this torch rounds fp16 sums to fp16: its mm has no out_dtype")
         how = f"both embed in fp16, whose unit cuts sums, {cuda.product_bound(23)}"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from runtime.kernels import cuda
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
-from runtime.kernels.request import FOLDED, GemmRequest
+from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
@@ -29,8 +29,8 @@ class CudaFp8(AbstractKernel):
             return Declined(f"no FP8 pair holds {request.operands}")
         if not found.has_fp8:
             return Declined(f"{found.device} has no FP8 units")
-        if request.folds():
-            return Declined(f"{FOLDED}, which leave FP8")
+        if request.has_scale_in_sum():
+            return Declined(f"{SCALE_IN_SUM}, which leave FP8")
         held = " x ".join(f"{c.name} shifted by 2^{c.shift}" if c.shift else c.name for c in containers)
         return self.accepts("bounded", f"{request.operands} embeds in {held}; {found.fp8_sum}{found.casts_text}")
 

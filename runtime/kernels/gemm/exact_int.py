@@ -26,7 +26,7 @@ class ExactInt(AbstractKernel):
             return Declined()
         if not all(isinstance(row, IntFormat) for row in request.rows):
             return Declined(f"int32 sums need integer operands, not {request.operands}")
-        if request.folds():
+        if request.has_scale_in_sum():
             return Declined("a scale inside the sum leaves the integers")
         return self.accepts("bitwise", "integer products add exactly in float64")
 

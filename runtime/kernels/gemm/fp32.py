@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime.kernels import cuda
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
-from runtime.kernels.request import FOLDED, GemmRequest
+from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.embedding import embeds
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
 from runtime.numerics.specs import FP32_SUMS, GemmSpec
@@ -33,7 +33,9 @@ class Fp32(AbstractKernel):
         if not all(embeds(row, "fp32") for row in request.rows):
             return Declined(f"{request.operands} does not embed in fp32")
         if request.leaves_grid:
-            return self.accepts("bounded", f"{FOLDED}, each rounded once to fp32: 2^-24 of it; {request.order_bound}")
+            return self.accepts(
+                "bounded", f"{SCALE_IN_SUM}, each rounded once to fp32: 2^-24 of it; {request.order_bound}"
+            )
         return self.accepts(
             "format-exact", f"{spec.lhs.format} and {spec.rhs.format} embed in fp32; {request.order_bound}"
         )

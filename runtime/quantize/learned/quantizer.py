@@ -59,8 +59,8 @@ class Learned(nn.Module, AbstractQuantizer):
         """x, with the derivatives of x^ in x and in the scale. `step`: what the call gave."""
         step = self.step() if step is None else step
         ends = (self.low, self.high)
-        carried: Tensor = _Carrier.apply(x, step, *ends, self.has_residual, self.gradient_scale(x))
-        return carried
+        result: Tensor = _Carrier.apply(x, step, *ends, self.has_residual, self.gradient_scale(x))
+        return result
 
     def gradient_scale(self, x: Tensor) -> float:
         """The factor on the gradient of the scale."""

@@ -14,7 +14,7 @@ from runtime.numerics import quantize
 from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import GemmSpec
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.im2col import unfolded
+from runtime.ops.im2col import as_matrices
 
 
 @st.composite
@@ -55,7 +55,7 @@ def test_is_the_convolution(case: tuple[ConvGeometry, tuple[int, ...], tuple[int
     assume(y.numel() > 0)
     dy = torch.randint(-3, 4, y.shape, generator=generator).double()
     dx, dw = torch.autograd.grad(y, (x, w), dy)
-    conv = unfolded(g)
+    conv = as_matrices(g)
     assert torch.equal(conv.fwd(x, w, torch.matmul), y)
     assert torch.equal(conv.bwd(dy, w, x.shape, torch.matmul), dx)
     assert torch.equal(conv.grad(dy, x, w.shape, torch.matmul), dw)
@@ -65,7 +65,7 @@ def test_is_the_convolution(case: tuple[ConvGeometry, tuple[int, ...], tuple[int
 def test_one_sample_without_a_batch_dim(output_padding: tuple[int, ...]) -> None:
     geometry = ConvGeometry((2, 3), (1, 0), (1, 2), 2, output_padding)
     x, w = torch.randn(4, 7, 8), torch.randn(4, 2, 3, 2)
-    conv = unfolded(geometry)
+    conv = as_matrices(geometry)
     y = conv.fwd(x[None], w, torch.matmul)
     dy = torch.randn(y.shape)
     assert torch.equal(conv.fwd(x, w, torch.matmul), y[0])
@@ -80,7 +80,7 @@ def test_stochastic_sums_are_those_of_the_reference() -> None:
     torch.manual_seed(0)
     spec = GemmSpec.parse("e4m3 nearest_even * e4m3 nearest_even -> 1-6-9/8 stochastic -> fp32")
     x, w = quantize(torch.randn(2, 4, 6, 5), "e4m3"), quantize(torch.randn(6, 2, 3, 3), "e4m3")
-    conv, key = unfolded(ConvGeometry((1, 1), (1, 1), (1, 1), 2)), RandomKey(3, 1, 5)
+    conv, key = as_matrices(ConvGeometry((1, 1), (1, 1), (1, 1), 2)), RandomKey(3, 1, 5)
     kernels = [get_kernel(name) for name in ("cpu_accumulate", "sequential")]
     sums = [conv.fwd(x, w, partial(kernel.multiply, spec=spec, key=key)) for kernel in kernels]
     assert torch.equal(*sums)

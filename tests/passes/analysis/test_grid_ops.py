@@ -1,4 +1,4 @@
-"""Carried ops: the cast of a result and the op on casts are the same bits, for every format, NaN, Inf and -0 too."""
+"""Grid ops: the cast of a result and the op on casts are the same bits, for every format, NaN, Inf and -0 too."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from passes.analysis.carried_ops import CarriedOp, carried_scale, moves_scale, read_carried, why_not_carried
+from passes.analysis.grid_ops import GridOp, moves_scale, read_grid_op, scale_behind, why_not_on_grid
 from passes.ir.program import Program, Unit
 from passes.ir.types import META, tensor_meta
 from runtime.numerics.formats import FORMATS
@@ -45,13 +45,13 @@ def _x(has_nan: bool = True) -> Tensor:
     return x
 
 
-def _read(build: Build, x: Tensor) -> tuple[CarriedOp, fx.Graph]:
+def _read(build: Build, x: Tensor) -> tuple[GridOp, fx.Graph]:
     graph = fx.Graph()
     source = graph.placeholder("x")
     node = build(graph, source)
     for each, shape in ((source, x.shape), (node, _run(graph, node, x).shape)):
         each.meta[META] = tensor_meta(TensorType(tuple(shape), torch.float32))
-    op = read_carried(Program({}, {}), Unit("", graph, "module"), node, through_modules=False)
+    op = read_grid_op(Program({}, {}), Unit("", graph, "module"), node, through_modules=False)
     assert op is not None
     return op, graph
 
@@ -80,7 +80,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _on_grid(op: CarriedOp, q: Tensor) -> Tensor:
+def _on_grid(op: GridOp, q: Tensor) -> Tensor:
     graph = fx.Graph()
     source = graph.placeholder("x")
     return _run(graph, op.replay(graph, {op.inputs[0]: source}), q)
@@ -97,12 +97,12 @@ def test_the_op_on_grid_values_is_the_cast_of_the_op(name: str, format: str, rou
         return
     x = _x()
     op, graph = _read(_OPS[name], x)
-    reason = why_not_carried(op, spec, finite=False, sees_zero_signs=True)
+    reason = why_not_on_grid(op, spec, finite=False, sees_zero_signs=True)
     wanted = to_grid(_run(graph, op.node, x), None, spec)
     got = _on_grid(op, to_grid(x, None, spec))
     if reason is None:
         assert _same_bits(got, wanted)
-    elif why_not_carried(op, spec, finite=False, sees_zero_signs=False) is None:
+    elif why_not_on_grid(op, spec, finite=False, sees_zero_signs=False) is None:
         assert torch.equal(got.nan_to_num(), wanted.nan_to_num()), "the sign of a zero is all that differs"
         assert op.kind == "pool" or not _same_bits(got, wanted)
 
@@ -113,8 +113,8 @@ def test_int8_is_pooled_where_no_window_holds_a_nan_and_only_there() -> None:
     for x, is_same in ((_x(has_nan=False), True), (_x(), False)):
         wanted = to_grid(_run(graph, op.node, x), None, spec)
         assert torch.equal(_on_grid(op, to_grid(x, None, spec)), wanted) is is_same
-    assert why_not_carried(op, spec, finite=True, sees_zero_signs=True) is None
-    reason = why_not_carried(op, spec, finite=False, sees_zero_signs=True)
+    assert why_not_on_grid(op, spec, finite=True, sees_zero_signs=True) is None
+    reason = why_not_on_grid(op, spec, finite=False, sees_zero_signs=True)
     assert reason == "int8 has no NaN, which a window should have that holds one; finite=true says that none does"
 
 
@@ -132,7 +132,7 @@ def test_a_scale_that_moves_is_the_scale_of_the_result(name: str, granularity: s
     assert wanted.scale is not None
     scales = fx.Graph()
     source = scales.placeholder("x")
-    scale = _run(scales, carried_scale(scales, op, source, spec), before.scale)
+    scale = _run(scales, scale_behind(scales, op, source, spec), before.scale)
     assert torch.equal(scale, wanted.scale)
     assert scale.shape == wanted.scale.shape
     assert _same_bits(_on_grid(op, before.grid), wanted.grid)
@@ -160,7 +160,7 @@ def test_the_scale_of_a_pooled_tensor_is_that_of_the_tensor_where_every_element_
     assert (corners == 0) is covers
 
 
-def test_what_writes_or_picks_by_tensors_is_no_carried_op() -> None:
+def test_what_writes_or_picks_by_tensors_is_no_grid_op() -> None:
     graph = fx.Graph()
     x, index = graph.placeholder("x"), graph.placeholder("index")
     for call in (
@@ -170,4 +170,4 @@ def test_what_writes_or_picks_by_tensors_is_no_carried_op() -> None:
         graph.call_function(F.max_pool2d, (x, 2), {"return_indices": True}),
         graph.call_function(torch.add, (x, x)),
     ):
-        assert read_carried(Program({}, {}), Unit("", graph, "module"), call, through_modules=False) is None
+        assert read_grid_op(Program({}, {}), Unit("", graph, "module"), call, through_modules=False) is None

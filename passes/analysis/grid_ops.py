@@ -1,4 +1,4 @@
-"""Carried ops: which operations give the cast of their result when they are run on casts of their inputs.
+"""Grid ops: which operations give the cast of their result when they are run on casts of their inputs.
 
     view    reshape, flatten, unsqueeze: the same elements in the same order
     layout  transpose, permute, expand, slice: other order, some of them, or some of them twice
@@ -35,7 +35,7 @@ Kind = Literal["view", "layout", "cut", "pool", "join"]
 
 
 @dataclass(frozen=True)
-class CarriedOp:
+class GridOp:
     """One node read as such an op. `call` is the node, or the one node of the graph of the module that it calls."""
 
     kind: Kind
@@ -58,13 +58,13 @@ class CarriedOp:
         return replayed
 
 
-def read_carried(program: Program, unit: Unit, node: fx.Node, through_modules: bool) -> CarriedOp | None:
+def read_grid_op(program: Program, unit: Unit, node: fx.Node, through_modules: bool) -> GridOp | None:
     """The node as an op of the list above, or None. With `through_modules` also a call of a module that is nothing but
     such an op, whichever of its graphs runs.
     """
     if node.op == "call_function":
         kind, inputs = _kind(node), tuple(_tensors_of(node))
-        return CarriedOp(kind, node, node, inputs) if kind and inputs else None
+        return GridOp(kind, node, node, inputs) if kind and inputs else None
     is_call = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
     if not is_call or not through_modules or not isinstance(node.args[0], fx.Node):
         return None
@@ -73,10 +73,10 @@ def read_carried(program: Program, unit: Unit, node: fx.Node, through_modules: b
     texts = {None if call is None else f"{call.target} {call.args} {call.kwargs}" for call in calls}
     if len(texts) != 1 or calls[0] is None or (kind := _kind(calls[0])) is None:
         return None
-    return CarriedOp(kind, node, calls[0], (node.args[0],))
+    return GridOp(kind, node, calls[0], (node.args[0],))
 
 
-def why_not_carried(op: CarriedOp, spec: QuantSpec, finite: bool, sees_zero_signs: bool) -> str | None:
+def why_not_on_grid(op: GridOp, spec: QuantSpec, finite: bool, sees_zero_signs: bool) -> str | None:
     """Why casts of `spec` do not move through the op, or None. `finite`: no activation is NaN. `sees_zero_signs`: some
     reader of the cast tells -0 from 0; an lp.gemm does not, whose sums begin at +0.
     """
@@ -97,7 +97,7 @@ def why_not_carried(op: CarriedOp, spec: QuantSpec, finite: bool, sees_zero_sign
     return None
 
 
-def moves_scale(op: CarriedOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
+def moves_scale(op: GridOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
     """Whether the scale of the result's cast follows from the input, without the result. `is_nonnegative`: the inputs
     are.
     """
@@ -118,7 +118,7 @@ def moves_scale(op: CarriedOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
             return False
 
 
-def carried_scale(graph: fx.Graph, op: CarriedOp, scale: fx.Node, spec: QuantSpec) -> fx.Node:
+def scale_behind(graph: fx.Graph, op: GridOp, scale: fx.Node, spec: QuantSpec) -> fx.Node:
     """The scale of the result's cast, from that of the input's, made where the graph inserts nodes."""
     if op.kind != "view" or spec.scale is None or spec.scale.granularity == "tensor":
         return scale
@@ -181,7 +181,7 @@ def _only_call(graph: fx.Graph) -> fx.Node | None:
     return nodes[1] if is_plain and nodes[2].args[0] == (nodes[1],) else None
 
 
-def _keeps_rows(op: CarriedOp) -> bool:
+def _keeps_rows(op: GridOp) -> bool:
     """Whether a view leaves the last dim alone, so that each row of the result is a row of the input."""
     if not elements(op.inputs[0]) or not elements(op.node):
         return False
