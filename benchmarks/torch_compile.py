@@ -4,10 +4,10 @@
                                        [--rounds 9] [--threads 2] [--only WORD ...]
 
 Contenders, which take turns, on the same weights and tokens: the original model eager and compiled; lpcompile eager
-and compiled; the joint front end; and torchao's convert_to_float8_training (emulate=True, which is what runs without
-FP8 units) with scales per row and per tensor, compiled. Printed: seconds of the first call, median ms, and the ratios
-to the original in eager code, to lpcompile in eager code and to torchao per row. `--only` keeps contenders whose name
-has one of the words.
+and compiled; the joint front end op by op and by Inductor; and torchao's convert_to_float8_training (emulate=True, what
+runs without FP8 units) with scales per row and per tensor, compiled. Printed: seconds of the first call, median ms, and
+the ratios to the original in eager code, to lpcompile in eager code and to torchao per row. `--only` keeps contenders
+whose name has one of the words.
 """
 
 import argparse
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._timing import median_ms
-from lpcompile import lpcompile
-from lpcompile.frontends.joint.compile_joint import compile_joint
+from lpcompile import compile_joint, lpcompile
 
 _VOCABULARY = 2048
 _EAGER, _TORCHAO = "lpcompile", "torchao rowwise, compiled"
@@ -96,7 +95,10 @@ def _contenders(policy: str, tokens: Tensor) -> dict[str, Callable[[nn.Module], 
         f"{_EAGER}, compiled": lambda model: torch.compile(
             lpcompile(model, policy, example_kwargs=call), fullgraph=True
         ),
-        "joint front end": lambda model: compile_joint(model, policy, fullgraph=True),
+        "joint, op by op": lambda model: compile_joint(
+            lpcompile(model, policy, example_kwargs=call), backend="aot_eager", fullgraph=True
+        ),
+        "joint, Inductor": lambda model: compile_joint(lpcompile(model, policy, example_kwargs=call), fullgraph=True),
         _TORCHAO: lambda model: torch.compile(_torchao(model, "rowwise")),
         "torchao tensorwise, compiled": lambda model: torch.compile(_torchao(model, "tensorwise")),
     }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lpcompile.api import advance, attach, lpcompile, original_state_dict
+    from lpcompile.frontends.joint.compiling import compile_joint
     from lpcompile.loss_scaler import LossScaler
     from lpcompile.policy.file import load_policy
     from lpcompile.policy.resolve import Policy
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from lpcompile.reporting.certificate import report
 
 __all__ = [
-    "LossScaler", "Policy", "advance", "attach", "load_policy", "lp_parameters", "lpcompile", "original_state_dict",
-    "report",
+    "LossScaler", "Policy", "advance", "attach", "compile_joint", "load_policy", "lp_parameters", "lpcompile",
+    "original_state_dict", "report",
 ]  # fmt: skip
 
 
@@ -30,6 +31,7 @@ _FROM = {
     "Policy": "lpcompile.policy.resolve",
     "advance": "lpcompile.api",
     "attach": "lpcompile.api",
+    "compile_joint": "lpcompile.frontends.joint.compiling",
     "load_policy": "lpcompile.policy.file",
     "lp_parameters": "lpcompile.quantizers",
     "lpcompile": "lpcompile.api",

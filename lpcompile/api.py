@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lpcompile.collector import no_full_collections
-from lpcompile.compiled import COMPILED, JOINT, Compiled, find_compiled, get_compiled
+from lpcompile.compiled import COMPILED, Compiled, find_compiled, get_compiled
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.frontends.install import RECORD, install, uninstall
@@ -73,8 +73,6 @@ def lpcompile(
         raise LpError("not a model", expected="a torch.nn.Module", got=type(model).__name__)
     if mode not in ("train", "infer"):
         raise LpError("not a mode", where="lpcompile(mode=...)", expected="train or infer", got=repr(mode))
-    if JOINT in vars(model):
-        raise LpError("this model has a joint front end", where="lpcompile", hint="remove_joint(model) first")
     args, kwargs = example_call(example_inputs, example_kwargs)
     with recompiling(model) as quantizers:
         captured = example_inputs is not None or example_kwargs is not None
@@ -115,6 +113,7 @@ def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
     close_fast_paths(model)
     try:
         yield quantizers
+        _end_joint(model, before)
     except BaseException:
         _take_away(model)
         for module, kind, values in held:
@@ -269,10 +268,19 @@ def _named_leaves(compiled: Compiled | None) -> list[str]:
 
 def restore(model: nn.Module) -> None:
     """Undo lpcompile: every module gets its own forward back. Does nothing to a model that was not compiled."""
-    if find_compiled(model) is None:
+    compiled = find_compiled(model)
+    if compiled is None:
         return
+    _end_joint(model, compiled)
     _take_away(model)
     reopen_fast_paths(model)
+
+
+def _end_joint(model: nn.Module, compiled: Compiled | None) -> None:
+    """What torch.compile made of an earlier compilation is not called any more."""
+    if compiled is not None and compiled.joint is not None:
+        compiled.joint, compiled.state.is_joint = None, False
+        model._compiled_call_impl = None
 
 
 def advance(model: nn.Module, to_step: int | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lpcompile.errors import LoweringError, LoweringWarning
 from lpcompile.frontends.graph_code import dumps, loads
+from lpcompile.frontends.joint.captured import Captured
 from lpcompile.frontends.leaves.find import Leaf, Unreached
 from lpcompile.plan import PhaseCode, Sight, number_found, number_sites
 from lpcompile.policy.describe import classes_of, describe
@@ -26,8 +27,6 @@ from runtime.state import RunState
 
 COMPILED = "_lp_compiled"
 """Where a compiled model keeps its Compiled, in the __dict__ of the root."""
-JOINT = "_lp_joint"
-"""Where a model with a joint front end (lpcompile/frontends/joint/compile_joint.py) keeps what is known of it."""
 
 
 @dataclass
@@ -52,9 +51,12 @@ class Compiled:
     """Of every module by its path, as rules name them."""
     num_layers: Mapping[str, int] = field(default_factory=dict)
     """How many layers the model has, by the path before their number."""
+    joint: Captured | None = None
+    """What the joint front end captured, if torch.compile runs the model by it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "phases": dumps(self.phases)} if self._has_graphs else dict(vars(self))
+        kept = {**vars(self), "joint": None}  # a copy is not under torch.compile
+        return {**kept, "phases": dumps(self.phases)} if self._has_graphs else kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         phases = state["phases"]
@@ -62,7 +64,7 @@ class Compiled:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         copied = memo[id(self)] = copy.copy(self)
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        vars(copied).update(copy.deepcopy(vars(self), memo), joint=None)
         return copied
 
     def __copy__(self) -> "Compiled":

@@ -109,6 +109,8 @@ class RunState:
     is_scaled: bool = False
     strict: bool = False
     gemm_calls: int = 0
+    is_joint: bool = False
+    """Whether code that is compiled has products as nodes that the joint front end lowers (site_products.py)."""
     calls: CallCounts = field(default_factory=CallCounts, compare=False, repr=False)
     """Per site and role: calls seen, and calls that ran as the policy says, since compiling."""
     key: int = field(default=-1, init=False, compare=False, repr=False)
@@ -135,6 +137,7 @@ class RunState:
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields)
+        self.is_joint = False  # a copy is not under torch.compile
         self.__post_init__()
 
     def note_overflow(self, beyond: Tensor | bool) -> None:

@@ -56,6 +56,12 @@ class Report:
     why_none_kept: str
     """Why no cast of a weight is kept; empty where casts are, or will be."""
     passes: list[str]
+    joint: str = ""
+    """What the joint front end captured so far, as a sentence; empty without one."""
+    num_graphs: int = 0
+    """Joint graphs captured so far."""
+    num_rewritten: int = 0
+    """Products, FWD, BWD and GRAD each one, that were rewritten in them."""
 
     @property
     def called(self) -> list[GemmRow]:
@@ -124,6 +130,9 @@ def report(model: nn.Module) -> Report:
             f"{record.name}: {1e3 * record.seconds:.1f} ms, {record.nodes_before} -> {record.nodes_after} nodes"
             for record in phase.records
         ],
+        joint=str(compiled.joint or ""),
+        num_graphs=compiled.joint.num_graphs if compiled.joint else 0,
+        num_rewritten=compiled.joint.num_products if compiled.joint else 0,
     )
 
 

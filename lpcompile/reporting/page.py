@@ -67,4 +67,5 @@ def _notes(report: "Report") -> list[tuple[str, list[str]]]:
         ("not recorded", [f"{path or '(root)'}: {reason}" for path, reason in report.opaque.items()]),
         ("never called", report.uncalled),
         ("passes", report.passes),
+        ("joint", [report.joint] if report.joint else []),
     ]

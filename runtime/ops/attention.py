@@ -38,7 +38,7 @@ def attention_weights(scores: Tensor, mask: Tensor | None, is_causal: bool, drop
         if mask.dtype == torch.bool:
             mask = scores.new_zeros(mask.shape).masked_fill_(mask.logical_not(), -math.inf)
         scores = scores + mask
-    weights = torch._safe_softmax(scores, -1)
+    weights: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)  # torch.compile knows it by this name alone
     return torch.dropout(weights, dropout_p, True) if dropout_p > 0 else weights
 
 

@@ -36,7 +36,7 @@ from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
 from runtime.streams import NO_CLOCK, Turn, stream_of
 
-_DY_BWD, _DY_GRAD, _WEIGHT_BWD = 4, 5, 6
+DY_BWD, DY_GRAD, WEIGHT_BWD = 4, 5, 6
 """Operand slots of the random streams; 0 to 3 are the casts of the forward graph, 7 to 9 the sums."""
 
 
@@ -58,7 +58,7 @@ def draw_of(spec: QuantSpec, turn: RunState | Turn | None, site: int, slot: int)
 
 def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan, turn: Turn | None) -> QTensor:
     """BWD's cast of a weight: a kept one of these bytes, FWD's where it is the same cast, or a new one."""
-    slot, kept = _WEIGHT_BWD, None
+    slot, kept = WEIGHT_BWD, None
     if plan.lifetime:
         kept = state.constants.find(w, CastKey(spec), plan.site, slot, plan.lifetime)
     if kept is None:
@@ -122,10 +122,15 @@ def run_gemm(
 
 def note_call(state: RunState, plan: GemmPlan, role: Role) -> None:
     """One product ran as planned."""
+    note_ran(state, plan.name, role)
+
+
+def note_ran(state: RunState, name: str | None, role: Role) -> None:
+    """One product of the site `name` ran as planned; None: it is no site of a policy."""
     if role == "fwd":
         state.gemm_calls += 1
-    if plan.name is not None:
-        state.calls.ran(plan.name, role)
+    if name is not None:
+        state.calls.ran(name, role)
 
 
 def _note_backward(state: RunState, plan: GemmPlan, role: Role) -> None:
@@ -263,7 +268,7 @@ class _Gemm(torch.autograd.Function):
         dx = dw = db = dy_cast = None
         if needs_lhs:
             _note_backward(state, plan, "bwd")
-            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, _DY_BWD, turn)
+            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, DY_BWD, turn)
             w = (
                 QTensor(bwd_rhs, bwd_rhs_scale, bwd.rhs)
                 if bwd_rhs is not None
@@ -273,7 +278,7 @@ class _Gemm(torch.autograd.Function):
         if needs_rhs:
             _note_backward(state, plan, "grad")
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
-                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, _DY_GRAD, turn)
+                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn)
             x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)
             dw = _gradient("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], turn)
         if needs_bias:

@@ -24,6 +24,7 @@ from runtime.ops.contractions import ConvGeometry
 from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result_dtype, run_gemm
 from runtime.ops.plan import GemmPlan, print_geometry
 from runtime.ops.products import multiply_unrecorded
+from runtime.ops.site_products import is_lowered_late, site_product
 from runtime.quantize.cast_memo import MEMO
 from runtime.quantize.kept_casts import Lifetime
 from runtime.quantize.qtensor import CastKey, QTensor
@@ -194,6 +195,12 @@ class TracedProduct:
         site, of = self.site + group, self.casts
         if _draws(self.spec):
             site = site + (_count_in_trace(self.state.key, site) << SITE_BITS)
+        text = "" if geometry is None else print_geometry(geometry)
+        if self.state.is_joint and is_lowered_late(self.spec):
+            dtype = result_dtype(lhs)
+            return site_product(
+                lhs, rhs, bias, self.state, dtype, self.kind, self.spec, self.methods, site, text, is_weight, self.name
+            )
         left, fwd_lhs = self._cast(lhs, 0, site, "x")
         right, fwd_rhs = self._cast(rhs, 1, site, "w")
         bwd_rhs: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -202,7 +209,6 @@ class TracedProduct:
         elif not is_weight:
             bwd_rhs = self._cast(rhs, 2, site)[1]
         grad_lhs = fwd_lhs if of[3] == of[0] else self._cast(lhs, 3, site)[1]
-        text = "" if geometry is None else print_geometry(geometry)
         operands = (left, right, bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, self.state)
         return dialect.gemm(*operands, kind=self.kind, spec=self.spec, methods=self.methods, site=site, geometry=text)
 

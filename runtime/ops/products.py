@@ -289,7 +289,7 @@ def _forward(
         y = multiply_fwd(plan, a, b, bias, key, residual, relu)
     else:
         y = add_and_relu(multiply_fwd(plan, a, b, bias, key).to(dtype), residual, relu)
-    return _laid_out(overwrite_with(y, activation), _layout(plan, a.grid, b.grid))
+    return laid_out(overwrite_with(y, activation), layout_of(plan, a.grid, b.grid))
 
 
 def _fwd_shape(
@@ -299,7 +299,7 @@ def _fwd_shape(
 ) -> Tensor:  # fmt: skip
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
     y = plan.contraction.native(x.to(dtype), w.to(dtype), None)
-    return _new(x, y.shape, dtype, _layout(plan, x, w))
+    return _new(x, y.shape, dtype, layout_of(plan, x, w))
 
 
 def _bwd(
@@ -308,7 +308,7 @@ def _bwd(
 ) -> Tensor:  # fmt: skip
     plan, a, b = _operands("bwd", (dy, dy_scale, w, w_scale), kind, spec, methods, site, geometry)
     dx = multiply_bwd(plan, a, b, torch.Size(shape), _key(plan, "bwd", clock)).to(dtype)
-    return _laid_out(dx, _layout(plan, dy, w))
+    return laid_out(dx, layout_of(plan, dy, w))
 
 
 def _grad(
@@ -317,7 +317,7 @@ def _grad(
 ) -> Tensor:  # fmt: skip
     plan, a, b = _operands("grad", (dy, dy_scale, x, x_scale), kind, spec, methods, site, geometry)
     dw = multiply_grad(plan, a, b, torch.Size(shape), _key(plan, "grad", clock)).to(dtype)
-    return _laid_out(dw, _layout(plan, dy, x))
+    return laid_out(dw, layout_of(plan, dy, x))
 
 
 def _shape_of_gradient(
@@ -325,10 +325,10 @@ def _shape_of_gradient(
     kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    return _new(dy, shape, dtype, _layout(plan, dy, other))
+    return _new(dy, shape, dtype, layout_of(plan, dy, other))
 
 
-def _layout(plan: GemmPlan, a: Tensor, b: Tensor) -> torch.memory_format:
+def layout_of(plan: GemmPlan, a: Tensor, b: Tensor) -> torch.memory_format:
     """Channels-last where torch's convolution would give that: an operand is, and a channel dim is there."""
     if plan.geometry is not None and a.dim() == b.dim() == 2 + len(plan.geometry.stride) >= 4:
         wanted = torch.channels_last if a.dim() == 4 else torch.channels_last_3d
@@ -337,7 +337,8 @@ def _layout(plan: GemmPlan, a: Tensor, b: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _laid_out(y: Tensor, layout: torch.memory_format) -> Tensor:
+def laid_out(y: Tensor, layout: torch.memory_format) -> Tensor:
+    """y in this layout, and as no view."""
     return own(y.contiguous(memory_format=layout))
 
 

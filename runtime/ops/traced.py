@@ -45,7 +45,7 @@ def scale(x: Tensor, spec: str) -> Tensor:
 
 def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, site: int, slot: int) -> Tensor:
     """lp.quantize in a graph that is compiled."""
-    result: Tensor = torch.ops.lp.quantize(x, s, _clock(state, _draws(spec)), spec, site, slot, _code())
+    result: Tensor = torch.ops.lp.quantize(x, s, find_clock(state, _draws(spec)), spec, site, slot, _code())
     return result
 
 
@@ -60,7 +60,7 @@ def gemm(
         rhs,
         bias,
         list(casts),
-        _clock(state, _layer_draws(spec)),
+        find_clock(state, layer_draws(spec)),
         key,
         kind,
         spec,
@@ -88,7 +88,7 @@ def _digest_of_sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def _clock(state: RunState | None, is_stochastic: bool) -> tuple[int, ...]:
+def find_clock(state: RunState | None, is_stochastic: bool) -> tuple[int, ...]:
     """Zeros where nothing is stochastic: what is read becomes a guard."""
     return state.clock if state is not None and is_stochastic else NO_CLOCK
 
@@ -99,7 +99,7 @@ def _draws(spec: str) -> bool:
 
 
 @constant_result
-def _layer_draws(spec: str) -> bool:
+def layer_draws(spec: str) -> bool:
     layer = LayerSpec.parse(spec)
     roles = (layer.fwd, layer.bwd, layer.grad)
     return any("stochastic" in (role.lhs.rounding, role.rhs.rounding, role.accumulator.mode) for role in roles)
@@ -145,23 +145,37 @@ def _cast_gradient(
     owner = find_state(key)
     if owner is not None:
         owner.note_overflow(state.overflow)
-    scale = operand.scale if operand.scale is not None else dy.new_ones((), dtype=torch.float32)
-    if parsed.is_identity:
+    return _pair(dy, operand)
+
+
+def cast_result(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int) -> tuple[Tensor, Tensor]:
+    """Grid and scale of a cast, scale 1 where the spec has none; neither is x itself."""
+    return _pair(x, gemms.cast(x, QuantSpec.parse(spec), _state(clock), site, slot))
+
+
+def _pair(x: Tensor, operand: QTensor) -> tuple[Tensor, Tensor]:
+    scale = operand.scale if operand.scale is not None else x.new_ones((), dtype=torch.float32)
+    if operand.spec.is_identity:
         return operand.grid.clone(memory_format=torch.contiguous_format), scale
-    return operand.grid.to(_gradient_dtype(parsed)), scale
+    return operand.grid.to(_roomy_dtype(operand.spec)), scale
 
 
 def _cast_gradient_shape(
     dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
 ) -> tuple[Tensor, Tensor]:
+    return cast_shape(dy, spec)
+
+
+def cast_shape(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    """As `cast_result`, of tensors without values."""
     parsed = QuantSpec.parse(spec)
-    dtype = dy.dtype if parsed.is_identity else _gradient_dtype(parsed)
-    scale = compute_scale(dy, parsed) if parsed.has_scale else None
-    ones = dy.new_empty((), dtype=torch.float32) if scale is None else scale
-    return torch.empty(dy.shape, dtype=dtype, device=dy.device), ones
+    dtype = x.dtype if parsed.is_identity else _roomy_dtype(parsed)
+    scale = compute_scale(x, parsed) if parsed.has_scale else None
+    ones = x.new_empty((), dtype=torch.float32) if scale is None else scale
+    return torch.empty(x.shape, dtype=dtype, device=x.device), ones
 
 
-def _gradient_dtype(spec: QuantSpec) -> torch.dtype:
+def _roomy_dtype(spec: QuantSpec) -> torch.dtype:
     return roomy_dtype(spec, storage_dtype(spec.format))
 
 

@@ -318,14 +318,6 @@ def test_inference_computes_what_training_did(w: Any) -> None:
     assert ("learned a scale of the weight" in report(served).to_text()) is (w == LSQ)
 
 
-def test_the_joint_front_end_learns_no_scales_and_says_so() -> None:
-    from lpcompile.frontends.joint.compile_joint import compile_joint, joint_report
-
-    model = _model()
-    compile_joint(model, _policy(), backend="aot_eager")(torch.randn(4, 16)).sum().backward()
-    assert "the joint front end learns no scales" in joint_report(model).to_text()
-
-
 def test_compiling_again_keeps_what_was_learned() -> None:
     torch.manual_seed(0)
     model, x = _Attention(), torch.randn(4, 16)

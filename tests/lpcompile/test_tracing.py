@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lpcompile import lpcompile
-from lpcompile.frontends.joint.compile_joint import compile_joint
+from lpcompile.frontends.joint.compiling import compile_joint
 
 SHIPPED = ("bf16", "fp16", "fp32", "fp32-emulated", "fp8-rowwise", "hfp8", "int8")
 LAYER = """

@@ -61,6 +61,19 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (X, f"{E4M3} row/amax", (0, 0, 0, 0), -1, 0, 4), (X, "int8 stochastic tensor/amax", (1, 2, 3, 4), -1, 0, 4),
         (X, "mxfp8 nearest_even row", (0, 0, 0, 0), -1, 0, 4), (X, "fp32", (0, 0, 0, 0), -1, 0, 4),
     ],
+    "cast": [
+        (X, f"{E4M3} row/amax", (0, 0, 0, 0), 0, 1), (X, "e4m3 stochastic", (1, 2, 3, 4), 5, 0),
+        (X, "mxfp8 nearest_even row", (0, 0, 0, 0), 0, 0),
+    ],
+    "site_fwd": [
+        (X, W, W[:, 0], *PLAIN[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32),
+        (X, X.transpose(1, 2), None, *_plan("matmul", f"{E4M3} tensor/amax", "fp32")[:5], False, "qk",
+         (0, 0, 0, 0), -1, torch.float32),
+        (X, W, None, *_plan("linear", "fp32", "as_is")[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32),
+        (IMAGE, FILTER, FILTER[:, 0, 0, 0], *CONVOLVED[:5], True, "conv", (0, 0, 0, 0), -1, torch.float32),
+    ],
+    "site_bwd": [(DY, W, X.shape, *PLAIN[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
+    "site_grad": [(DY, X, W.shape, *PLAIN[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
     "fwd": [
         (X, None, W, None, None, *PLAIN), (X, ROWS, W, None, W[:, 0], *PLAIN, DY, "relu"),
         (X.bfloat16(), None, W, None, None, *NARROW[:-1], torch.bfloat16, None, "gelu"),

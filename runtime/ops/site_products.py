@@ -1,0 +1,199 @@
+"""Site products: the three GEMMs of a site as a graph has them before passes/lower_joint.py lowers them.
+
+    lp::site_fwd     y = x . w + bias        operands as they are, the site and all that its policy says as attributes
+    lp::site_bwd     dx = dy . w             what autograd makes of it, a node each
+    lp::site_grad    dw = dy . x
+
+Under the joint front end torch.compile traces these: FWD, BWD and GRAD are nodes of one graph, with no cast yet.
+Each is also what it says: run as it is, it makes its casts and its product with the bits of eager code.
+
+    lp::cast         grid and scale of x under a spec, as one op; scale 1 where the spec has none
+
+`clock` is (seed, rank, step, micro-batch) where something is stochastic, an input of the graph; `key` is that of the
+RunState which watches gradients, or -1.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.compile_marks import constant_result
+from runtime.kernels.torch_ops import declare
+from runtime.numerics.specs import LayerSpec, QuantSpec, Role
+from runtime.ops.layer import DY_BWD, DY_GRAD, WEIGHT_BWD
+from runtime.ops.plan import GemmPlan
+from runtime.ops.products import laid_out, layout_of
+from runtime.ops.traced import cast_result, cast_shape, find_clock, layer_draws
+from runtime.quantize.qtensor import CastKey
+from runtime.state import RunState
+from runtime.streams import NO_CLOCK
+
+lp: Any = torch.ops.lp
+
+
+class Operand(NamedTuple):
+    """A cast that a role reads: of which operand, under which spec, with which random bits."""
+
+    spec: QuantSpec
+    slot: int
+    is_gradient: bool = False
+
+    def key(self, site: int) -> tuple[Any, ...]:
+        """What tells casts of one tensor apart: those that draw are a site's own."""
+        drawn = (site, self.slot) if self.spec.is_stochastic else ()
+        return CastKey(self.spec), self.is_gradient, drawn
+
+
+def operands_of(plan: GemmPlan, role: Role, is_weight: bool) -> tuple[Operand, Operand]:
+    """The casts of a role, in the order of its operands."""
+    spec = plan.spec
+    if role == "fwd":
+        return Operand(spec.fwd.lhs, 0), Operand(spec.fwd.rhs, 1)
+    if role == "bwd":
+        slot = WEIGHT_BWD if is_weight else 1 if spec.bwd.rhs == spec.fwd.rhs else 2
+        return Operand(spec.bwd.lhs, DY_BWD, is_gradient=True), Operand(spec.bwd.rhs, slot)
+    slot = 0 if spec.grad.rhs == spec.fwd.lhs else 3
+    return Operand(spec.grad.lhs, DY_GRAD, is_gradient=True), Operand(spec.grad.rhs, slot)
+
+
+def site_product(
+    lhs: Tensor, rhs: Tensor, bias: Tensor | None, state: RunState, dtype: torch.dtype,
+    kind: str, spec: str, methods: str, site: int, geometry: str, is_weight: bool, name: str,
+) -> Tensor:  # fmt: skip
+    """FWD of a site in code that is traced. `name` is the site's, for who reads the graph."""
+    key = state.key if state.watch_overflow else -1
+    attributes = (kind, spec, methods, site, geometry, is_weight, name)
+    y: Tensor = lp.site_fwd(lhs, rhs, bias, *attributes, find_clock(state, layer_draws(spec)), key, dtype)
+    return y
+
+
+@constant_result
+def is_lowered_late(spec: str) -> bool:
+    """Whether a graph may hold the site as nodes without casts. The identity is torch's own op, with torch's own
+    backward, and a quantizer with state has a gradient of its own.
+    """
+    layer = LayerSpec.parse(spec)
+    return not layer.is_identity and not any(each.quantizer for each in (layer.fwd.lhs, layer.fwd.rhs))
+
+
+def _fwd(
+    lhs: Tensor, rhs: Tensor, bias: Tensor | None, kind: str, spec: str, methods: str, site: int, geometry: str,
+    is_weight: bool, name: str, clock: Sequence[int], key: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    if plan.kernel("fwd").is_own_op:
+        return laid_out(plan.contraction.native(lhs, rhs, bias).to(dtype), layout_of(plan, lhs, rhs))
+    return _run("fwd", plan, lhs, rhs, bias, is_weight, clock, key, dtype)
+
+
+def _bwd(
+    dy: Tensor, rhs: Tensor, shape: Sequence[int], kind: str, spec: str, methods: str, site: int, geometry: str,
+    is_weight: bool, name: str, clock: Sequence[int], key: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    if plan.kernel("bwd").is_own_op:
+        dx = plan.contraction.bwd(dy, rhs, torch.Size(shape), torch.matmul).to(dtype)
+        return laid_out(dx, layout_of(plan, dy, rhs))
+    return _run("bwd", plan, dy, rhs, shape, is_weight, clock, key, dtype)
+
+
+def _grad(
+    dy: Tensor, lhs: Tensor, shape: Sequence[int], kind: str, spec: str, methods: str, site: int, geometry: str,
+    is_weight: bool, name: str, clock: Sequence[int], key: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    if plan.kernel("grad").is_own_op:
+        dw = plan.contraction.grad(dy, lhs, torch.Size(shape), torch.matmul).to(dtype)
+        return laid_out(dw, layout_of(plan, dy, lhs))
+    return _run("grad", plan, dy, lhs, shape, is_weight, clock, key, dtype)
+
+
+def _run(
+    role: Role, plan: GemmPlan, a: Tensor, b: Tensor, rest: Any, is_weight: bool, clock: Sequence[int], key: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    casts: list[Tensor | None] = []
+    for x, operand in zip((a, b), operands_of(plan, role, is_weight)):
+        casts += _cast_operand(x, operand, clock, key, plan.site)
+    y: Tensor = getattr(lp, role)(*casts, rest, *plan.attributes, sums_clock(plan, role, clock), dtype)
+    return y
+
+
+def _cast_operand(
+    x: Tensor, operand: Operand, clock: Sequence[int], key: int, site: int
+) -> tuple[Tensor, Tensor | None]:
+    spec = operand.spec
+    if spec.is_identity:
+        return x, None
+    drawn = cast_clock(spec, clock)
+    if operand.is_gradient and key >= 0:
+        grid, scale = lp.cast_gradient(x, str(spec), drawn, key, site, operand.slot)
+    else:
+        grid, scale = lp.cast(x, str(spec), drawn, site, operand.slot)
+    return grid, scale if spec.has_scale else None
+
+
+def cast_clock(spec: QuantSpec, clock: Sequence[int]) -> Sequence[int]:
+    """What a cast reads of the clock of its site."""
+    return clock if spec.is_stochastic else NO_CLOCK
+
+
+def sums_clock(plan: GemmPlan, role: Role, clock: Sequence[int]) -> Sequence[int]:
+    """What the sums of a role read of the clock of their site."""
+    return clock if role in plan.stochastic_sums else NO_CLOCK
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    lhs, rhs, bias, *ctx.attributes = inputs
+    ctx.save_for_backward(lhs, rhs)
+    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    lhs, rhs = ctx.saved_tensors
+    *attributes, _ = ctx.attributes
+    needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
+    dx = lp.site_bwd(dy, rhs, lhs.shape, *attributes, lhs.dtype) if needs_lhs else None
+    dw = lp.site_grad(dy, lhs, rhs.shape, *attributes, rhs.dtype) if needs_rhs else None
+    db = None
+    if needs_bias:
+        shape, dtype = ctx.bias
+        db = GemmPlan.parse(*attributes[:5]).contraction.bias_grad(dy).sum_to_size(shape).to(dtype)
+    return dx, dw, db, *(None,) * len(ctx.attributes)
+
+
+def _fwd_shape(lhs: Tensor, rhs: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    kind, spec, methods, site, geometry, *_, clock, _key, dtype = rest
+    attributes = (kind, spec, methods, site, geometry)
+    y: Tensor = lp.fwd(lhs, None, rhs, None, bias, *attributes, clock, dtype)
+    return y
+
+
+def _shape_like(role: Role) -> Any:
+    def fake(dy: Tensor, other: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
+        kind, spec, methods, site, geometry, *_, clock, _key, dtype = rest
+        attributes = (kind, spec, methods, site, geometry)
+        gradient: Tensor = getattr(lp, role)(dy, None, other, None, shape, *attributes, clock, dtype)
+        return gradient
+
+    return fake
+
+
+def _cast(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int) -> tuple[Tensor, Tensor]:
+    return cast_result(x, spec, clock, site, slot)
+
+
+_SITE = "str kind, str spec, str methods, int site, str geometry, bool is_weight, str name"
+_REST = f"{_SITE}, SymInt[] clock, int key, ScalarType dtype"
+declare(
+    "cast(Tensor x, str spec, SymInt[] clock, int site, int slot) -> (Tensor, Tensor)", _cast,
+    fake=lambda x, spec, clock, site, slot: cast_shape(x, spec),
+)  # fmt: skip
+declare(
+    f"site_fwd(Tensor lhs, Tensor rhs, Tensor? bias, {_REST}) -> Tensor",
+    _fwd, fake=_fwd_shape, setup_context=_setup, backward=_backward,
+)  # fmt: skip
+declare(f"site_bwd(Tensor dy, Tensor rhs, SymInt[] shape, {_REST}) -> Tensor", _bwd, fake=_shape_like("bwd"))
+declare(f"site_grad(Tensor dy, Tensor lhs, SymInt[] shape, {_REST}) -> Tensor", _grad, fake=_shape_like("grad"))
