@@ -1,4 +1,4 @@
-"""Backends: what torch.compile calls with a graph of the joint front end. It is lowered, then run by Inductor or op by op."""
+"""Backends: what torch.compile calls with a graph. It is lowered, then run by Inductor or op by op."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
