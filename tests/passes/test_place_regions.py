@@ -111,7 +111,9 @@ _STAYS = {
     ),
     "a relu in place": convolutions().replace("inplace=False", "inplace=True"),
     "int8, where a window may hold a NaN": convolutions(layer(_TENSOR)),
-    "a scale of more than the windows hold": convolutions(layer(_TENSOR)).replace("stride=2, padding=1", "stride=2"),
+    "a scale of more than the windows hold": convolutions(layer(_TENSOR)).replace(
+        "_, 3, stride=2, padding=1", "_, 1, stride=2"
+    ),
     "a format without 0": convolutions(layer("int1 nearest_even")),
     "another reader of the value": convolutions(ends="%y, %pool"),
 }
