@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cast_plans import cast_plan
-from runtime.kernels.cpu.address import address
+from runtime.kernels.cpu.address import address, check_product
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import CastPlan, RandomPlan
 from runtime.kernels.cpu.philox import random_plan
@@ -197,6 +197,7 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How)
     library = accumulate_library()
     assert library is not None
     a_MK, b_KN = a_MK.float(), b_KN.float()
+    check_product(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     library.lp_accumulate(
         *(cast_plan(spec.accumulate, spec.accumulator.mode), how),

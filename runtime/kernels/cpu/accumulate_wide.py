@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.constants import ROUNDING_NUMBERS
-from runtime.kernels.cpu.address import address
+from runtime.kernels.cpu.address import address, check_product
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import RandomPlan
 from runtime.kernels.cpu.philox import random_plan
@@ -85,6 +85,7 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
 def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, how: AccumulateSpec, plan: WidePlan) -> None:
     library = wide_library()
     assert library is not None
+    check_product(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     library.lp_accumulate_wide(
         plan,

@@ -27,3 +27,12 @@ def can_be_written(out: Tensor, x: Tensor, scale: Tensor | None = None) -> bool:
         return False
     is_same = x.is_contiguous() and x.data_ptr() == out.data_ptr()
     return is_same or x.untyped_storage().data_ptr() != memory
+
+
+def check_product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> None:
+    """Raise torch's RuntimeError for matrices that do not fit: a kernel would read past the end of one."""
+    if a_MK.dim() != 2 or b_KN.dim() != 2 or a_MK.shape[1] != b_KN.shape[0]:
+        left, right = ("x".join(map(str, each.shape)) for each in (a_MK, b_KN))
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({left} and {right})")
+    if bias_N is not None and bias_N.shape != (b_KN.shape[1],):
+        raise RuntimeError(f"a bias of shape {tuple(bias_N.shape)} does not fit {b_KN.shape[1]} columns")

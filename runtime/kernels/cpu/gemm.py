@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.kernels.cpu.address import address
+from runtime.kernels.cpu.address import address, check_product
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.int8_product import check_int8_sum
 
@@ -58,6 +58,7 @@ def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor
     library = gemm_library()
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
+    check_product(a_MK, b_KN, bias_N)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     bias = None if bias_N is None else bias_N.contiguous()
@@ -77,6 +78,7 @@ def multiply_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     library = int8_library()
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
+    check_product(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     library.lp_gemm_int8(
