@@ -70,8 +70,8 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
     accumulator beyond 2^24 the fp32 nearest is returned.
     """
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
-        left, right = ("x".join(map(str, each.shape)) for each in (a, b))
-        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({left} and {right})")
+        shapes = " and ".join("x".join(map(str, each.shape)) for each in (a, b))
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({shapes})")
     how, num_k = spec.accumulator, a.shape[-1]
     if how.is_integer and (a.is_floating_point() or b.is_floating_point()):
         is_nan = a.isnan().any(-1, keepdim=True) | b.isnan().any(-2, keepdim=True)
