@@ -57,9 +57,11 @@ def _run(model: nn.Module, call: object, x: Tensor) -> Result:
     return y.detach(), grads | {"(input)": x.grad}
 
 
-def _strides(result: Result) -> dict[str, tuple[int, ...]]:
+def _strides(result: Result) -> dict[str, list[int]]:
+    """Of every tensor, of the dims that have more than one place."""
     y, grads = result
-    return {"(output)": y.stride()} | {name: grad.stride() for name, grad in grads.items()}
+    tensors = {"(output)": y, **grads}
+    return {name: [step for step, size in zip(each.stride(), each.shape) if size > 1] for name, each in tensors.items()}
 
 
 def _difference(got: Result, wanted: Result) -> float:
