@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 import torch
+from lpcompile.frontends.joint.compile_joint import compile_joint, remove_joint
 from torch import Tensor, nn
 
 from lpcompile import Policy, lpcompile
-from lpcompile.frontends.joint.compile_joint import compile_joint, remove_joint
 from runtime.numerics.specs import LayerSpec
 from tests.differential.random_models import Case, random_model
 from tests.differential.reference import Reference
