@@ -1,8 +1,26 @@
-"""Timing: contenders take turns, so that a change of the machine's speed hits all of them; medians are compared."""
+"""Timing: contenders take turns, so that a change of the machine's speed hits all of them; medians are compared.
+
+Beside every table stands what the machine did in this run (_machine.py): the same code is up to half slower on one
+whose cores are far from each other, and a ratio over fp32 depends on what fp32's product is.
+"""
 
 import statistics
 import time
 from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._machine import machine
+
+
+def show(*tables: Table, width: int | None = None) -> None:
+    """Print the tables, and the state of the machine with the threads that torch has."""
+    console = Console(width=width)
+    for table in tables:
+        console.print(table)
+    console.print(str(machine(torch.get_num_threads())), highlight=False)
 
 
 def median_ms(contenders: dict[str, Callable[[], object]], rounds: int, warmups: int = 2) -> dict[str, float]:

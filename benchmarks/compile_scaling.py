@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from benchmarks._timing import median_ms
+from benchmarks._timing import median_ms, show
 from lpcompile import Policy, lpcompile
 
 LLAMA_2_70B = {
@@ -102,6 +102,7 @@ def print_interception(rounds: int = 200) -> None:
     print("\n| forward and backward | ms | ratio |\n|---|---|---|")
     for name, milliseconds in times.items():
         print(f"| {name} | {milliseconds:.3f} | {milliseconds / times['original']:.3f} |")
+    show()
 
 
 def main() -> None:

@@ -16,11 +16,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks._timing import median_ms
+from benchmarks._timing import median_ms, show
 from lpcompile import lpcompile
 from passes.pipelines import PIPELINES
 from runtime.kernels.cpu import epilogue
@@ -80,7 +79,7 @@ def main() -> None:
             x = torch.randn(8, width, 28, 28)
             apart, fused = _pipelines(model, policy, x, "fold-batchnorm,", bound=0.2)
             _add_row(table, "batch norm, relu", policy, f"{width} channels", apart, fused, options.rounds)
-    Console().print(table)
+    show(table)
 
 
 Run = Callable[[], Tensor]

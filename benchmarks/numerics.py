@@ -13,12 +13,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks._peers import cast_peers
-from benchmarks._timing import median_ms
+from benchmarks._timing import median_ms, show
 from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
@@ -54,10 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    console = Console()
-    for table in _casts(options.rounds):
-        console.print(table)
-    console.print(_gemms(options.rounds))
+    show(*_casts(options.rounds), _gemms(options.rounds))
 
 
 def _casts(rounds: int) -> list[Table]:

@@ -19,12 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks._timing import median_ms
+from benchmarks._timing import median_ms, show
 from lpcompile import compile_joint, lpcompile
 
 _VOCABULARY = 2048
@@ -124,7 +123,7 @@ def _print(medians: dict[str, float], seconds: dict[str, float], options: argpar
     for name, median in medians.items():
         ratios = (f"{median / medians[to]:.2f}" if to in medians else "-" for to in ("original", _EAGER, _TORCHAO))
         table.add_row(name, f"{seconds[name]:.0f}", f"{median:.1f}", *ratios)
-    Console(width=140).print(table)
+    show(table, width=140)
 
 
 if __name__ == "__main__":

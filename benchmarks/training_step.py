@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks._timing import median_ms
+from benchmarks._timing import median_ms, show
 from lpcompile import lpcompile
 
 
@@ -60,9 +59,7 @@ def _compare(shape: Shape, policy: str, rounds: int) -> None:
     )
     for name, median in medians.items():
         table.add_row(name, f"{median:.1f}", f"{median / medians['fp32']:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(_profile(steps[policy]))
+    show(table, _profile(steps[policy]))
 
 
 def _contenders(shape: Shape, policy: str) -> dict[str, Callable[[], None]]:

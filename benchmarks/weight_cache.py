@@ -13,12 +13,11 @@ from typing import Literal
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks._timing import median_ms
+from benchmarks._timing import median_ms, show
 from lpcompile import attach, lpcompile, report
 from passes.pipelines import PIPELINES
 from runtime.kernels.cpu.fingerprint import fingerprint
@@ -43,9 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    console = Console()
-    console.print(_checks(options.rounds))
-    console.print(_models(options.policies, options.rounds))
+    show(_checks(options.rounds), _models(options.policies, options.rounds))
 
 
 def _checks(rounds: int) -> Table:

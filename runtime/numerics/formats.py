@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import get_args
 
-from runtime.errors import FormatError, NotSupported, nearest_names
+from runtime.errors import FormatError, LpError, NotSupported, nearest_names
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat, Top
 
 
@@ -31,6 +31,8 @@ def get_format(name: str) -> Format:
     """
     if name in FORMATS or name in _ALIASES:
         return FORMATS[_ALIASES.get(name, name)]
+    if name in _GIVEN:
+        return _GIVEN[name]
     if not isinstance(name, str):
         raise FormatError("a format is given by its name", expected='text such as "e4m3"', got=repr(name))
     from runtime.numerics.block_formats import BLOCK_FORMATS  # here: their rows name rows of this file
@@ -58,6 +60,19 @@ def get_format(name: str) -> Format:
         expected="a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`",
         hint=nearest_names(name, (*FORMATS, *BLOCK_FORMATS)),
     )
+
+
+@lru_cache(maxsize=4096)
+def name_of(row: Format) -> str:
+    """A name under which get_format gives this row: its own, or one made for this process."""
+    try:
+        if get_format(row.name) == row:
+            return row.name
+    except LpError:
+        pass
+    made = f"{row.name}:row={len(_GIVEN)}"
+    _GIVEN[made] = row
+    return made
 
 
 def _parse_float(name: str, exponent: int, mantissa: int, options: list[str]) -> FloatFormat:
@@ -220,3 +235,5 @@ FORMATS: dict[str, Format] = {
 }
 
 _ALIASES = {"binary": "int1"}
+_GIVEN: dict[str, Format] = {}
+"""Rows that somebody made, by the name that they got here."""

@@ -80,7 +80,7 @@ def round_to_grid(
         q = torch.copysign(size, wide)
     if overflow != "unbounded":
         low, high = int_range(row, working) if isinstance(row, IntFormat) else (row.min, row.max)
-        top = _meaning_of_overflow(row) if overflow == "ieee" else None
+        top = meaning_of_overflow(row) if overflow == "ieee" else None
         beyond = q.clamp(low, high) if top is None else torch.copysign(torch.full_like(q, top), wide)
         if top is not None and rounding == "toward_zero":  # IEEE 754-2019, 7.4: only what is infinite stays so
             beyond = torch.where(wide.isinf(), beyond, q.clamp(low, high))
@@ -129,7 +129,7 @@ def _spacing(a: Tensor, row: FloatFormat | IntFormat) -> Tensor:
     return ulp if row.subnormals else torch.where(a < row.tiny, row.tiny, ulp)
 
 
-def _meaning_of_overflow(row: Format) -> float | None:
+def meaning_of_overflow(row: Format) -> float | None:
     """What overflow="ieee" gives: Inf, NaN, or None for a format that has neither and saturates all the same."""
     if isinstance(row, FloatFormat) and row.top == "ieee":
         return torch.inf

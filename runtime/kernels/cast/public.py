@@ -13,17 +13,17 @@ from runtime.errors import FormatError, nearest_names
 from runtime.kernels.cast.block_values import block_values
 from runtime.kernels.cast.traced import Draw, is_traced, traced_quantize
 from runtime.kernels.cast.values import Overflow, fast_values, is_served, opaque_values, tiles
-from runtime.kernels.cpu.codes import can_decode, can_encode
+from runtime.kernels.cpu.codes import can_decode, can_encode, codes_on_grid
 from runtime.kernels.cpu.codes import decode as decode_codes
 from runtime.kernels.cpu.codes import encode as encode_cast
+from runtime.kernels.cpu.grid import on_grid
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.fake import has_values
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_formats import BlockFormat, is_block_format
-from runtime.numerics.codes import code_dtype, codes_of_grid, grid_of_codes
+from runtime.numerics.codes import code_dtype, grid_of_codes
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
-from runtime.numerics.formats import get_format
-from runtime.numerics.grid import round_to_grid
+from runtime.numerics.formats import get_format, name_of
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import ROUNDINGS, Rounding
 
@@ -79,13 +79,12 @@ def quantize(
         return _given(block_values(x, format, rounding, draw), out)
     if torch.compiler.is_compiling():
         return _given(_compiled(x, _name_of(format), rounding, scale, draw, overflow), out)
-    row = get_format(format) if isinstance(format, str) else format
-    mode = rounding or row.rounding
+    name = format if isinstance(format, str) else name_of(format)
+    mode = rounding or get_format(name).rounding
     divisor = None if scale is None else _checked_scale(scale, x)
-    if isinstance(format, str) and overflow == "saturate" and mode in ROUNDINGS and is_served(x, format, mode, divisor):
-        return fast_values(x, format, mode, divisor, draw, out)
-    q = round_to_grid(x, row, mode, divisor, seed, step, stream, offset, overflow)
-    return _given((q if divisor is None else q * divisor).to(x.dtype), out)
+    if overflow == "saturate" and is_served(x, name, mode, divisor):
+        return fast_values(x, name, mode, divisor, draw, out)
+    return _given(opaque_values(x, name, mode, divisor, draw, overflow), out)
 
 
 def _compiled(
@@ -162,14 +161,11 @@ def encode(
     _check_rounding(rounding)
     is_compiling = torch.compiler.is_compiling()
     divisor = None if scale is None else _scale_tensor(scale, x) if is_compiling else _checked_scale(scale, x)
-    if isinstance(format, str) and not is_block_format(format):
-        draw = (signed_seed(seed), step, stream, offset)
-        codes: Tensor = torch.ops.lp.encode(x.detach(), divisor, format, rounding, *draw, overflow)
-        return codes
-    row = _scalar(_name_of(format) if is_compiling else format, "encode_blocks")
-    return codes_of_grid(
-        round_to_grid(x, row, rounding or row.rounding, divisor, seed, step, stream, offset, overflow), row
+    name = _scalar_name(format, "encode_blocks")
+    codes: Tensor = torch.ops.lp.encode(
+        x.detach(), divisor, name, rounding, signed_seed(seed), step, stream, offset, overflow
     )
+    return codes
 
 
 @torch.no_grad()
@@ -182,16 +178,16 @@ def decode(codes: Tensor, format: str | Format) -> Tensor:
     """
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise FormatError("codes are integers", where="decode", expected="an integer tensor", got=str(codes.dtype))
-    if isinstance(format, str) and not is_block_format(format):
-        values: Tensor = torch.ops.lp.decode(codes, format)
-        return values
-    return grid_of_codes(codes, _scalar(_name_of(format) if torch.compiler.is_compiling() else format, "decode_blocks"))
+    values: Tensor = torch.ops.lp.decode(codes, _scalar_name(format, "decode_blocks"))
+    return values
 
 
-def _scalar(format: str | Format, instead: str) -> Format:
+def _scalar_name(format: str | Format, instead: str) -> str:
     if isinstance(format, str) and is_block_format(format):
         raise FormatError(f'"{format}" has codes and scales', hint=f"runtime.numerics.block_casts.{instead}")
-    return get_format(format) if isinstance(format, str) else format
+    if isinstance(format, str) or torch.compiler.is_compiling():
+        return _name_of(format)
+    return name_of(format)
 
 
 def _scale_tensor(scale: Tensor | float, x: Tensor) -> Tensor:
@@ -230,7 +226,7 @@ def _encode(
         random = random_plan(seed, step, stream, offset) if mode == "stochastic" else None
         factors, tile = (None, (1, 1)) if scale is None else tiles(scale, x.shape)
         return encode_cast(x.contiguous(), format, mode, factors, tile, random)
-    return codes_of_grid(round_to_grid(x, row, mode, scale, seed, step, stream, offset, overflow), row)
+    return codes_on_grid(on_grid(x, format, mode, scale, seed, step, stream, offset, overflow), format)
 
 
 def _decode(codes: Tensor, format: str) -> Tensor:

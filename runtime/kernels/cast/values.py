@@ -6,7 +6,7 @@
 The ops have a fake and a gradient, so fx, export and make_fx keep them as one node. Their gradient is straight-through,
 dx = dy: rounding is left out of the derivative and saturation with it (Bengio, Leonard, Courville 2013). The public
 `quantize` detaches its argument first and gives no gradient. On CUDA the Triton kernel runs, and the oracle where that
-cannot; on the CPU without a compiler, and for float64, the oracle does.
+cannot. On the CPU fp64 and overflow="ieee" are rounded in double by grid.cpp; without a compiler the oracle serves.
 """
 
 from typing import Any, Literal
@@ -18,12 +18,12 @@ from runtime.kernels.cast.traced import Draw
 from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu.address import can_be_written
 from runtime.kernels.cpu.cast_library import cast_library, is_readable, run_cast
+from runtime.kernels.cpu.grid import on_grid
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.torch_ops import declare
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.embedding import embeds
 from runtime.numerics.formats import get_format
-from runtime.numerics.grid import round_to_grid
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.scaling import matrix_shape
 from runtime.numerics.specs import Rounding
@@ -76,7 +76,7 @@ def _values(
     if overflow == "saturate":
         _values_into(x, scale, out, format, mode, seed, step, stream, offset)
     else:
-        q = round_to_grid(x, get_format(format), mode, scale, seed, step, stream, offset, overflow)
+        q = on_grid(x, format, mode, scale, seed, step, stream, offset, overflow)
         out.copy_(q if scale is None else q * scale)
     return out
 
@@ -89,7 +89,7 @@ def _values_into(
     if not can_be_written(out, x, scale):
         out.copy_(_values(x, scale, format, rounding, *draw))
     elif not is_served(x, format, rounding, scale):
-        q = round_to_grid(x, get_format(format), rounding, scale, *draw)
+        q = on_grid(x, format, rounding, scale, *draw)
         out.copy_(q if scale is None else q * scale)
     elif x.is_cuda:
         out.copy_(_on_cuda(x, scale, format, rounding, draw))

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "codes.h"
 #include "huge_pages.h"
@@ -21,5 +22,37 @@ int lp_decode(const CodePlan* plan, const void* codes, int bytes, float* out, in
     if (bytes == 8) is_beyond |= decode_run<int64_t, int64_t>(*plan, static_cast<const int64_t*>(codes) + begin, out + begin, size);
   }
   return is_beyond;
+}
+
+// The codes of `count` values on the grid, Inf of a format that has it among them. table, code_of: null but for a lookup
+// format, of which they hold the finite values, increasing, and their codes.
+void lp_codes(const CodePlan* plan, const float* table, const int32_t* code_of, int64_t values, const float* q, int64_t count,
+              void* out, int bytes, int threads) {
+  ask_for_huge_pages(out, count * bytes);
+  const auto each = [&](auto* codes, int64_t begin, int64_t end) {
+    using Code = std::remove_pointer_t<decltype(codes)>;
+    if (table) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = std::lower_bound(table, table + values, q[i]) - table;
+        const int64_t code = q[i] == 0 && (to_bits(q[i]) >> 31) ? plan->minus_zero : code_of[std::min(at, values - 1)];
+        codes[i] = Code(q[i] != q[i] ? int64_t(plan->nan_code) : code);
+      }
+      return;
+    }
+    encode_run(*plan, q + begin, codes + begin, end - begin);
+    if (plan->kind || plan->infinity == 0xffffffffu) return;
+    for (int64_t i = begin; i < end; ++i) {
+      const uint32_t bits = to_bits(q[i]);
+      if ((bits & 0x7fffffffu) == 0x7f800000u) codes[i] = Code(plan->infinity | (bits >> 31) << (plan->bits - 1));
+    }
+  };
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; ++part) {
+    const int64_t share = (count / threads + 64) & ~int64_t(63);
+    const int64_t begin = std::min(count, part * share), end = std::min(count, begin + share);
+    if (bytes == 1) each(static_cast<uint8_t*>(out), begin, end);
+    if (bytes == 4) each(static_cast<int32_t*>(out), begin, end);
+    if (bytes == 8) each(static_cast<int64_t*>(out), begin, end);
+  }
 }
 }

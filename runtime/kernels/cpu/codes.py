@@ -1,7 +1,8 @@
 """Codes on the CPU: `encode` and `decode` in one pass over memory, by cast.cpp and codes.cpp.
 
 Served are fp32, bf16 and fp16 tensors, scalar formats that cast.cpp rounds to (all but e8m0 and floats whose constants
-are no fp32), every rounding and scale, saturating; decode has every format.
+are no fp32), every rounding and scale, saturating; decode has every format. What
+the grid kernel rounds becomes codes in a pass of its own.
 """
 
 import ctypes
@@ -17,7 +18,8 @@ from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import DTYPES, CastPlan, RandomPlan, TablePlan, cast_library, num_threads
-from runtime.numerics.codes import code_dtype
+from runtime.kernels.fake import beside_tracing
+from runtime.numerics.codes import code_dtype, codes_of_grid
 from runtime.numerics.format_kinds import IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import matrix_shape
@@ -55,6 +57,8 @@ def codes_library() -> ctypes.CDLL | None:
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     plan = ctypes.POINTER(CodePlan)
     library.lp_decode.argtypes = [plan, pointer, integer, pointer, size, integer]
+    library.lp_codes.argtypes = [plan, pointer, pointer, size, pointer, size, pointer, integer, integer]
+    library.lp_codes.restype = None
     casts.lp_encode.argtypes = [
         *(ctypes.POINTER(CastPlan), ctypes.POINTER(TablePlan), plan, pointer, integer, pointer, integer, size, size),
         *(pointer, size, size, ctypes.POINTER(RandomPlan), integer),
@@ -99,15 +103,15 @@ def _table_codes(row: LookupFormat) -> CodePlan | None:
         return None
     plan = CodePlan(kind=2, bits=row.bits)
     plan.values[: len(row.values)] = row.values
-    if len(row.grid) > 64:
-        return plan  # count 0: it is decoded only
     first = {value: code for code, value in reversed(list(enumerate(row.values)))}  # of two zeros the first
-    plan.count = len(row.grid)
-    plan.grid[: plan.count] = row.grid
-    plan.code_of[: plan.count] = [first[value] for value in row.grid]
     zeros = [code for code, value in enumerate(row.values) if value == 0 and math.copysign(1, value) < 0]
     plan.minus_zero = zeros[0] if zeros else first.get(0.0, 0)
     plan.nan_code = next((code for code, value in enumerate(row.values) if math.isnan(value)), 0)
+    if len(row.grid) > 64:
+        return plan  # count 0: `encode` does not serve it
+    plan.count = len(row.grid)
+    plan.grid[: plan.count] = row.grid
+    plan.code_of[: plan.count] = [first[value] for value in row.grid]
     return plan
 
 
@@ -146,6 +150,38 @@ def encode(
     if beyond and not row.has_nan and (num_nan := int(x.isnan().sum())):
         raise FormatError(f"{row.name} has no code for NaN", got=f"{num_nan} NaN", hint="cleaning the tensor")
     return out
+
+
+def codes_on_grid(q: Tensor, format: str) -> Tensor:
+    """What codes_of_grid gives, inside of a torch op: by codes.cpp where it serves."""
+    row, plan = get_format(format), code_plan(format)
+    if not q.is_cpu or plan is None or not q.numel() or (library := codes_library()) is None:
+        return codes_of_grid(q, row)
+    if not row.has_nan and (num_nan := int(q.isnan().sum())):
+        raise FormatError(f"{row.name} has no code for NaN", got=f"{num_nan} NaN", hint="cleaning the tensor")
+    if isinstance(row, IntFormat) and row.bits > 24:  # fp32 does not hold every value
+        return (q.long() + row.zero & (2**row.bits - 1)).to(code_dtype(row.bits))
+    values = q.float().contiguous()
+    out = torch.empty(q.shape, dtype=code_dtype(row.bits), device="cpu")
+    table, code_of = _long_table(format) if plan.kind == 2 else (None, None)
+    library.lp_codes(
+        plan,
+        *((None, None, 0) if table is None or code_of is None else (address(table), address(code_of), len(table))),
+        *(address(values), values.numel(), address(out), BYTES[out.dtype]),
+        num_threads(values.numel()),
+    )
+    return out
+
+
+@lru_cache(maxsize=64)
+def _long_table(format: str) -> tuple[Tensor, Tensor]:
+    """The finite values of a table, increasing, and their codes."""
+    row = get_format(format)
+    assert isinstance(row, LookupFormat)
+    first = {value: code for code, value in reversed(list(enumerate(row.values)))}  # of two zeros the first
+    with beside_tracing():
+        table = torch.tensor(row.grid, dtype=torch.float32, device="cpu")
+        return table, torch.tensor([first[value] for value in row.grid], dtype=torch.int32, device="cpu")
 
 
 def decode(codes: Tensor, format: str) -> Tensor:

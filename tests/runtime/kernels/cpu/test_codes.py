@@ -1,5 +1,6 @@
 """encode and decode in C++ are the oracle's, code by code: every format, dtype, rounding and scale."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from inspect import unwrap
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
+from runtime.kernels.cast.values import Overflow
 from runtime.kernels.cpu.codes import can_decode, can_encode, codes_library
-from runtime.numerics import decode, encode
+from runtime.numerics import decode, encode, quantize
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
+from runtime.numerics.format_kinds import LookupFormat
 from runtime.numerics.formats import FORMATS, get_format
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.specs import ROUNDINGS, Rounding
@@ -115,15 +118,62 @@ def test_nan_without_a_code_is_refused() -> None:
         assert encode(x[:2], name).shape == (2,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_call_takes_the_oracle(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("overflow", ["saturate", "ieee"])
+@pytest.mark.parametrize("name", NAMES)
+def test_quantize_and_encode_are_the_oracle_in_double_and_beyond(name: str, overflow: Overflow) -> None:
+    """fp64 values that fp32 does not hold, and overflow to what the top code means."""
+    row, x = get_format(name), _hard(name)
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    for values in (x.double() * (1 + 2.0**-40), x.double(), x, x.bfloat16()):
+        for mode in ROUNDINGS:
+            if mode == "toward_zero" and name == "int1":
+                continue
+            for divisor in (None, scale):
+                factor = divisor if divisor is None or values.dtype == torch.float64 else divisor.float()
+                grid = round_to_grid(values, row, mode, factor, seed=5, step=2, overflow=overflow)
+                wanted = (grid if factor is None else grid * factor).to(values.dtype)
+                found = quantize(values, name, mode, divisor, seed=5, step=2, overflow=overflow)
+                assert torch.equal(found.isnan(), wanted.isnan())
+                assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)), mode
+                is_number = ~wanted.isnan()
+                assert torch.equal(found.signbit()[is_number], wanted.signbit()[is_number])
+                if row.has_nan or not bool(grid.isnan().any()):
+                    codes = encode(values, name, mode, divisor, seed=5, step=2, overflow=overflow)
+                    assert torch.equal(codes, codes_of_grid(grid, row)), mode
+
+
+def test_a_row_is_as_good_as_its_name() -> None:
+    x = torch.randn(64, 64)
+    own = LookupFormat("own", (-1.0, -0.25, 0.0, 2.0))
+    other = dataclasses.replace(get_format("e4m3"), bias=9)  # the name is another row's
+    for row in (get_format("e4m3"), get_format("nf4"), get_format("int8"), own, other):
+        grid = round_to_grid(x, row, "nearest_even")
+        assert torch.equal(quantize(x, row, "nearest_even"), grid)
+        codes = encode(x, row, "nearest_even")
+        assert torch.equal(codes, codes_of_grid(grid, row))
+        assert torch.equal(decode(codes, row), grid)
+        assert slow_calls(lambda row=row: decode(encode(quantize(x, row), row), row)) == [], row.name  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("overflow", ["saturate", "ieee"])
+def test_no_call_takes_the_oracle(dtype: torch.dtype, overflow: Overflow) -> None:
     """Told by the functions that run, not by time; twice, as plans of tables are made by the oracle once."""
     x = torch.randn(64, 64, dtype=dtype)
     for name in NAMES:
         layouts = (x, x.t(), x[:, ::2], x[0, 0])
-        for mode in ROUNDINGS if name != "e8m0" else ():
-            if can_encode(name, mode):
-                codes = [encode(given, name, mode) for given in layouts]
-                again = [(given, name, mode) for given in layouts]
-                assert slow_calls(lambda again=again: [encode(*each) for each in again]) == [], name  # type: ignore[misc]
-                assert slow_calls(lambda codes=codes, name=name: [decode(each, name) for each in codes]) == []  # type: ignore[misc]
+        for mode in ROUNDINGS:
+            if mode == "toward_zero" and name == "int1":
+                continue
+            codes = [encode(given, name, mode, overflow=overflow) for given in layouts]
+            again = [(given, name, mode) for given in layouts]
+
+            def run(again=again, codes=codes, name=name) -> None:  # type: ignore[no-untyped-def]
+                for each in again:
+                    encode(*each, overflow=overflow)
+                    quantize(*each, overflow=overflow)
+                    quantize(*each, overflow=overflow, scale=0.3)
+                for code in codes:
+                    decode(code, name)
+
+            assert slow_calls(run) == [], (name, mode)
