@@ -43,8 +43,6 @@ class Compiled:
     strict: bool
     called: frozenset[str] | None = None
     """Paths of the leaves that the example calls ran; None if there were none."""
-    opaque: Mapping[str, str] = field(default_factory=dict)
-    """Modules whose forward no graph stands for, with the reason."""
     numbers: dict[str, int] = field(default_factory=dict)
     """Of the sites that a policy names: what keys their random streams."""
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -111,7 +109,7 @@ class Compiled:
         """What runs a product that a scope sees, by phase; one that is new is planned now. Raises LoweringError for one
         that does not run as the policy says, if the model was compiled as strict.
         """
-        with _FINDING:
+        with _PLANNING:
             if not any(sight.name in phase.resolution.specs for phase in self.phases):
                 self._add([sight], [self.site_of(sight)])
                 for phase in self.phases:
@@ -157,4 +155,4 @@ def get_compiled(model: nn.Module) -> Compiled:
     return compiled
 
 
-_FINDING = threading.Lock()
+_PLANNING = threading.Lock()

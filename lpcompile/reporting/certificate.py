@@ -38,8 +38,6 @@ class Report:
     """
     unreached: dict[str, str]
     """Modules whose GEMMs no graph shows, with the reason."""
-    opaque: dict[str, str]
-    """Modules that could not be recorded, with the reason; their leaves are compiled all the same."""
     uncalled: list[str]
     """Sites of leaves that the recorded forward never called: their weights may be used by other operations."""
     guard_misses: dict[str, str]
@@ -117,7 +115,6 @@ def report(model: nn.Module) -> Report:
         unmatched_rules=[*dict.fromkeys(each for phase in compiled.phases for each in phase.resolution.unmatched)],
         warnings=[*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)],
         unreached={item.path: item.reason for item in compiled.unreached},
-        opaque=dict(compiled.opaque),
         uncalled=[site.name for site in compiled.sites if site.name in compiled.uncalled],
         guard_misses=misses,
         captured=compiled.called is not None,

@@ -64,7 +64,6 @@ def _notes(report: "Report") -> list[tuple[str, list[str]]]:
         ("warnings", [str(finding) for finding in report.warnings]),
         ("left alone", report.left_alone),
         ("not reached", [f"{path}: {reason}" for path, reason in report.unreached.items()]),
-        ("not recorded", [f"{path or '(root)'}: {reason}" for path, reason in report.opaque.items()]),
         ("never called", report.uncalled),
         ("passes", report.passes),
         ("joint", [report.joint] if report.joint else []),

@@ -77,7 +77,6 @@ def test_emulation_executes_every_gemm_site(name: str) -> None:
     found = report(model)
     assert len({row.name for row in found.gemms}) == sites
     assert not found.left_alone
-    assert not found.opaque
     model(**call)
     assert run_state(model).gemm_calls == sites
     assert report(model).guard_misses == {}
