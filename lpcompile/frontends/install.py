@@ -8,7 +8,6 @@ and look at its signature. The class itself is never written.
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
@@ -44,12 +43,6 @@ def uninstall(module: nn.Module) -> None:
 def installed(module: nn.Module) -> Any:
     """The record of the module, if it has one."""
     return vars(module).get(RECORD)
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of the module without what is installed, bound to it."""
-    base = _captured_base(type(module))
-    return module.forward if base is None else MethodType(_original_class(base).forward, module)
 
 
 def captured_class(cls: type[nn.Module]) -> type[nn.Module]:
