@@ -16,9 +16,8 @@ from typing import ClassVar
 from torch import fx
 
 from passes.analysis.grid_ops import read_grid_op
-from passes.cast_keys import cast_key, cast_spec
-from passes.fed_leaves import QUANTIZE
-from passes.ir.program import Program, Unit
+from passes.cast_keys import QUANTIZE, cast_key, cast_spec
+from passes.ir.program import Program
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
 from runtime.quantize.qtensor import CastKey
@@ -37,19 +36,18 @@ class CancelCasts(Pass):
     def run(self, program: Program) -> bool:
         changed = False
         for unit in program.units.values():
-            for graph in filter(None, (unit.graph, unit.fed)):
-                for node in [each for each in graph.nodes if each.target is QUANTIZE]:
-                    on_grid = self._on_grid(program, unit, node)
-                    if on_grid is not None:
-                        dead = node.args[0]
-                        node.replace_all_uses_with(on_grid)
-                        graph.erase_node(node)
-                        if isinstance(dead, fx.Node) and dead.target is _DEQUANTIZE and not dead.users:
-                            graph.erase_node(dead)
-                        changed = True
+            for node in unit.graph.find_nodes(op="call_function", target=QUANTIZE):
+                on_grid = self._on_grid(node)
+                if on_grid is not None:
+                    dead = node.args[0]
+                    node.replace_all_uses_with(on_grid)
+                    unit.graph.erase_node(node)
+                    if isinstance(dead, fx.Node) and dead.target is _DEQUANTIZE and not dead.users:
+                        unit.graph.erase_node(dead)
+                    changed = True
         return changed
 
-    def _on_grid(self, program: Program, unit: Unit, cast: fx.Node) -> fx.Node | None:
+    def _on_grid(self, cast: fx.Node) -> fx.Node | None:
         """What is the same as the cast, and there already."""
         key, (x, scale, _) = cast_key(cast), cast.args
         spec = key.spec
@@ -58,13 +56,13 @@ class CancelCasts(Pass):
         if x.target is _DEQUANTIZE and cast_spec(x) == spec and x.args[1] is scale:
             is_near = spec.rounding in ("nearest_even", "nearest_away")  # q s / s may lie a little below q
             return x.args[0] if scale is None or (self.scaled and is_near) else None  # type: ignore[return-value]
-        return x if scale is None and _holds_casts(program, unit, x, key) else None
+        return x if scale is None and _holds_casts(x, key) else None
 
 
-def _holds_casts(program: Program, unit: Unit, node: fx.Node, key: CastKey) -> bool:
+def _holds_casts(node: fx.Node, key: CastKey) -> bool:
     """Whether a value consists of casts of this key, contiguous as a cast is."""
     if node.target is QUANTIZE:
         return cast_key(node) == key
-    op = read_grid_op(program, unit, node, through_modules=False)
+    op = read_grid_op(node)
     is_kept = op is not None and op.kind != "layout"
-    return op is not None and is_kept and all(_holds_casts(program, unit, each, key) for each in op.inputs)
+    return op is not None and is_kept and all(_holds_casts(each, key) for each in op.inputs)

@@ -3,7 +3,10 @@
 from torch import fx
 
 from runtime.numerics.specs import LayerSpec, QuantSpec
+from runtime.ops.dialect import OPS
 from runtime.quantize.qtensor import CastKey
+
+SCALE, QUANTIZE = OPS["lp.scale"].run, OPS["lp.quantize"].run
 
 
 def cast_key(node: fx.Node) -> CastKey:

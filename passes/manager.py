@@ -1,7 +1,7 @@
 """The pass manager: runs passes in order, verifies before, between and after, and keeps times and counts.
 
 A pass is a frozen dataclass of options with a `name` and `run(program) -> changed`. Its options print and parse:
-`share-casts{across=modules}`.
+`place-regions{carriers=drop,finite=false}`.
 """
 
 import dataclasses

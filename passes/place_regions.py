@@ -1,9 +1,9 @@
 """place-regions: where casts stand so that the fewest bytes move, by a minimum cut (passes/analysis/regions.py).
 
-    %r = call_module[relu](%x)        becomes      %q = lp.quantize(%x)
+    %r = relu(%x)                     becomes      %q = lp.quantize(%x)
     %p = max_pool2d(%r, 2)                         %r = relu(%q)                       on grid values
-    %y = call_module[conv](%p)                     %p = max_pool2d(%r, 2)
-                                                   %y = call_module[conv](lp.stand_in(%p), lp_casts=(%p, None))
+    %q = lp.quantize(%p)                           %p = max_pool2d(%r, 2)
+    %y = lp.gemm(%p, %w, %q, ...)                  %y = lp.gemm(lp.stand_in(%p), %w, %p, ...)
 
 A cast moves only through what changes no bit of it (passes/analysis/grid_ops.py), within one epoch of its tensor
 (passes/analysis/writes.py), and only if the graph then moves fewer bytes. A scale that is computed from what is cast
@@ -11,9 +11,9 @@ moves with it: the largest of relu(x) is relu(the largest of x), which is one nu
 are placed together; of a computed scale, those of one tensor.
 
 In training the carrier of the gradient keeps the high-precision value alive, so a cast moves only to where it casts
-less (above an expand, or once before several reshapes). `carriers=drop`, for inference, lets an lp.gemm and a leaf take
-a stand-in for the carrier, leaves out the casts of BWD and GRAD, and reads through torch's own layers; the graph then
-stands for the forward only where grad mode is off and no hook looks on.
+less (above an expand, or once before several reshapes). `carriers=drop`, for inference, lets an lp.gemm take a stand-in
+for the carrier, and leaves out the casts of BWD and GRAD; the graph then stands for the forward only where grad mode is
+off.
 """
 
 from collections import defaultdict
@@ -35,10 +35,9 @@ from passes.analysis.grid_ops import (
 )
 from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
-from passes.cast_keys import cast_spec
-from passes.fed_leaves import QUANTIZE, SCALE, Pair, cast_like, casts_of_input, feed, leaf_of
+from passes.cast_keys import QUANTIZE, SCALE, cast_spec
 from passes.ir.operands import operands_of, set_operands
-from passes.ir.program import ACTIVATION, CASTS, RESIDUAL, Program, Unit
+from passes.ir.program import Program, Unit
 from passes.ir.types import META, tensor_meta, types_of
 from passes.manager import Pass
 from runtime.errors import PassError
@@ -51,7 +50,6 @@ _GEMM, _STAND_IN, _DEQUANTIZE = OPS["lp.gemm"].run, OPS["lp.stand_in"].run, OPS[
 _FWD_CASTS = ("fwd_lhs", "fwd_lhs_scale", "fwd_rhs", "fwd_rhs_scale")
 _LATER_CASTS = ("bwd_rhs", "bwd_rhs_scale", "grad_lhs", "grad_lhs_scale")
 """Operands of lp.gemm: casts that FWD multiplies, and those that BWD and GRAD do."""
-_GRAD_SLOT = 3
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,6 @@ class _Key:
     scaled: fx.Node | None
 
 
-@dataclass(frozen=True)
-class _Demand:
-    """A place that reads a cast of `value`: an lp.quantize, or a call of a leaf that casts its input itself."""
-
-    value: fx.Node
-    reader: fx.Node
-    cast: fx.Node
-    """The lp.quantize: the reader itself, or that of the leaf's graph."""
-
-
 class _Regions:
     """The casts of one graph."""
 
@@ -112,68 +100,38 @@ class _Regions:
     def leave_out_later_casts(self) -> bool:
         """Without gradients nobody reads the casts of BWD and GRAD that FWD does not read too."""
         changed = False
-        for node in list(self.graph.nodes):
-            leaf = leaf_of(self.program, self.unit, node)
-            if node.target is _GEMM and _has_later_casts_alone(node):
+        for node in self.graph.find_nodes(op="call_function", target=_GEMM):
+            if _has_later_casts_alone(node):
                 set_operands(node, **dict.fromkeys(_LATER_CASTS))
-            elif leaf is not None and self._is_handed_grad_cast(node, leaf):
-                self.feed(node, leaf)
-            else:
-                continue
-            changed = self.unit.is_forward_only = True
+                changed = True
         self._erase_unused_casts()
         return changed
 
-    def _is_handed_grad_cast(self, call: fx.Node, leaf: Unit) -> bool:
-        """Whether a leaf has a cast that GRAD alone reads; an unfed leaf makes it itself."""
-        numbers = [number for number, cast in enumerate(casts_of_input(leaf.graph)) if _is_grad_only(cast)]
-        handed = call.kwargs.get(CASTS)
-        return any(handed is None or handed[2 * number] is not None for number in numbers)  # type: ignore[index]
-
-    def feed(self, call: fx.Node, leaf: Unit) -> list[Pair]:
-        """The casts that a call of a leaf is handed: those it has or, made here, those that are read."""
-        casts = casts_of_input(leaf.graph)
-        had = call.kwargs.get(CASTS)
-        pairs: list[Pair] = []
-        with self.graph.inserting_before(call):
-            for number, cast in enumerate(casts):
-                if self.is_dropping and _is_grad_only(cast):
-                    pairs.append((None, None))
-                elif had is not None:
-                    pairs.append((had[2 * number], had[2 * number + 1]))  # type: ignore[index, arg-type]
-                else:
-                    pairs.append(cast_like(self.graph, call.args[0], cast))  # type: ignore[arg-type]
-        feed(call, leaf, pairs)
-        return pairs
-
-    def demands(self) -> dict[_Key, list[_Demand]]:
-        """Who reads a cast, by problem, in program order."""
-        found: dict[_Key, list[_Demand]] = defaultdict(list)
-        for node in self.graph.nodes:
-            leaf = None if CASTS in node.kwargs else leaf_of(self.program, self.unit, node)
-            for cast in [node] if node.target is QUANTIZE else casts_of_input(leaf.graph) if leaf else []:
-                x, spec, scale = node.args[0], cast_spec(cast), cast.args[1]
-                assert isinstance(x, fx.Node)
-                is_own = isinstance(scale, fx.Node) and scale.target is SCALE and scale.args[0] is cast.args[0]
-                is_read = not (self.is_dropping and leaf is not None and _is_grad_only(cast))
-                if is_read and not spec.is_identity and (is_own or scale is None) and elements(x):
-                    found[_Key(spec, self._viewed(x, spec) if is_own else None)].append(_Demand(x, node, cast))
+    def demands(self) -> dict[_Key, list[fx.Node]]:
+        """The casts by problem, in program order."""
+        found: dict[_Key, list[fx.Node]] = defaultdict(list)
+        for cast in self.graph.find_nodes(op="call_function", target=QUANTIZE):
+            x, spec, scale = cast.args[0], cast_spec(cast), cast.args[1]
+            assert isinstance(x, fx.Node)
+            is_own = isinstance(scale, fx.Node) and scale.target is SCALE and scale.args[0] is x
+            if not spec.is_identity and (is_own or scale is None) and elements(x):
+                found[_Key(spec, self._viewed(x, spec) if is_own else None)].append(cast)
         return found
 
     def _viewed(self, node: fx.Node, spec: QuantSpec) -> fx.Node:
         """What a value is a view of, the scale of which follows."""
-        op = read_grid_op(self.program, self.unit, node, through_modules=self.is_dropping)
+        op = read_grid_op(node)
         is_view = op is not None and op.kind == "view" and moves_scale(op, spec, is_nonnegative=False)
         return self._viewed(op.inputs[0], spec) if op is not None and is_view else node
 
     def move(self, key: _Key) -> bool:
         """Solve one problem and rewrite the graph, if that moves fewer bytes."""
         epoch_of = epochs(self.program, self.unit.path, self.graph)
-        demands = [each for each in self.demands().get(key, []) if epoch_of[each.reader] == epoch_of[each.value]]
+        demands = [each for each in self.demands().get(key, []) if epoch_of[each] == epoch_of[_value(each)]]
         ops = self._grid_ops(key, demands, epoch_of)
         if not ops:
             return False
-        relevant = {each for op in ops.values() for each in (op.node, *op.inputs)} | {each.value for each in demands}
+        relevant = {each for op in ops.values() for each in (op.node, *op.inputs)} | {_value(each) for each in demands}
         nodes = [node for node in self.graph.nodes if node in relevant]
         values = self._values(key, nodes, ops, demands)
         places = place(values)
@@ -181,17 +139,16 @@ class _Regions:
         if bytes_moved(values, places) >= bytes_moved(values, before):
             return False
         _Rewriter(self, key, ops, dict(zip(nodes, places))).run(demands)
-        self.unit.is_forward_only |= self.is_dropping
         return True
 
-    def _grid_ops(self, key: _Key, demands: list[_Demand], epoch_of: Mapping[fx.Node, int]) -> dict[fx.Node, GridOp]:
+    def _grid_ops(self, key: _Key, demands: list[fx.Node], epoch_of: Mapping[fx.Node, int]) -> dict[fx.Node, GridOp]:
         """The ops above the demands, as far as casts of this problem may move."""
         ops: dict[fx.Node, GridOp] = {}
-        sees_zero_signs = not self.is_dropping or not all(self._is_summed(each) for each in demands)
-        waiting = [each.value for each in demands]
+        sees_zero_signs = not self.is_dropping or not all(map(_is_summed, demands))
+        waiting = [*map(_value, demands)]
         while waiting:
             node = waiting.pop()
-            op = None if node in ops else read_grid_op(self.program, self.unit, node, through_modules=self.is_dropping)
+            op = None if node in ops else read_grid_op(node)
             if op is None or why_not_on_grid(op, key.spec, self.finite, sees_zero_signs) is not None:
                 continue
             is_near = all(epoch_of[each] == epoch_of[node] and elements(each) for each in op.inputs)
@@ -202,38 +159,21 @@ class _Regions:
 
     def _is_nonnegative(self, node: fx.Node) -> bool:
         """Whether the value is a relu, or such elements of one as a scale moves through."""
-        if "relu" in (node.kwargs.get(ACTIVATION), node.kwargs.get("activation")):
+        if node.kwargs.get("activation") == "relu":
             return True
-        op = read_grid_op(self.program, self.unit, node, through_modules=self.is_dropping)
+        op = read_grid_op(node)
         return op is not None and (op.kind == "cut" or (op.kind != "join" and self._is_nonnegative(op.inputs[0])))
 
-    def _is_summed(self, demand: _Demand) -> bool:
-        """Whether a cast is multiplied and summed, and nothing else: in sums of more than one product, which begin at
-        +0, a product -0 is as good as +0. (A sum of one product may be that product.)
-        """
-        if demand.reader is not demand.cast:
-            leaf = leaf_of(self.program, self.unit, demand.reader)
-            return leaf is not None and all(_sums_several(user) for user in demand.cast.users)
-        return all(_sums_several(user) or self._is_leaf_that_sums(user) for user in demand.cast.users)
-
-    def _is_leaf_that_sums(self, call: fx.Node) -> bool:
-        leaf = leaf_of(self.program, self.unit, call)
-        gemms = [node for node in leaf.graph.nodes if node.target is _GEMM] if leaf else []
-        return CASTS in call.kwargs and bool(gemms) and all(map(_sums_several, gemms))
-
     def _values(
-        self, key: _Key, nodes: list[fx.Node], ops: Mapping[fx.Node, GridOp], demands: list[_Demand]
+        self, key: _Key, nodes: list[fx.Node], ops: Mapping[fx.Node, GridOp], demands: list[fx.Node]
     ) -> list[Value]:
         """The values as the minimum cut reads them, in bytes."""
         number = {node: at for at, node in enumerate(nodes)}
-        wanted = {each.value for each in demands}
-        readers = {each.reader for each in demands if each.reader is each.cast or self._can_stand_in(each.reader)}
+        wanted = {_value(each) for each in demands}
 
         def needs_high(node: fx.Node, user: fx.Node) -> bool:
-            if user.kwargs.get(RESIDUAL) is node:
-                return True
-            is_scale = user.target is SCALE and all(each in readers or each.target is _GEMM for each in user.users)
-            return not (user in ops or user in readers or is_scale or self.is_carrier(user, node))
+            is_scale = user.target is SCALE and all(each in demands or each.target is _GEMM for each in user.users)
+            return not (user in ops or user in demands or is_scale or self.is_carrier(user, node))
 
         low, values = storage_dtype(key.spec.format).itemsize, []
         for node in nodes:
@@ -254,28 +194,13 @@ class _Regions:
             )
         return values
 
-    def _can_stand_in(self, call: fx.Node) -> bool:
-        """Whether a leaf reads its input through casts only, once it is fed; a pad before the product reads it too."""
-        leaf = leaf_of(self.program, self.unit, call)
-        if leaf is None or not self.is_dropping:
-            return False
-        x = next(iter(leaf.graph.nodes))
-        casts = casts_of_input(leaf.graph)
-        scales = [cast.args[1] for cast in casts]
-        carry = [user for user in x.users if user.target is _GEMM and _roles_of(x, user) == {"lhs"}]
-        return all(user in (*casts, *scales, *carry) for user in x.users) and _num_read(casts) <= 1
-
     def is_carrier(self, user: fx.Node, value: fx.Node) -> bool:
         """Whether `user` takes `value` for the gradient or for its sizes only, and could take a stand-in for it."""
         if not self.is_dropping:
             return False
         if user.target is _GEMM:
             return _roles_of(value, user) <= {"lhs", "rhs"}
-        if user.target in _SIZES:
-            return True
-        if user.kwargs.get(RESIDUAL) is value:
-            return False
-        return CASTS in user.kwargs and self._can_stand_in(user) and value not in user.kwargs[CASTS]  # type: ignore[operator]
+        return user.target in _SIZES
 
     def _erase_unused_casts(self) -> None:
         for node in reversed(self.graph.nodes):
@@ -292,15 +217,14 @@ class _Rewriter:
         self, regions: _Regions, key: _Key, ops: Mapping[fx.Node, GridOp], places: Mapping[fx.Node, Place]
     ) -> None:
         self.regions, self.graph, self.key, self.ops, self.places = regions, regions.graph, key, ops, places
-        self.images: dict[fx.Node, Pair] = {}
+        self.images: dict[fx.Node, tuple[fx.Node, fx.Node | None]] = {}
 
-    def run(self, demands: list[_Demand]) -> None:
+    def run(self, demands: list[fx.Node]) -> None:
         run_on_grid = [node for node, where in self.places.items() if where.is_run_on_grid]
         imaged = {*run_on_grid, *(each for node in run_on_grid for each in self.ops[node].inputs)}
-        moved = [each for each in demands if each.value in imaged]
-        for each in moved:
-            cast = self._own_cast(each)
-            q, scale = self._image(each.value, dict(cast.kwargs))
+        moved = [each for each in demands if _value(each) in imaged]
+        for cast in moved:
+            q, scale = self._image(_value(cast), dict(cast.kwargs))
             self._put_in_place_of(cast, q, scale)
         for node in run_on_grid:
             if self.places[node] is Place.LOW:
@@ -309,25 +233,10 @@ class _Rewriter:
             if not node.users:
                 self.graph.erase_node(node)
 
-    def _own_cast(self, demand: _Demand) -> fx.Node:
-        """The demand as an lp.quantize of this graph: a leaf is fed."""
-        if demand.reader is demand.cast:
-            return demand.cast
-        regions = self.regions
-        leaf = leaf_of(regions.program, regions.unit, demand.reader)
-        assert leaf is not None
-        if CASTS not in demand.reader.kwargs:
-            regions.feed(demand.reader, leaf)
-        q = demand.reader.kwargs[CASTS][2 * casts_of_input(leaf.graph).index(demand.cast)]  # type: ignore[index]
-        assert isinstance(q, fx.Node)
-        return q
-
     def _image(self, node: fx.Node, attributes: dict[str, Any]) -> tuple[fx.Node, fx.Node | None]:
         """The grid values of a node and their scale."""
         if node in self.images:
-            q, scale = self.images[node]
-            assert q is not None
-            return q, scale
+            return self.images[node]
         if self.places[node].is_run_on_grid:
             op = self.ops[node]
             sources = {each: self._image(each, attributes) for each in op.inputs}
@@ -377,7 +286,7 @@ class _Rewriter:
         if not users:
             return
         q, _ = self.images[node]
-        with self.graph.inserting_before(_behind(q)):  # type: ignore[arg-type]
+        with self.graph.inserting_before(_behind(q)):
             dtype = str(node.meta[META].dtype).removeprefix("torch.")
             made = self.graph.call_function(_STAND_IN, (q,), {"dtype": dtype})
         made.meta[META] = node.meta[META]
@@ -405,13 +314,17 @@ def _has_later_casts_alone(gemm: fx.Node) -> bool:
     return any(operands[name] is not None and operands[name] not in read for name in _LATER_CASTS)
 
 
-def _is_grad_only(cast: fx.Node) -> bool:
-    return bool(cast.kwargs["slot"] == _GRAD_SLOT)
+def _value(cast: fx.Node) -> fx.Node:
+    """What is cast."""
+    assert isinstance(cast.args[0], fx.Node)
+    return cast.args[0]
 
 
-def _num_read(casts: list[fx.Node]) -> int:
-    """How many casts of a leaf's input FWD reads."""
-    return sum(not _is_grad_only(cast) for cast in casts)
+def _is_summed(cast: fx.Node) -> bool:
+    """Whether a cast is multiplied and summed, and nothing else: in sums of more than one product, which begin at +0, a
+    product -0 is as good as +0. (A sum of one product may be that product.)
+    """
+    return all(map(_sums_several, cast.users))
 
 
 def _sums_several(gemm: fx.Node) -> bool:

@@ -24,7 +24,6 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from passes.ir.gemm_nodes import argument
-from passes.ir.program import Program, Unit, child_path
 from passes.ir.types import META
 from runtime.numerics.format_kinds import FloatFormat, LookupFormat
 from runtime.numerics.formats import get_format
@@ -36,44 +35,33 @@ Kind = Literal["view", "layout", "cut", "pool", "join"]
 
 @dataclass(frozen=True)
 class GridOp:
-    """One node read as such an op. `call` is the node, or the one node of the graph of the module that it calls."""
+    """One node read as such an op."""
 
     kind: Kind
     node: fx.Node
-    call: fx.Node
     inputs: tuple[fx.Node, ...]
-    """Nodes of the caller's graph, in the order in which `call` names them."""
+    """In the order in which the node names them."""
 
     def replay(self, graph: fx.Graph, images: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """The op on what stands for its inputs, made where the graph inserts nodes."""
-        named = dict(zip(_tensors_of(self.call), (images[each] for each in self.inputs)))
-        if self.call.target is torch.Tensor.contiguous:
+        named = dict(zip(_tensors_of(self.node), (images[each] for each in self.inputs)))
+        if self.node.target is torch.Tensor.contiguous:
             return graph.call_function(torch.Tensor.contiguous, (images[self.inputs[0]],))
-        args = map_arg(self.call.args, lambda each: named.get(each, each))
-        kwargs = map_arg(self.call.kwargs, lambda each: named.get(each, each))
+        args = map_arg(self.node.args, lambda each: named.get(each, each))
+        kwargs = map_arg(self.node.kwargs, lambda each: named.get(each, each))
         # what torch can view in x's strides it can view in those of a contiguous tensor
-        replayed = graph.call_function(self.call.target, args, kwargs)  # type: ignore[arg-type]
+        replayed = graph.call_function(self.node.target, args, kwargs)  # type: ignore[arg-type]
         if self.kind == "layout":
             replayed = graph.call_function(torch.Tensor.contiguous, (replayed,))
         return replayed
 
 
-def read_grid_op(program: Program, unit: Unit, node: fx.Node, through_modules: bool) -> GridOp | None:
-    """The node as an op of the list above, or None. With `through_modules` also a call of a module that is nothing but
-    such an op, whichever of its graphs runs.
-    """
-    if node.op == "call_function":
-        kind, inputs = _kind(node), tuple(_tensors_of(node))
-        return GridOp(kind, node, node, inputs) if kind and inputs else None
-    is_call = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-    if not is_call or not through_modules or not isinstance(node.args[0], fx.Node):
+def read_grid_op(node: fx.Node) -> GridOp | None:
+    """The node as an op of the list above, or None."""
+    if node.op != "call_function":
         return None
-    path = child_path(unit.path, node)
-    calls = [_only_call(each.graph) for each in program.modules_at(path)]
-    texts = {None if call is None else f"{call.target} {call.args} {call.kwargs}" for call in calls}
-    if len(texts) != 1 or calls[0] is None or (kind := _kind(calls[0])) is None:
-        return None
-    return GridOp(kind, node, calls[0], (node.args[0],))
+    kind, inputs = _kind(node), tuple(_tensors_of(node))
+    return GridOp(kind, node, inputs) if kind and inputs else None
 
 
 def why_not_on_grid(op: GridOp, spec: QuantSpec, finite: bool, sees_zero_signs: bool) -> str | None:
@@ -107,9 +95,9 @@ def moves_scale(op: GridOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
         case "view" | "cut", "tensor":
             return True
         case "layout", "tensor":
-            return op.call.target in (*_PERMUTATIONS, torch.Tensor.expand)
+            return op.node.target in (*_PERMUTATIONS, torch.Tensor.expand)
         case "pool", "tensor":
-            return is_nonnegative and _covers(op.call)
+            return is_nonnegative and _covers(op.node)
         case "cut", "row" | "column":
             return elements(op.node) is not None and len(shape_of(op.node)) > 1
         case "view", "row" | "column":
@@ -124,7 +112,7 @@ def scale_behind(graph: fx.Graph, op: GridOp, scale: fx.Node, spec: QuantSpec) -
         return scale
     if spec.scale.granularity == "column":
         return graph.call_function(torch.Tensor.reshape, (scale, *(1,) * (len(shape_of(op.node)) - 1), -1))
-    name, args = op.call.target, op.call.args
+    name, args = op.node.target, op.node.args
     if name in _RESHAPES:  # the sizes but the last, and 1
         sizes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
         return graph.call_function(torch.Tensor.reshape, (scale, *sizes[:-1], 1))
@@ -172,15 +160,6 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def _only_call(graph: fx.Graph) -> fx.Node | None:
-    """The one operation of a graph that takes one tensor and gives its result; None if there is more in it."""
-    nodes = list(graph.nodes)
-    if [node.op for node in nodes] != ["placeholder", "call_function", "output"]:
-        return None
-    is_plain = nodes[1].all_input_nodes == nodes[:1] and nodes[1].args[0] is nodes[0]
-    return nodes[1] if is_plain and nodes[2].args[0] == (nodes[1],) else None
-
-
 def _keeps_rows(op: GridOp) -> bool:
     """Whether a view leaves the last dim alone, so that each row of the result is a row of the input."""
     if not elements(op.inputs[0]) or not elements(op.node):
@@ -188,13 +167,13 @@ def _keeps_rows(op: GridOp) -> bool:
     source, result = shape_of(op.inputs[0]), shape_of(op.node)
     if not source or not result or source[-1] != result[-1] or source[-1] == 1:
         return False
-    if op.call.target in (*_RESHAPES, torch.Tensor.contiguous):
+    if op.node.target in (*_RESHAPES, torch.Tensor.contiguous):
         return True
-    start, end = argument(op.call, 1, "start_dim", 0), argument(op.call, 2, "end_dim", -1)
-    if op.call.target in (torch.flatten, torch.Tensor.flatten):
+    start, end = argument(op.node, 1, "start_dim", 0), argument(op.node, 2, "end_dim", -1)
+    if op.node.target in (torch.flatten, torch.Tensor.flatten):
         return end % len(source) < len(source) - 1 and start % len(source) <= end % len(source)
-    is_unsqueeze = op.call.target in (torch.unsqueeze, torch.Tensor.unsqueeze)
-    return is_unsqueeze and argument(op.call, 1, "dim") % len(result) < len(result) - 1
+    is_unsqueeze = op.node.target in (torch.unsqueeze, torch.Tensor.unsqueeze)
+    return is_unsqueeze and argument(op.node, 1, "dim") % len(result) < len(result) - 1
 
 
 def _covers(call: fx.Node) -> bool:

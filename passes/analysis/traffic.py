@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from passes.analysis.grid_ops import read_grid_op
-from passes.ir.program import Program, Unit, child_path
+from passes.ir.program import Program, child_path
 from passes.ir.types import types_of
 from runtime.ops.dialect import OPS
 from runtime.ops.types import OpType, QuantType, TensorType
@@ -28,36 +28,33 @@ class Traffic:
 
 
 def traffic(program: Program) -> Traffic:
-    """One variant of each module, each called as often as its caller does; a fed leaf by its fed graph."""
+    """One variant of each module, each called as often as its caller does."""
     casts = moved = 0
-    for unit, graph in _graphs_run(program):
+    for graph in _graphs_run(program):
         types = types_of(graph)
         for node in graph.nodes:
             casts += node.target is _QUANTIZE
-            if _is_counted(program, unit, node):
+            if _is_counted(node):
                 moved += sum(_bytes(types[each]) for each in (node, *node.all_input_nodes))
     return Traffic(casts, moved)
 
 
-def _graphs_run(program: Program) -> Iterator[tuple[Unit, fx.Graph]]:
+def _graphs_run(program: Program) -> Iterator[fx.Graph]:
     first = {unit.path: unit for unit in reversed(program.units.values())}
     modules = [unit for unit in first.values() if unit.kind == "module"]
     called = {child_path(unit.path, node) for unit in modules for node in unit.graph.find_nodes(op="call_module")}
-    # a layer that nothing calls is one that place-regions reads through
-    waiting = [(unit, unit.graph) for path, unit in first.items() if path not in called and len(unit.graph.nodes) > 3]
+    waiting = [unit for path, unit in first.items() if path not in called]
     while waiting:
-        unit, graph = waiting.pop()
-        yield unit, graph
-        for node in graph.find_nodes(op="call_module") if unit.kind == "module" else ():
-            child = first.get(child_path(unit.path, node))
-            if child is not None:
-                waiting.append((child, child.fed if child.fed is not None and node.kwargs else child.graph))
+        unit = waiting.pop()
+        yield unit.graph
+        paths = (child_path(unit.path, node) for node in unit.graph.find_nodes(op="call_module"))
+        waiting += [first[path] for path in paths if path in first]
 
 
-def _is_counted(program: Program, unit: Unit, node: fx.Node) -> bool:
+def _is_counted(node: fx.Node) -> bool:
     if node.target in _COUNTED:
         return True
-    op = read_grid_op(program, unit, node, through_modules=False) if node.op == "call_function" else None
+    op = read_grid_op(node) if node.op == "call_function" else None
     return op is not None and op.kind in ("cut", "pool", "join")
 
 

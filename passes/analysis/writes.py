@@ -6,7 +6,7 @@ nowhere else.
 
 from torch import fx
 
-from passes.ir.program import WRITES, Program, child_path
+from passes.ir.program import Program, child_path
 
 
 def writes(node: fx.Node) -> bool:
@@ -33,7 +33,7 @@ def epochs(program: Program, path: str, graph: fx.Graph) -> dict[fx.Node, int]:
 
 def _writes_here(program: Program, path: str, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return bool(node.meta.get(WRITES)) or _module_writes(program, child_path(path, node))
+        return _module_writes(program, child_path(path, node))
     return writes(node) and not (node.args and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
 
 

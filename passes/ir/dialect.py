@@ -224,7 +224,7 @@ def _check_graph(op: Operation, values: Mapping[str, Any]) -> None:
     last = block.last_op
     if last is None or last.name != "torch.return":
         raise VerifyException("a graph ends with torch.return")
-    if values["kind"] not in ("leaf", "module", "fed"):
+    if values["kind"] not in ("leaf", "module"):
         raise VerifyException(f"{values['kind']} is no kind of graph")
     if "arg_attrs" in values and len(values["arg_attrs"]) != len(block.args):
         raise VerifyException("arg_attrs are one {...} per argument")

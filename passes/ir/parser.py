@@ -17,7 +17,7 @@ from passes.ir.operands import GIVEN, names_of
 from passes.ir.printer import meta_attribute
 from passes.ir.program import NODE_META, Program, Unit, site_numbers
 from passes.ir.records import wrong_choice, wrong_device, wrong_passes
-from passes.ir.structure import STRUCTURES, UNIT_FLAGS
+from passes.ir.structure import STRUCTURES
 from passes.ir.syntax import OpText, Source, read_op
 from passes.ir.targets import find_target
 from passes.ir.torch_calls import wrong_call
@@ -180,19 +180,12 @@ class _ProgramReader:
         reader = _GraphReader(self._check, name, op)
         graph = reader.graph(values.get("arg_attrs"))
         self._lp_nodes += [(name, node, place) for node, place in reader.lp_nodes]
-        if kind == "fed":
-            unit = units.get(name.removesuffix("/fed"))
-            if unit is None or unit.kind != "leaf" or unit.fed is not None or not name.endswith("/fed"):
-                self._check.fail(place, "a fed graph without its leaf", expected="LEAF/fed after LEAF", got=name)
-            unit.fed = graph
-            return
         if kind not in ("leaf", "module"):
             place = op.attributes["kind"].place
-            self._check.fail(place, "not a kind of graph", expected="leaf, module or fed", got=kind)
+            self._check.fail(place, "not a kind of graph", expected="leaf or module", got=kind)
         if name in units:
             self._check.fail(place, f'the graph "{name}" is there twice')
-        flags = {flag: values[flag] for flag in UNIT_FLAGS if flag in values}
-        units[name] = Unit(values["path"], graph, kind, **flags)
+        units[name] = Unit(values["path"], graph, kind)
 
 
 class _GraphReader:

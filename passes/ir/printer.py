@@ -1,6 +1,6 @@
 """The printer: a program as text, which passes/ir/parser.py reads back. docs/ir.md has the grammar."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -8,7 +8,6 @@ from torch import fx
 from passes.ir.arguments import Unprintable, print_arguments
 from passes.ir.operands import GIVEN, operands_of
 from passes.ir.program import NODE_META, Program, Unit
-from passes.ir.structure import UNIT_FLAGS
 from passes.ir.syntax import Attribute, OpText, Value, write_attribute, write_op
 from passes.ir.targets import name_of
 from passes.ir.types import types_of
@@ -27,14 +26,8 @@ def print_program(program: Program) -> str:
     body += [_op("lp.finding", vars(finding)) for finding in program.findings]
     body += [_op("lp.site", _site(program, name)) for name in _site_names(program)]
     for name, unit in program.units.items():
-        body += [_graph(name, unit, graph, kind) for graph, kind in _graphs_of(unit)]
+        body.append(_graph(name, unit))
     return "\n".join(write_op(OpText("builtin.module", 0, body=body))) + "\n"
-
-
-def _graphs_of(unit: Unit) -> Iterator[tuple[fx.Graph, str]]:
-    yield unit.graph, unit.kind
-    if unit.fed is not None:
-        yield unit.fed, "fed"
 
 
 def _site_names(program: Program) -> list[str]:
@@ -55,14 +48,13 @@ def _site(program: Program, name: str) -> dict[str, Any]:
     return site
 
 
-def _graph(name: str, unit: Unit, graph: fx.Graph, kind: str) -> OpText:
-    symbol = f"{name}/fed" if kind == "fed" else name
-    printer = _GraphPrinter(symbol, graph)
-    attributes: dict[str, Any] = {"sym_name": symbol, "path": unit.path, "kind": kind}
-    attributes |= {flag: getattr(unit, flag) for flag in UNIT_FLAGS if getattr(unit, flag)}
+def _graph(name: str, unit: Unit) -> OpText:
+    graph = unit.graph
+    printer = _GraphPrinter(name, graph)
+    attributes: dict[str, Any] = {"sym_name": name, "path": unit.path, "kind": unit.kind}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if placeholders != list(graph.nodes)[: len(placeholders)]:
-        raise NotSupported("a placeholder after other nodes has no text", where=symbol)
+        raise NotSupported("a placeholder after other nodes has no text", where=name)
     inputs = [printer.input(node) for node in placeholders]
     if any(inputs):
         attributes["arg_attrs"] = inputs

@@ -3,10 +3,7 @@
     Unit      one torch.fx graph: the forward of one module for one recorded call, or of one GEMM-bearing leaf
     Program   units by name, specs by site name, and what the passes learned: choices and refusals
 
-A leaf's graph holds its GEMM, or is a batch norm as it is in evaluation mode; other graphs call it by `call_module`,
-so that weights stay with their module. A fed leaf graph takes by keyword what its caller computes for it: the casts of
-its input (`lp_casts`), scale and shift of a batch norm before or after it (`lp_input_affine`, `lp_affine`), what is
-added to its product (`lp_residual`); and `lp_activation` says that its product ends in one.
+A leaf's graph holds its GEMM, with the weight as an attribute of its module.
 """
 
 from collections.abc import Iterator
@@ -30,27 +27,13 @@ REPEATED = "lp_repeated"
 """Key of `node.meta`: True on a GEMM that one forward runs many times, once per time step."""
 WEIGHT = "lp_weight"
 """Key of `node.meta`: True on a placeholder that is a weight, or a part of one, and on a weight that was folded."""
-WRITES = "lp_writes"
-"""Key of `node.meta`: True on a call of a module that may write into what it is given."""
-FOLDED = "lp_folded"
-"""Key of `node.meta`: on a call of a leaf, the modules that were folded into it, batch norms and activations, by their
-paths from the caller, with a comma between two."""
 NODE_META: dict[str, type] = {
-    SITE: str, GROUP: int, SPEC: LayerSpec, REPEATED: bool, WEIGHT: bool, WRITES: bool, FOLDED: str,
+    SITE: str, GROUP: int, SPEC: LayerSpec, REPEATED: bool, WEIGHT: bool,
 }  # fmt: skip
 """Every key of `node.meta` that the text form keeps, with what lies under it: a plain type, or one that prints and
 parses. An absent key and a false value mean the same."""
 STATE = "_lp_state"
 """The attribute under which every compiled module holds the model's RunState; graphs read it by get_attr."""
-CASTS = "lp_casts"
-"""The keyword under which a caller hands casts to a fed leaf."""
-AFFINE, INPUT_AFFINE = "lp_affine", "lp_input_affine"
-"""The keywords under which a caller hands a fed leaf (s, t) of the batch norm after it, or before it."""
-RESIDUAL, ACTIVATION = "lp_residual", "lp_activation"
-"""The keywords under which a caller hands a fed leaf what is added to its product, and says that an activation of this
-name is a part of it."""
-HANDED = (CASTS, INPUT_AFFINE, AFFINE, RESIDUAL, ACTIVATION)
-"""Every keyword of a call that is no argument of the module's own forward."""
 
 
 @dataclass
@@ -60,14 +43,6 @@ class Unit:
     path: str
     graph: fx.Graph
     kind: Literal["leaf", "module"]
-    fed: fx.Graph | None = None
-    """Of a leaf: the same graph, with more taken from the caller. Its further placeholders are the keywords, and every
-    call that hands one of them hands all."""
-    is_observed: bool = False
-    """Hooks see the module's input or output: no pass may leave the call out, or hand it other tensors."""
-    is_forward_only: bool = False
-    """A pass took carriers of gradients or calls of torch's layers out of the graph: it stands for the forward only
-    where grad mode is off, and where no module that the forward calls has hooks."""
 
 
 @dataclass
@@ -101,23 +76,10 @@ class Program:
             self._num_indexed = len(self.units)
         return self._at_path.get(path, [])
 
-    def leaf(self, path: str) -> Unit | None:
-        """The unit of the leaf module at `path`, if it is one."""
-        unit = self.units.get(path)
-        return unit if unit and unit.kind == "leaf" else None
-
-    def called_leaf(self, caller: Unit, node: fx.Node) -> Unit | None:
-        """The leaf that a node of `caller` calls, if it calls one."""
-        if node.op != "call_module":
-            return None
-        return self.leaf(child_path(caller.path, node))
-
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
-        """Every graph with a name for messages, fed leaf graphs included."""
+        """Every graph with a name for messages."""
         for name, unit in self.units.items():
             yield name or "(root)", unit.graph
-            if unit.fed is not None:
-                yield f"{name} (fed)", unit.fed
 
     def num_nodes(self) -> int:
         return sum(len(graph.nodes) for _, graph in self.graphs())
@@ -141,8 +103,8 @@ def quantizer_name(site: str, operand: Literal["x", "w"]) -> str:
 
 
 def num_op(program: Program, name: str) -> int:
-    """How many nodes of an lp op one forward pass runs: one variant of each module, and a fed leaf by its fed graph."""
-    one_per_path = {unit.path: unit.fed or unit.graph for unit in reversed(program.units.values())}
+    """How many nodes of an lp op one forward pass runs: one variant of each module."""
+    one_per_path = {unit.path: unit.graph for unit in reversed(program.units.values())}
     return sum(node.target is OPS[name].run for graph in one_per_path.values() for node in graph.nodes)
 
 

@@ -3,9 +3,7 @@
 Declared once, like lp ops in runtime/ops/dialect.py; the parser, the xdsl dialect and the table in docs/ir.md read it.
 """
 
-from dataclasses import dataclass, fields
-
-from passes.ir.program import Unit
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -21,11 +19,6 @@ class Structure:
     has_result: bool = False
     has_body: bool = False
 
-
-UNIT_FLAGS: dict[str, type] = {
-    each.name: type(each.default) for each in fields(Unit) if type(each.default) in (bool, int, str)
-}
-"""What else a unit says of itself: its fields with a plain default."""
 
 STRUCTURES: dict[str, Structure] = {
     each.name: each
@@ -51,10 +44,10 @@ STRUCTURES: dict[str, Structure] = {
         ),
         Structure(
             "torch.graph",
-            "One graph: the forward of a module, or of a leaf; a `fed` leaf takes more than its input from its caller."
+            "One graph: the forward of a module, or of a leaf."
             " Its block arguments are the placeholders; `arg_attrs` says what else is known of them.",
             {"sym_name": str, "path": str, "kind": str},
-            {"arg_attrs": list, **UNIT_FLAGS},
+            {"arg_attrs": list},
             has_body=True,
         ),
         Structure(

@@ -35,7 +35,7 @@ def check(text: str | Program, checks: str) -> None:
 
 
 def run(text: str, passes: str) -> str:
-    """The text after `passes`, as `share-casts{across=graph},select-kernels`, ran on the program of `text`."""
+    """The text after `passes`, as `share-casts,select-kernels`, ran on the program of `text`."""
     program = parse_program(text)
     run_passes(program, parse_passes(passes, PASSES))
     return print_program(program)

@@ -68,28 +68,21 @@ def einsum(spec: str = layer(E4M3)) -> str:
 """
 
 
-def two_leaves(spec: str = layer(E4M3), between: str = "") -> str:
-    """z = a(x) + b(x): a module called `block` that calls two linear leaves; `between` is put between the calls."""
-    leaves = "".join(
-        f"""
-  "torch.graph"() <{{sym_name = "block.{name}", path = "block.{name}", kind = "leaf"}}> ({{
-  ^bb0(%x : tensor<8x4xf32>):
-    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<4x4xf32>
-    %y = "torch.call_function"(%x, %w) {{target = "torch._C._nn.linear", lp.site = "block.{name}"}}
-      : (tensor<8x4xf32>, tensor<4x4xf32>) -> tensor<8x4xf32>
-    "torch.return"(%y) : (tensor<8x4xf32>) -> ()
-  }}) : () -> ()"""
-        for name in ("a", "b")
-    )
+def two_layers(spec: str = layer(E4M3), between: str = "") -> str:
+    """z = a(x) + b(x): two linear layers of a module called `block`; `between` is put between their products."""
     return f"""
 "builtin.module"() ({{
   "lp.site"() {{name = "block.a", spec = "{spec}"}} : () -> ()
-  "lp.site"() {{name = "block.b", spec = "{spec}"}} : () -> (){leaves}
+  "lp.site"() {{name = "block.b", spec = "{spec}"}} : () -> ()
   "torch.graph"() <{{sym_name = "block#0", path = "block", kind = "module"}}> ({{
   ^bb0(%x : tensor<8x4xf32>):
-    %a = "torch.call_module"(%x) {{target = "a"}} : (tensor<8x4xf32>) -> tensor<8x4xf32>
+    %wa = "torch.get_attr"() {{target = "a.weight"}} : () -> tensor<4x4xf32>
+    %wb = "torch.get_attr"() {{target = "b.weight"}} : () -> tensor<4x4xf32>
+    %a = "torch.call_function"(%x, %wa) {{target = "torch._C._nn.linear", lp.site = "block.a"}}
+      : (tensor<8x4xf32>, tensor<4x4xf32>) -> tensor<8x4xf32>
     {between}
-    %b = "torch.call_module"(%x) {{target = "b"}} : (tensor<8x4xf32>) -> tensor<8x4xf32>
+    %b = "torch.call_function"(%x, %wb) {{target = "torch._C._nn.linear", lp.site = "block.b"}}
+      : (tensor<8x4xf32>, tensor<4x4xf32>) -> tensor<8x4xf32>
     %z = "torch.call_function"(%a, %b) {{target = "operator.add"}}
       : (tensor<8x4xf32>, tensor<8x4xf32>) -> tensor<8x4xf32>
     "torch.return"(%z) : (tensor<8x4xf32>) -> ()
@@ -98,75 +91,55 @@ def two_leaves(spec: str = layer(E4M3), between: str = "") -> str:
 """
 
 
-def convolutions(spec: str = layer(E4M3), between: str = "", argument: str = "%pool", ends: str = "%y") -> str:
-    """y = b(max_pool(relu(a(x)))): a module `net` that calls two convolutions, with torch's ReLU as a child between.
-
-    `between` stands before the call of b, which takes `argument`; the graph gives `ends`.
+def convolutions(spec: str = layer(E4M3), between: str = "", ends: str = "%y") -> str:
+    """y = b(max_pool(relu(a(x)))): two convolutions of a module `net`. `between` stands before that of b; the graph
+    gives `ends`.
     """
-    leaves = "".join(
-        f"""
-  "torch.graph"() <{{sym_name = "net.{name}", path = "net.{name}", kind = "leaf"}}> ({{
-  ^bb0(%x : tensor<2x4x{size}x{size}xf32>):
-    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<4x4x3x3xf32>
-    %y = "torch.call_function"(%x, %w)
-      {{target = "torch.conv2d", args = "_, _, None, (1, 1), (1, 1), (1, 1), 1", lp.site = "net.{name}"}}
-      : (tensor<2x4x{size}x{size}xf32>, tensor<4x4x3x3xf32>) -> tensor<2x4x{size}x{size}xf32>
-    "torch.return"(%y) : (tensor<2x4x{size}x{size}xf32>) -> ()
-  }}) : () -> ()"""
-        for name, size in (("a", 8), ("b", 4))
-    )
     pool = "_, 3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False"
+    conv = 'target = "torch.conv2d", args = "_, _, None, (1, 1), (1, 1), (1, 1), 1"'
     kinds = ", ".join("tensor<2x4x4x4xf32>" for _ in ends.split(","))
     return f"""
 "builtin.module"() ({{
   "lp.site"() {{name = "net.a", spec = "{spec}"}} : () -> ()
-  "lp.site"() {{name = "net.b", spec = "{spec}"}} : () -> (){leaves}
-  "torch.graph"() <{{sym_name = "net.relu#0", path = "net.relu", kind = "module"}}> ({{
-  ^bb0(%x : tensor<2x4x8x8xf32>):
-    %r = "torch.call_function"(%x) {{target = "torch.nn.functional.relu", args = "_, inplace=False"}}
-      : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
-    "torch.return"(%r) : (tensor<2x4x8x8xf32>) -> ()
-  }}) : () -> ()
+  "lp.site"() {{name = "net.b", spec = "{spec}"}} : () -> ()
   "torch.graph"() <{{sym_name = "net#0", path = "net", kind = "module"}}> ({{
   ^bb0(%x : tensor<2x4x8x8xf32>):
-    %a = "torch.call_module"(%x) {{target = "a"}} : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
-    %relu = "torch.call_module"(%a) {{target = "relu"}} : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
+    %wa = "torch.get_attr"() {{target = "a.weight"}} : () -> tensor<4x4x3x3xf32>
+    %wb = "torch.get_attr"() {{target = "b.weight"}} : () -> tensor<4x4x3x3xf32>
+    %a = "torch.call_function"(%x, %wa) {{{conv}, lp.site = "net.a"}}
+      : (tensor<2x4x8x8xf32>, tensor<4x4x3x3xf32>) -> tensor<2x4x8x8xf32>
+    %relu = "torch.call_function"(%a) {{target = "torch.nn.functional.relu", args = "_, inplace=False"}}
+      : (tensor<2x4x8x8xf32>) -> tensor<2x4x8x8xf32>
     %pool = "torch.call_function"(%relu) {{target = "torch.nn.functional.max_pool2d", args = "{pool}"}}
       : (tensor<2x4x8x8xf32>) -> tensor<2x4x4x4xf32>
     {between}
-    %y = "torch.call_module"({argument}) {{target = "b"}} : (tensor<2x4x4x4xf32>) -> tensor<2x4x4x4xf32>
+    %y = "torch.call_function"(%pool, %wb) {{{conv}, lp.site = "net.b"}}
+      : (tensor<2x4x4x4xf32>, tensor<4x4x3x3xf32>) -> tensor<2x4x4x4xf32>
     "torch.return"({ends}) : ({kinds}) -> ()
   }}) : () -> ()
 }}) : () -> ()
 """
 
 
-def reshaped_leaves(spec: str = layer(E4M3)) -> str:
-    """q, k and v of x (2, 6, 4), each of a reshape of its own to (12, 4): a module called `attn`."""
+def reshaped_layers(spec: str = layer(E4M3)) -> str:
+    """q, k and v of x (2, 6, 4), each of a reshape of its own to (12, 4), in a module called `attn`."""
     names = ("q", "k", "v")
-    leaves = "".join(
-        f"""
-  "torch.graph"() <{{sym_name = "attn.{name}", path = "attn.{name}", kind = "leaf"}}> ({{
-  ^bb0(%x : tensor<12x4xf32>):
-    %w = "torch.get_attr"() {{target = "weight"}} : () -> tensor<4x4xf32>
-    %y = "torch.call_function"(%x, %w) {{target = "torch._C._nn.linear", lp.site = "attn.{name}"}}
-      : (tensor<12x4xf32>, tensor<4x4xf32>) -> tensor<12x4xf32>
-    "torch.return"(%y) : (tensor<12x4xf32>) -> ()
-  }}) : () -> ()"""
-        for name in names
-    )
     sites = "".join(f'\n  "lp.site"() {{name = "attn.{name}", spec = "{spec}"}} : () -> ()' for name in names)
-    calls = "".join(
+    weights = "".join(
+        f'\n    %w{name} = "torch.get_attr"() {{target = "{name}.weight"}} : () -> tensor<4x4xf32>' for name in names
+    )
+    products = "".join(
         f"""
     %x_{name} = "torch.call_function"(%x) {{target = "torch.Tensor.reshape", args = "_, -1, 4"}}
       : (tensor<2x6x4xf32>) -> tensor<12x4xf32>
-    %{name} = "torch.call_module"(%x_{name}) {{target = "{name}"}} : (tensor<12x4xf32>) -> tensor<12x4xf32>"""
+    %{name} = "torch.call_function"(%x_{name}, %w{name}) {{target = "torch._C._nn.linear", lp.site = "attn.{name}"}}
+      : (tensor<12x4xf32>, tensor<4x4xf32>) -> tensor<12x4xf32>"""
         for name in names
     )
     return f"""
-"builtin.module"() ({{{sites}{leaves}
+"builtin.module"() ({{{sites}
   "torch.graph"() <{{sym_name = "attn#0", path = "attn", kind = "module"}}> ({{
-  ^bb0(%x : tensor<2x6x4xf32>):{calls}
+  ^bb0(%x : tensor<2x6x4xf32>):{weights}{products}
     "torch.return"(%q, %k, %v) : (tensor<12x4xf32>, tensor<12x4xf32>, tensor<12x4xf32>) -> ()
   }}) : () -> ()
 }}) : () -> ()

@@ -10,7 +10,7 @@ from passes.manager import parse_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.errors import ParseError, PassError, VerifyError
 from tests.passes.golden import check, run
-from tests.passes.programs_for_tests import E4M3, layer, linear, two_leaves
+from tests.passes.programs_for_tests import E4M3, layer, linear, two_layers
 
 RANDOM = "e4m3 stochastic"
 
@@ -70,16 +70,14 @@ def test_a_stochastic_cast_in_backward_is_not_kept() -> None:
     )
 
 
-def test_fed_leaves_keep_the_casts_of_their_weights() -> None:
+def test_of_two_products_with_one_input_the_casts_of_the_weights_are_kept() -> None:
     check(
-        run(two_leaves(), "annotate,insert-casts,share-casts,fold-constants"),
+        run(two_layers(), "annotate,insert-casts,share-casts,fold-constants"),
         """
-// CHECK-LABEL: sym_name = "block.a/fed"
-// CHECK:      "lp.quantize"(%w, %_lp_state) {{.*}}lifetime = "step"
-// CHECK-LABEL: sym_name = "block#0"
-// CHECK:      "lp.quantize"(%x)
-// CHECK-NOT:  lifetime =
-// CHECK:      "torch.return"
+// CHECK:      "lp.quantize"(%x) {{.*}}slot = 0, operand
+// CHECK:      "lp.quantize"(%wa, %_lp_state) {{.*}}lifetime = "step"
+// CHECK-NOT:  "lp.quantize"(%x)
+// CHECK:      "lp.quantize"(%wb, %_lp_state) {{.*}}lifetime = "step"
 """,
     )
 

@@ -5,7 +5,7 @@ import pytest
 
 from runtime.errors import PassError
 from tests.passes.golden import check, run
-from tests.passes.programs_for_tests import E4M3, ROW, attention, einsum, layer, linear, two_leaves
+from tests.passes.programs_for_tests import E4M3, ROW, attention, einsum, layer, linear, two_layers
 
 
 def test_decompose_attention_makes_two_products_with_a_site_each() -> None:
@@ -108,36 +108,29 @@ def test_insert_casts_casts_once_what_two_roles_cast_alike() -> None:
     )
 
 
-def test_share_casts_hands_one_cast_to_two_leaves() -> None:
+def test_share_casts_casts_once_what_two_products_cast_alike() -> None:
     check(
-        run(two_leaves(), "annotate,insert-casts,share-casts"),
+        run(two_layers(), "annotate,insert-casts,share-casts"),
         """
-// CHECK-LABEL: sym_name = "block.a/fed", path = "block.a", kind = "fed", arg_attrs = [{}, {default = "None"}]
-// CHECK:      ^bb0(%x : tensor<8x4xf32>, %lp_casts : !torch.value):
-// CHECK:      [[Q:%[a-z0-9_]+]] = "torch.call_function"(%lp_casts) {target = "operator.getitem", args = "_, 0"}
-// CHECK:      "lp.gemm"(%x, %w, [[Q]], %{{[a-z0-9_]+}}, [[Q]], %_lp_state)
-// CHECK-LABEL: sym_name = "block#0"
-// CHECK:      [[S:%[a-z0-9_]+]] = "lp.quantize"(%x)
-// CHECK-NEXT: %a = "torch.call_module"(%x, [[S]]) {target = "a", args = "_, lp_casts=(_, None)"}
-// CHECK-NEXT: %b = "torch.call_module"(%x, [[S]]) {target = "b", args = "_, lp_casts=(_, None)"}
-// CHECK-NEXT: %z =
+// CHECK:      [[Q:%[a-z0-9_]+]] = "lp.quantize"(%x)
+// CHECK:      "lp.gemm"(%x, %wa, [[Q]], %{{[a-z0-9_]+}}, [[Q]], %_lp_state)
+// CHECK-NOT:  "lp.quantize"(%x)
+// CHECK:      "lp.gemm"(%x, %wb, [[Q]], %{{[a-z0-9_]+}}, [[Q]], %_lp_state)
 """,
     )
 
 
-@pytest.mark.parametrize("passes", ["share-casts{across=graph}", "share-casts"])
-def test_share_casts_keeps_two_casts_around_a_write(passes: str) -> None:
+def test_share_casts_keeps_two_casts_around_a_write() -> None:
     write = '%w = "torch.call_function"(%x) {target = "torch.Tensor.add_", args = "_, 1"}'
     between = f"{write} : (tensor<8x4xf32>) -> tensor<8x4xf32>"
     check(
-        run(two_leaves(between=between), f"annotate,insert-casts,{passes}"),
+        run(two_layers(between=between), "annotate,insert-casts,share-casts"),
         """
-// CHECK-NOT: kind = "fed"
-// CHECK-LABEL: sym_name = "block#0"
-// CHECK-NOT: lp.quantize
-// CHECK:     %a = "torch.call_module"(%x) {target = "a"} :
+// CHECK:     "lp.quantize"(%x)
+// CHECK:     "lp.gemm"(%x, %wa
 // CHECK:     torch.Tensor.add_
-// CHECK:     %b = "torch.call_module"(%x) {target = "b"} :
+// CHECK:     "lp.quantize"(%x)
+// CHECK:     "lp.gemm"(%x, %wb
 """,
     )
 

@@ -8,7 +8,7 @@ from passes.pipelines import PASSES, PIPELINES
 from runtime.errors import PassError
 
 
-@pytest.mark.parametrize("text", [*PIPELINES.values(), "share-casts{across=graph}", "annotate, select-kernels"])
+@pytest.mark.parametrize("text", [*PIPELINES.values(), "fold-constants{lifetime=forever}", "annotate, select-kernels"])
 def test_passes_print_and_parse(text: str) -> None:
     passes = parse_passes(text, PASSES)
     printed = ",".join(str(each) for each in passes)
@@ -25,26 +25,26 @@ WRONG: dict[str, tuple[str, str]] = {
         'passes, item 2: "x" is not a pass. Expected the name of a pass. Got "x"',
         "Known: choose-accumulator",
     ),
-    "share-casts{acros=graph}": (
-        'share-casts: it has no option "acros". Expected across. Got "acros=graph"',
-        '"across"? Known: across',
+    "fold-constants{lifetim=forever}": (
+        'fold-constants: it has no option "lifetim". Expected lifetime. Got "lifetim=forever"',
+        '"lifetime"? Known: lifetime',
     ),
     "annotate{x=1}": ('annotate: it has no option "x". Expected no options. Got "x=1"', "annotate"),
-    "share-casts{across}": (
-        'share-casts: an option without value. Expected option=value. Got "across"',
-        "across=modules",
+    "fold-constants{lifetime}": (
+        'fold-constants: an option without value. Expected option=value. Got "lifetime"',
+        "lifetime=step",
     ),
-    "share-casts{across=here}": (
-        "share-casts{across}: no such reach. Expected modules or graph. Got here",
-        "share-casts{across=modules}",
+    "fold-constants{lifetime=here}": (
+        "fold-constants{lifetime}: no such lifetime. Expected step or forever. Got here",
+        "fold-constants{lifetime=step}",
     ),
-    "share-casts{across=modules,across=graph}": (
-        'share-casts: the option "across" is there twice. Expected each option once. Got "across=graph"',
+    "fold-constants{lifetime=step,lifetime=forever}": (
+        'fold-constants: the option "lifetime" is there twice. Expected each option once. Got "lifetime=forever"',
         "one of the two",
     ),
-    "share-casts{across=modules,}": (
-        'share-casts: an option without value. Expected option=value. Got ""',
-        "across=mod",
+    "fold-constants{lifetime=step,}": (
+        'fold-constants: an option without value. Expected option=value. Got ""',
+        "lifetime=st",
     ),
     "place-regions{finite=yes}": (
         "place-regions{finite}: not a truth value. Expected true or false. Got yes",
@@ -58,18 +58,18 @@ WRONG: dict[str, tuple[str, str]] = {
         "choose-accumulator{nonzero}: no share of the products. Expected 0 < nonzero <= 1. Got 2.0",
         "choose-accumulator{exponent=8,nonzero=1.0}",
     ),
-    "share-casts{across=modules": (
-        "passes, item 1: a brace is not closed. Expected NAME or NAME{option=value,...}. Got share-casts{across=m",
-        "share-casts{across=modules}",
+    "fold-constants{lifetime=step": (
+        "passes, item 1: a brace is not closed. Expected NAME or NAME{option=value,...}. Got fold-constants{lifetime",
+        "fold-constants{lifetime=step}",
     ),
-    "annotate,share-casts{across=modules}}": (
-        "passes, item 2: a brace too much. Expected NAME or NAME{option=value,...}. Got share-casts{across=modules}}",
-        "share-casts{across=modules}",
+    "annotate,fold-constants{lifetime=step}}": (
+        "passes, item 2: a brace too much. Expected NAME or NAME{option=value,...}. Got fold-constants{lifetime=step}}",
+        "fold-constants{lifetime=step}",
     ),
-    "share-casts{across={modules}}": ("passes, item 1: a brace too much", "share-casts"),
-    "share-casts{across=modules}x": (
-        "passes, item 1: there is more after the brace. Expected NAME or NAME{option=value,...}. Got share-casts{acr",
-        "share-casts{across=modules},x",
+    "fold-constants{lifetime={step}}": ("passes, item 1: a brace too much", "fold-constants"),
+    "fold-constants{lifetime=step}x": (
+        "passes, item 1: there is more after the brace. Expected NAME or NAME{option=value,...}. Got fold-constants{",
+        "fold-constants{lifetime=step},x",
     ),
     "annotate,,select-kernels": (
         "passes, item 2: no pass between two commas. Expected NAME or NAME{option=value,...}. Got annotate,,select",
@@ -93,7 +93,7 @@ def test_what_is_no_list_of_passes_is_said_in_four_parts(text: str) -> None:
     assert error.got
 
 
-@pytest.mark.parametrize("text", ["", "  ", "annotate{}", " annotate , share-casts{ across = graph } "])
+@pytest.mark.parametrize("text", ["", "  ", "annotate{}", " annotate , fold-constants{ lifetime = forever } "])
 def test_spaces_and_nothing_are_fine(text: str) -> None:
     assert len(parse_passes(text, PASSES)) == (0 if not text.strip() else text.count(",") + 1)
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from passes.analysis.grid_ops import GridOp, moves_scale, read_grid_op, scale_behind, why_not_on_grid
-from passes.ir.program import Program, Unit
 from passes.ir.types import META, tensor_meta
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.scaling import compute_scale
@@ -51,7 +50,7 @@ def _read(build: Build, x: Tensor) -> tuple[GridOp, fx.Graph]:
     node = build(graph, source)
     for each, shape in ((source, x.shape), (node, _run(graph, node, x).shape)):
         each.meta[META] = tensor_meta(TensorType(tuple(shape), torch.float32))
-    op = read_grid_op(Program({}, {}), Unit("", graph, "module"), node, through_modules=False)
+    op = read_grid_op(node)
     assert op is not None
     return op, graph
 
@@ -170,4 +169,4 @@ def test_what_writes_or_picks_by_tensors_is_no_grid_op() -> None:
         graph.call_function(F.max_pool2d, (x, 2), {"return_indices": True}),
         graph.call_function(torch.add, (x, x)),
     ):
-        assert read_grid_op(Program({}, {}), Unit("", graph, "module"), call, through_modules=False) is None
+        assert read_grid_op(call) is None

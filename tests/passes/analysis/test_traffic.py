@@ -3,7 +3,7 @@
 from passes.analysis.traffic import Traffic, traffic
 from passes.ir.parser import parse_program
 from tests.passes.golden import run
-from tests.passes.programs_for_tests import E4M3, convolutions, layer, two_leaves
+from tests.passes.programs_for_tests import E4M3, convolutions, layer, two_layers
 
 _X, _SMALL, _WEIGHT = 2 * 4 * 8 * 8, 2 * 4 * 4 * 4, 4 * 4 * 3 * 3
 
@@ -24,7 +24,7 @@ def test_a_net_before_and_after_its_casts() -> None:
 
 
 def test_a_shared_cast_runs_once() -> None:
-    text = two_leaves(layer(E4M3))
+    text = two_layers(layer(E4M3))
     apart, shared = (_traffic(text, f"annotate,insert-casts{more}") for more in ("", ",share-casts"))
     assert (apart.casts, shared.casts) == (4, 3)
     assert apart.bytes - shared.bytes == (4 + 2) * 8 * 4

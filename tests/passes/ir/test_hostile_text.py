@@ -12,7 +12,7 @@ from passes.ir.printer import print_program
 from passes.pipelines import PIPELINES
 from runtime.errors import LpError, ParseError
 from tests.passes.golden import run
-from tests.passes.programs_for_tests import attention, convolutions, einsum, linear, two_leaves
+from tests.passes.programs_for_tests import attention, convolutions, einsum, linear, two_layers
 
 GRAPH = '"torch.graph"() <{sym_name = "m#0", path = "m", kind = "module"}> ({\n%s\n}) : () -> ()'
 
@@ -132,7 +132,7 @@ def test_reading_changes_no_grad_mode() -> None:
 def _sources() -> list[str]:
     return [
         run(linear(), PIPELINES["train"]),
-        run(two_leaves(), PIPELINES["train"]),
+        run(two_layers(), PIPELINES["train"]),
         run(attention(), "decompose-attention"),
         run(einsum(), "decompose-products"),
         convolution(),

@@ -13,7 +13,7 @@ from passes.ir.printer import print_program
 from passes.pipelines import PIPELINES
 from runtime.errors import LpError, ParseError, VerifyError
 from tests.passes.golden import run
-from tests.passes.programs_for_tests import linear, two_leaves
+from tests.passes.programs_for_tests import linear, two_layers
 
 
 def _text() -> str:
@@ -50,7 +50,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "half a choice": (r'backend = "[a-z_]*", ', "", "not a choice. Expected backend, method, fidelity, reason"),
     "pass that is none": (r'passes = "[^"]*"', 'passes = "nosuch"', 'not passes. Expected .* "nosuch" is not a pass'),
-    "option that is none": (r"share-casts{across=modules}", "share-casts{acros=modules}", 'has no option "acros"'),
+    "option that is none": (r"place-regions{carriers=", "place-regions{carrier=", 'has no option "carrier"'),
     "device that is none": (r'device = "cpu"', 'device = "tpu"', "not device. Expected a type of device, such as cpu"),
     "device with a number": (r'device = "cpu"', 'device = "cuda:0"', "not device. Expected a type of device without"),
     "unknown kind": (r'kind = "linear"', 'kind = "lineal"', "`kind` must be one of"),
@@ -77,7 +77,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "name twice": (r"%scale_2 = ", "%scale = ", "%scale is defined twice"),
     "type that is none": (r"-> !lp\.state", "-> !lp.stat", "cannot read this. Expected a type"),
     "state of another type": (r"-> !lp\.state", "-> !torch.value", "%_lp_state has another type"),
-    "kind of graph": (r'kind = "leaf"', 'kind = "leave"', "not a kind of graph. Expected leaf, module or fed"),
+    "kind of graph": (r'kind = "leaf"', 'kind = "leave"', "not a kind of graph. Expected leaf or module"),
     "no return": (r'    "torch\.return".*\n', "", "a graph ends with torch.return"),
     "no bracket": (r'"lp\.scale"\(%x\)', '"lp.scale"(%x', r"cannot read this. Expected `\)`"),
     "spec of a site": (r'(name = "fc", spec = "fwd: )e4m3', r"\1e4m4", "e4m4"),
@@ -173,7 +173,7 @@ CALL_MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", CALL_MUTATIONS)
 def test_every_mutation_of_a_call_is_rejected_twice(name: str) -> None:
     pattern, new, sentence = CALL_MUTATIONS[name]
-    lines = print_program(parse_program(two_leaves())).split("\n")
+    lines = print_program(parse_program(two_layers())).split("\n")
     number = next(index for index, line in enumerate(lines) if "operator.add" in line)
     lines[number], count = re.subn(pattern, new, lines[number], count=1)
     assert count == 1

@@ -13,7 +13,7 @@ from passes.finding import Finding
 from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
-from passes.ir.program import FOLDED, GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, WRITES, Program, Unit
+from passes.ir.program import GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, Program, Unit
 from passes.ir.types import META
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
@@ -100,7 +100,7 @@ def test_every_field_of_a_program_is_printed() -> None:
     program = _unary(1)
     spec, choice = LayerSpec.parse(SCALED), Choice("cpu", "cpu_bf16", "bitwise", 'because "so"; \\ \n and \u00e9')
     program.specs = {"a.b": spec, "c": spec}
-    program.device, program.passes = "cuda", ["annotate", "share-casts{across=graph}"]
+    program.device, program.passes = "cuda", ["annotate", "fold-constants{lifetime=step}"]
     program.refusals = {"c": "a reason", "z": "no graph"}
     program.findings = [Finding("tied", "a.b", "it is risky", "another", True), Finding("x", "y", "z")]
     program.decisions = {"a.b": {"fwd": "a chunk of 64"}, "d": {"grad": "none"}}
@@ -108,19 +108,14 @@ def test_every_field_of_a_program_is_printed() -> None:
     fields = {field.name for field in dataclasses.fields(Program) if field.init}
     printed = {"units", "specs", "device", "passes", "refusals", "choices", "findings", "decisions"}
     assert fields == printed, "a new field is to be printed"
-    flags = {"is_observed", "is_forward_only"}
-    assert {field.name for field in dataclasses.fields(Unit)} == {"path", "graph", "kind", "fed"} | flags
-    unit = program.units["m#0"]
-    unit.is_observed = unit.is_forward_only = True
+    assert {field.name for field in dataclasses.fields(Unit)} == {"path", "graph", "kind"}
     again = parse_program(print_program(program))
-    assert again.units["m#0"].is_forward_only
     assert dataclasses.replace(again, units={}) == dataclasses.replace(program, units={})
     verify_text(print_program(program))
 
 
 def test_meta_of_nodes_and_of_placeholders_survives() -> None:
     values = {SITE: "m.add", GROUP: 3, SPEC: LayerSpec.parse(SCALED), REPEATED: True, WEIGHT: True}
-    values |= {WRITES: True, FOLDED: "bn"}
     assert values.keys() == NODE_META.keys()
     program = _unary(1, **values)
     next(iter(program.units["m#0"].graph.nodes)).meta[WEIGHT] = True
