@@ -93,7 +93,7 @@ class PhaseCode:
         number = numbers[sight.name]
         if not placed and number >= _FIRST_FOUND and (spec.fwd.lhs.quantizer or spec.fwd.rhs.quantizer):
             placed = "its quantizer has state, and the product was found after that was made: give example inputs"
-        placed = placed or place(sight.kind, sight.op, spec, self.program.device)
+        placed = placed or place(sight.kind, sight.op, spec, self.program.device, sight.lengths)
         if isinstance(placed, str):
             self.program.refusals[sight.name] = placed
             return

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from passes.analysis.lengths import Lengths
+from passes.analysis.room import why_no_room
 from passes.ir.stored_specs import spec_as_stored
 from runtime.errors import NotSupported
 from runtime.kernels.registry import Choice, choose
@@ -25,17 +27,19 @@ class Placed:
         return fwd, bwd, grad
 
 
-def place(kind: str, op: str, spec: LayerSpec, device: str) -> Placed | str:
+def place(kind: str, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None) -> Placed | str:
     """How the GEMMs of a site run, or why they cannot. Of a convolution's geometry only matters whether it is
-    transposed."""
+    transposed. `lengths`: of their sums, where they are known."""
     geometry = (_TRANSPOSED if "transpose" in op else _PLAIN) if kind == "conv" else ""
     stored = spec_as_stored(kind, geometry, spec)
-    if reason := why_refused(kind, geometry, op, stored, device):
+    if reason := why_refused(kind, geometry, op, stored, device, lengths):
         return reason
     return Placed(stored, {role: choose(GemmRequest(kind, role, stored.role(role), device)) for role in ROLES})
 
 
-def why_refused(kind: str, geometry: str, op: str, spec: LayerSpec, device: str) -> str | None:
+def why_refused(
+    kind: str, geometry: str, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None
+) -> str | None:
     """Why nothing runs a GEMM as `spec`, which is for the operands as stored, says; None if something does."""
     contraction = contraction_of(kind, parse_geometry(geometry))
     if reason := _why_not_learned(spec):
@@ -52,6 +56,8 @@ def why_refused(kind: str, geometry: str, op: str, spec: LayerSpec, device: str)
                 return f"{role} {name}: {what}; use a scalar format such as e4m3, with a scale of granularity tensor"
             if reason := why_not_scaled(contraction, op, role, side, numbers):
                 return f"{role} {reason}"
+        if reason := why_no_room(role, numbers, (lengths or {}).get(role)):
+            return reason
         try:
             choose(GemmRequest(kind, role, numbers, device))
         except NotSupported as error:

@@ -59,12 +59,18 @@ class DeepSpeedEngine(AbstractEngine):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.skip = skip
+        norm = self._whole_norm() if self._config.zero_stage == 0 and self._config.dtype != "bf16" else None
         self._engine.step()
         if not self._is_checked:  # a wire that silently carries full precision must not survive the first step
             ds.assert_active(self._engine)
             self._is_checked = True
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
         return None if norm is None else float(norm)
+
+    def _whole_norm(self) -> float:
+        """Of gradients that every rank holds whole, reduced: DeepSpeed does not keep the norm that it clips them by."""
+        gradients = [each.grad for each in self._engine.module.parameters() if each.grad is not None]
+        return nn.utils.get_total_norm(gradients).item()
 
     def uncompressed_bytes(self, dtype: torch.dtype) -> int:
         stage, size = self._config.zero_stage, self._world.size

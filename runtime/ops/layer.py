@@ -107,8 +107,7 @@ def run_gemm(
     if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
             note_call(state, plan, "fwd")
-        if (dtype := result_dtype(lhs)) != lhs.dtype:  # aten's own convolution knows nothing of autocast
-            lhs, rhs, bias = lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)
+        lhs, rhs, bias = under_autocast(lhs, rhs, bias)
         return followed_by(plan.contraction.native(lhs, rhs, bias), residual, activation)
     flat: list[Tensor | None] = []
     for name in CAST_NAMES:
@@ -168,6 +167,14 @@ def check_transforms(is_identity: bool) -> None:
             where="lpcompile",
             hint="loss.backward() or torch.autograd.grad, or a policy that does not name these layers",
         )
+
+
+def under_autocast(lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands of torch's own op in the dtype of autocast, of which aten's own convolution knows nothing."""
+    if not torch.is_autocast_enabled(lhs.device.type):
+        return lhs, rhs, bias
+    dtype = result_dtype(lhs)
+    return lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

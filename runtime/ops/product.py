@@ -21,7 +21,7 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import dialect
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result_dtype, run_gemm
+from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result_dtype, run_gemm, under_autocast
 from runtime.ops.plan import GemmPlan, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.ops.site_products import is_lowered_late, site_product
@@ -74,9 +74,7 @@ class Product:
         plan = self._plans.get((geometry, group)) or self._plan(geometry, group)
         if self.is_identity:
             note_call(self.state, plan, "fwd")
-            if (dtype := result_dtype(lhs)) != lhs.dtype:  # aten's own convolution knows nothing of autocast
-                lhs, rhs, bias = lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)
-            return plan.contraction.native(lhs, rhs, bias)
+            return plan.contraction.native(*under_autocast(lhs, rhs, bias))
         check_transforms(is_identity=False)
         spec, needs_grad = self.spec, torch.is_grad_enabled()
         turn = self.state.turn(plan.site) if self.is_stochastic else None

@@ -77,6 +77,7 @@ def test_resume_is_bit_exact(
     assert resumed[-1]["loss"] < expected[0]["loss"]
     assert all(step["wire_agrees"] for step in expected + resumed)
     assert sum(step["gradient_bytes"] for step in expected) > 0
+    assert expected[-1]["grad_norm"] > 0
 
     summary = json.loads((tmp_path / "half" / "summary.json").read_text())
     assert summary["gemms_as_asked"] == summary["gemms"] > 0

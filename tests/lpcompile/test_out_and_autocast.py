@@ -105,6 +105,19 @@ class _Recurrent(nn.Module):
         return y
 
 
+class _Step(nn.Module):
+    """The hidden state of a cell, whose other inputs autocast leaves as they are."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.inner = kind(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        first: Tensor = y[0] if isinstance(y, tuple | list) else y
+        return first
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 16), (2, 3, 16)),
     "conv": (lambda: nn.Conv2d(16, 16, 3), (2, 16, 5, 5)),
@@ -132,3 +145,47 @@ def test_autocast_gives_its_dtype(layer: str, policy: str) -> None:
     assert x.grad.dtype == torch.float32
     assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in compiled.parameters())
     assert compiled(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", ["hfp8", "fp8-rowwise", "int8", "bf16", "fp32-emulated"])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.filterwarnings("ignore::runtime.errors.LpWarning")
+def test_cells_give_the_dtype_that_torchs_do_under_autocast(kind: type[nn.Module], policy: str) -> None:
+    original, x = _Step(kind), torch.randn(2, 16, requires_grad=True)
+    compiled = lpcompile(copy.deepcopy(original), policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, y = original(x), compiled(x)
+    assert y.dtype == wanted.dtype
+    y.sum().backward()
+    assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in compiled.parameters())
+
+
+class _Mixed(nn.Module):
+    """A convolution whose input is a product's result, in the dtype of autocast, and its weight is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(8, 8), nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.linear(x)) @ x.mT
+        return y
+
+
+@pytest.mark.parametrize("policy", ["hfp8", "fp32-emulated"])
+@pytest.mark.filterwarnings("ignore::runtime.errors.LpWarning")
+def test_compiled_code_under_autocast_is_eager_code(policy: str) -> None:
+    torch._dynamo.reset()
+    original, x = _Mixed(), torch.randn(2, 4, 8, requires_grad=True)
+    model = lpcompile(copy.deepcopy(original), policy)
+    runs = (original, model, torch.compile(model, backend="aot_eager"))
+    results = []
+    for run in runs:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        weights = (original if run is original else model).parameters()
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *weights])])
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2]))
+    assert all(a.dtype == b.dtype for a, b in zip(*results[:2]))
+    if policy == "fp32-emulated":
+        assert all(torch.equal(a, b) for a, b in zip(*results[:2]))
