@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import runtime.ops.dialect
 from lpcompile import Policy, advance, lpcompile, report
 from lpcompile.api import run_state
+from lpcompile.compiled import get_compiled
 from runtime.numerics import quantize
 from runtime.numerics.block_casts import quantize_blocks
 from runtime.numerics.block_formats import default_rounding
@@ -104,9 +104,8 @@ def test_a_product_of_activations(name: str, b_shape: tuple[int, ...]) -> None:
 
 
 def laid(model: nn.Module) -> LayerSpec:
-    """The spec on the one lp.gemm of a compiled layer."""
-    graph = vars(model[0])["_lp_captured"].phases[0].floor.graph  # type: ignore[index]
-    return LayerSpec.parse(next(node.kwargs["spec"] for node in graph.nodes if node.target is runtime.ops.dialect.gemm))
+    """The spec of the one product of a compiled layer, as its operands lie in memory."""
+    return get_compiled(model).phase.products["0"].spec
 
 
 def test_the_compiler_lays_the_blocks_along_the_sum() -> None:
