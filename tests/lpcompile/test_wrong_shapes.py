@@ -1,5 +1,6 @@
 """What does not fit raises, as torch's own layer does: no kernel reads past the end of an operand."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,15 @@ def test_products_of_activations_raise_too(policy: str) -> None:
     for a, b in ((torch.randn(3, 4), torch.randn(5, 6)), (torch.randn(2, 3, 4), torch.randn(3, 4, 5))):
         with pytest.raises(RuntimeError):
             model(a, b)
+
+
+def test_a_bias_of_one_element_broadcasts_as_torchs_does() -> None:
+    """A kernel refused it, and before that read past its end."""
+    layer, zero = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
+    zero.weight, layer.bias = layer.weight, nn.Parameter(torch.ones(1))
+    layer, zero = lpcompile(layer, "hfp8"), lpcompile(copy.deepcopy(zero), "hfp8")
+    x = torch.randn(3, 8)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, zero(x) + 1)
+    assert layer.bias.grad.tolist() == [12.0]

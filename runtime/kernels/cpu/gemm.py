@@ -58,6 +58,7 @@ def multiply(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor
     library = gemm_library()
     assert library is not None
     a_MK, b_KN = _readable(a_MK), _readable(b_KN)
+    bias_N = bias_N.expand(b_KN.shape[1]) if bias_N is not None and bias_N.numel() == 1 else bias_N
     check_product(a_MK, b_KN, bias_N)
     (m, k), n = a_MK.shape, b_KN.shape[1]
     out = torch.empty(m, n, dtype=torch.float32, device="cpu")
