@@ -90,6 +90,10 @@ class RunConfig(BaseModel):
         default="deepspeed", description=f"What holds the replicas together: {' or '.join(ENGINES)}."
     )
     zero_stage: int = Field(default=2, ge=0, le=3, description="DeepSpeed only: what ZeRO shards.")
+    capture: Literal["eager", "joint", "inductor"] = Field(
+        default="eager",
+        description="joint: the FX graphs of torch.compile, rewritten and run op by op; inductor: run by Inductor.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: a GPU per rank where there are enough, else the CPU."
     )
@@ -114,6 +118,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         if self.model == "llama" and (self.width // self.heads) % 2:
             raise ValueError(f"llama rotates pairs, so width / heads ({self.width // self.heads}) must be even")
+        if self.engine == "deepspeed" and self.zero_stage == 3 and self.capture in ("joint", "inductor"):
+            raise ValueError(
+                "graphs do not hold the weights that ZeRO-3 partitions: --capture eager, or --zero-stage 2"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -48,6 +48,8 @@ class Summary:
     corpus: str
     corpus_sha256: str
     folder: str
+    graphs: int = 0  # that torch.compile captured, if it did
+    products_in_graphs: int = 0  # FWD, BWD and GRAD each one, rewritten in them
 
     def save(self) -> None:
         text = json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
@@ -207,6 +209,10 @@ def _gemms(run: Summary) -> str:
     return f"{run.gemms_as_asked} of {run.gemms}" if run.gemms else "left alone"
 
 
+def _graphs(run: Summary) -> str:
+    return f"{run.graphs}, {run.products_in_graphs}" if run.graphs else ""
+
+
 def _backends(run: Summary) -> str:
     return "\n".join(f"{count} {name}" for name, count in sorted(run.backends.items()))
 
@@ -226,6 +232,7 @@ _ROWS: list[tuple[str, Callable[[Summary], str], Callable[[Summary, Summary], st
      _ratio(lambda run: run.total_bytes)),
     ("GEMMs running as the policy says", _gemms, _none),
     ("  by backend", _backends, _none),
+    ("joint graphs captured, products rewritten in them", _graphs, _none),
     ("skipped steps, final loss scale", lambda run: f"{run.skipped_steps}, {run.loss_scale:g}", _none),
     ("peak memory of a worker (MB)", lambda run: f"{run.peak_memory / 1e6:,.0f}", _ratio(lambda run: run.peak_memory)),
 ]  # fmt: skip

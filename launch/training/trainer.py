@@ -32,14 +32,16 @@ from launch.training.run_folder import prepare_folder
 from launch.training.scaling import GradientUnscaler
 from launch.training.summary import Summary, total
 from launch.training.world import World, bound_waiting, join_world
-from lpcompile import Policy, advance, load_policy, lpcompile, report
+from lpcompile import Policy, advance, compile_joint, load_policy, lpcompile, report
 from lpcompile.api import run_state
 from lpcompile.errors import LoweringWarning
+from lpcompile.frontends.joint.compiling import Backend
 from lpcompile.reporting.trouble import trouble_of
 from runtime.collectives.counter import StepBytes
 from runtime.errors import LpError
 from runtime.optim.loss_scale import LossScale
 
+_BACKENDS: dict[str, Backend] = {"joint": "aot_eager", "inductor": "inductor"}
 _MAX_SKIPS = 64  # in a row; a dynamic scale of 65536 needs 16 to reach 1
 _EVALUATION_STREAM = 2**10 - 1  # the last micro-batch number that has a random stream; no training one gets there
 
@@ -115,6 +117,8 @@ class Run:
         self._compile()
         self.unscaler = GradientUnscaler(self.model, self.scale, world)
         self.engine = _build_engine(self.model, config, policy, world)
+        if config.capture in _BACKENDS:
+            compile_joint(self.model, backend=_BACKENDS[config.capture])
         bound_waiting(config)
         self.skips = 0
 
@@ -316,6 +320,8 @@ class Run:
             corpus=self.corpus.name,
             corpus_sha256=self.corpus.sha256,
             folder=str(self.folder),
+            graphs=certificate.num_graphs,
+            products_in_graphs=certificate.num_rewritten,
         )
 
 

@@ -34,7 +34,7 @@ from runtime.quantize.qtensor import QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState, find_state
-from runtime.streams import NO_CLOCK
+from runtime.streams import NO_CLOCK, Turn
 
 
 def scale(x: Tensor, spec: str) -> Tensor:
@@ -140,17 +140,13 @@ def _gemm(
 def _cast_gradient(
     dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
 ) -> tuple[Tensor, Tensor]:
-    state, parsed = _state(clock, key), QuantSpec.parse(spec)
-    operand = gemms.cast_gradient(dy, parsed, state, site, slot)
     owner = find_state(key)
-    if owner is not None:
-        owner.note_overflow(state.overflow)
-    return _pair(dy, operand)
+    return _pair(dy, gemms.cast_gradient(dy, QuantSpec.parse(spec), owner, site, slot, Turn(tuple(clock), site)))
 
 
 def cast_result(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int) -> tuple[Tensor, Tensor]:
     """Grid and scale of a cast, scale 1 where the spec has none; neither is x itself."""
-    return _pair(x, gemms.cast(x, QuantSpec.parse(spec), _state(clock), site, slot))
+    return _pair(x, gemms.cast(x, QuantSpec.parse(spec), Turn(tuple(clock), site), site, slot))
 
 
 def _pair(x: Tensor, operand: QTensor) -> tuple[Tensor, Tensor]:

@@ -236,3 +236,24 @@ def _a_worker_of(parent: "subprocess.Popen[bytes]", run: Path) -> int:
         assert parent.poll() is None
     children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True).stdout
     return int(children.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [pytest.param(DDP, id="ddp"), pytest.param([*ZERO, "2"], id="zero2")])
+def test_a_run_by_joint_graphs_has_the_losses_of_eager_code(engine: list[str], tmp_path: Path) -> None:
+    """Run op by op: bit for bit, two micro-batches a step; the summary counts what was captured."""
+    for capture in ("eager", "joint"):
+        more = ["--nproc", "2", "--steps", "5", "--grad-accumulation", "2", "--capture", capture, "--out", capture]
+        succeed(tmp_path, *TINY, *engine, *more)
+    eager, joint = (metrics(tmp_path / capture) for capture in ("eager", "joint"))
+    for name in ("loss", "grad_norm", "validation", "gradient_bytes"):
+        assert [step[name] for step in joint] == [step[name] for step in eager]
+    summary = json.loads((tmp_path / "joint" / "summary.json").read_text())
+    assert summary["graphs"] >= 2
+    assert summary["products_in_graphs"] >= 27 + 9  # three roles in training, FWD in evaluation
+
+
+def test_zero_3_is_refused_by_joint_graphs(tmp_path: Path) -> None:
+    done = train(tmp_path, *TINY, *ZERO, "3", "--capture", "joint")
+    assert done.returncode != 0
+    assert "--capture eager" in done.stdout + done.stderr
