@@ -122,6 +122,7 @@ def _copy_graph(graph: fx.Graph, opaque: fx.Node, leaf: Leaf, module: nn.Module,
             target = f"{leaf.path}.{node.target}".lstrip(".")
             if node.op == "get_attr" or has_tensor(module, str(node.target)):
                 images[node] = graph.get_attr(target)
+                images[node].meta |= node.meta
         else:
             node.args = tuple(arg if not isinstance(arg, fx.Node) or arg in images else None for arg in node.args)
             images[node] = graph.node_copy(node, images.__getitem__)

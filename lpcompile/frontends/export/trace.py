@@ -162,7 +162,7 @@ def _name_functional(graph: fx.Graph) -> None:
 def _keep_own_meta(node: fx.Node) -> None:
     """Of torch.export's metadata the shape and dtype of a tensor, at the sizes of the example."""
     value = node.meta.get("val")
-    kept = {key: node.meta[key] for key in (SITE, GROUP, REPEATED, WEIGHT) if key in node.meta}
+    kept = {key: node.meta[key] for key in (SITE, GROUP, REPEATED, WEIGHT, META) if key in node.meta}
     node.meta.clear()
     node.meta.update(kept)
     if isinstance(value, Tensor):

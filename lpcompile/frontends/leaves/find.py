@@ -159,7 +159,7 @@ def part_graph(module: nn.Module, leaf: Leaf) -> fx.Graph:
     names = ("a", "b") if leaf.op == "matmul" else ("x", "weight", "bias")
     operands = tuple(graph.placeholder(name) for name in names)
     operands[1].meta[WEIGHT] = leaf.op != "matmul"
-    _note_if_not_real(operands[1], module)
+    _note_weight(operands[1], module)
     if leaf.op == "linear":
         node = graph.call_function(torch._C._nn.linear, operands)
     elif leaf.op == "matmul":
@@ -190,7 +190,7 @@ def leaf_graph(module: nn.Module) -> fx.Graph:
     graph = fx.Graph()
     x = graph.placeholder(next(name for name in inspect.signature(type(module).forward).parameters if name != "self"))
     weight = graph.get_attr("weight")
-    _note_if_not_real(weight, module)
+    _note_weight(weight, module)
     bias = graph.get_attr("bias") if has_tensor(module, "bias") else None
     graph.output((row[1](graph, module, (x, weight, bias)),))
     return graph
@@ -201,10 +201,10 @@ def has_tensor(module: nn.Module, name: str) -> bool:
     return is_parametrized(module, name) or getattr(module, name, None) is not None
 
 
-def _note_if_not_real(node: fx.Node, module: nn.Module) -> None:
-    """Of a leaf without recording the graph shows no dtypes; one that nothing can cast it must."""
+def _note_weight(node: fx.Node, module: nn.Module) -> None:
+    """What passes ask of a weight: its sizes and its dtype. One that is partitioned away has none."""
     weight = module._parameters.get("weight")
-    if type(weight) is nn.Parameter and not weight.is_floating_point():
+    if type(weight) is nn.Parameter and weight.numel():
         node.meta["tensor_meta"] = _extract_tensor_metadata(weight)
 
 
