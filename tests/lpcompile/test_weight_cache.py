@@ -336,7 +336,11 @@ def test_nothing_of_it_is_in_a_state_dict_or_a_checkpoint() -> None:
     results(model, batch())
     model.zero_grad()
     assert list(model.state_dict()) == list(mlp().state_dict())
-    assert abs(len(pickle.dumps(model)) - before) < 1024 < report(model).kept_bytes
+    after = len(pickle.dumps(model))
+    assert after - before < report(model).kept_bytes / 2, "counters and plans, and no cast"
+    results(model, batch())
+    model.zero_grad()
+    assert len(pickle.dumps(model)) == after
 
 
 SCHEDULE = """
