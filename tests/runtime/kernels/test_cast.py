@@ -330,7 +330,7 @@ def test_a_machine_without_a_compiler_serves_everything_and_says_once_per_file_w
         outcomes.append(torch.load(saved))
     (with_kernels, _), (without, said) = outcomes
     assert all(map(same_bits, with_kernels, without))
-    assert len(said) == len({one.partition(":")[0] for one in said}) == 3  # cast.cpp and both of accumulate
+    assert len(said) == len({one.partition(":")[0] for one in said}) == 4  # cast.cpp, grid.cpp and both of accumulate
     for one in said:
         assert "no C++ compiler: looked for g++, c++, clang++" in one
         assert "the pure-torch path serves, with equal bits and slower" in one
