@@ -60,7 +60,7 @@ class ChooseAccumulator(Pass):
         for site, layer in program.specs.items():
             chosen = {role: layer.role(role) for role in ROLES}
             for role, gemm in chosen.items():
-                n = lengths.get(site, Lengths()).get(role)
+                n = lengths.get(site, Lengths()).get(role) or None  # an empty sum says nothing of others
                 if gemm.accumulator.is_open:
                     chosen[role], why = self._close(gemm, n)
                     program.decisions.setdefault(site, {})[role] = why

@@ -171,7 +171,7 @@ def check_transforms(is_identity: bool) -> None:
 
 def under_autocast(lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands of torch's own op in the dtype of autocast, of which aten's own convolution knows nothing."""
-    if not torch.is_autocast_enabled(lhs.device.type):
+    if lhs.is_meta or not torch.is_autocast_enabled(lhs.device.type):
         return lhs, rhs, bias
     dtype = result_dtype(lhs)
     return lhs.to(dtype), rhs.to(dtype), None if bias is None else bias.to(dtype)

@@ -9,6 +9,7 @@ import ctypes
 import math
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +60,28 @@ def codes_library() -> ctypes.CDLL | None:
     library.lp_decode.argtypes = [plan, pointer, integer, pointer, size, integer]
     library.lp_codes.argtypes = [plan, pointer, pointer, size, pointer, size, pointer, integer, integer]
     library.lp_codes.restype = None
-    casts.lp_encode.argtypes = [
-        *(ctypes.POINTER(CastPlan), ctypes.POINTER(TablePlan), plan, pointer, integer, pointer, integer, size, size),
-        *(pointer, size, size, ctypes.POINTER(RandomPlan), integer),
-    ]
     return library
+
+
+def _encoder(casts: ctypes.CDLL) -> Any:
+    """lp_encode of the library of casts, its arguments declared: a library that was loaded again knows none."""
+    if casts.lp_encode.argtypes is None:
+        plan, pointer, size, integer = ctypes.POINTER(CodePlan), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        casts.lp_encode.argtypes = [
+            *(
+                ctypes.POINTER(CastPlan),
+                ctypes.POINTER(TablePlan),
+                plan,
+                pointer,
+                integer,
+                pointer,
+                integer,
+                size,
+                size,
+            ),
+            *(pointer, size, size, ctypes.POINTER(RandomPlan), integer),
+        ]
+    return casts.lp_encode
 
 
 @lru_cache(maxsize=1024)
@@ -141,7 +159,7 @@ def encode(
     assert codes is not None
     out = torch.empty(x.shape, dtype=code_dtype(row.bits), device="cpu")
     m, k = (1, x.numel()) if scale is None else matrix_shape(x.shape)
-    beyond = library.lp_encode(
+    beyond = _encoder(library)(
         *(cast_plan(format, rounding), table_plan(format, rounding), codes),
         *(address(x), DTYPES.index(x.dtype), address(out), BYTES[out.dtype], m, k),
         *(None if scale is None else address(scale), *((m, k) if scale is None else tile)),
