@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import launch.engines.ddp
-import runtime.ops.layer
+import runtime.ops.products
 from launch.training.config import RunConfig
 from launch.training.trainer import Run
 from launch.training.world import World, join_world
@@ -146,12 +146,12 @@ def _tampering(swap: Swap | None) -> Iterator[None]:
 @contextmanager
 def _zeroed_grad() -> Iterator[None]:
     """While open, the GRAD product of every GEMM that the policy names is zero."""
-    product = runtime.ops.layer.multiply_grad
+    product = runtime.ops.products.multiply_grad
 
     def zeros(*arguments: Any) -> Tensor:
         return torch.zeros_like(product(*arguments))
 
-    with patch.object(runtime.ops.layer, "multiply_grad", zeros):
+    with patch.object(runtime.ops.products, "multiply_grad", zeros):
         yield
 
 
