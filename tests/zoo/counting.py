@@ -86,10 +86,10 @@ def count_products(model: nn.Module, batch: Mapping[str, Any], aside: Sequence[n
 def _compiled_gemms_aside(mode: _Count) -> Iterator[None]:
     original = runtime.ops.layer.run_gemm
 
-    def run_gemm(*args: Any) -> Any:
+    def run_gemm(*args: Any, **kwargs: Any) -> Any:
         mode.is_inside = True
         try:
-            return original(*args)
+            return original(*args, **kwargs)
         finally:
             mode.is_inside = False
 
