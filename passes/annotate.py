@@ -52,7 +52,7 @@ def as_stored(gemm: GemmNode | Unreadable, spec: LayerSpec) -> LayerSpec:
 
 
 def _dtype_of(node: object) -> torch.dtype | None:
-    """Of what the recorder saw, or torch.compile; an operation that a pass wrote gives the dtype of its first operand.
+    """Of the example call, or of torch.compile; an operation that a pass wrote gives the dtype of its first operand.
     None if it is not known.
     """
     while isinstance(node, fx.Node):

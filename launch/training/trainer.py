@@ -174,7 +174,7 @@ class Run:
         self._certify()
 
     def _certify(self) -> None:
-        """Written at the start, for a run that is lost, and at the end, when it is known which guards were missed."""
+        """Written at the start, for a run that is lost, and at the end, when it is known which calls ran otherwise."""
         if self.world.is_first:
             certificate = report(self.model)
             (self.folder / "certificate.json").write_text(certificate.to_json())

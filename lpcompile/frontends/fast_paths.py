@@ -11,7 +11,7 @@ from torch import nn
 
 
 def close_fast_paths(model: nn.Module) -> None:
-    """Let every encoder and encoder layer call its children. Done before recording, which guards the attribute."""
+    """Let every encoder and encoder layer call its children. Done before the example call."""
     for module in model.modules():
         for kind, name, closed in _SWITCHES:
             if isinstance(module, kind) and hasattr(module, name):

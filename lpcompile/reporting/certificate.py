@@ -39,9 +39,9 @@ class Report:
     unreached: dict[str, str]
     """Modules whose GEMMs no graph shows, with the reason."""
     uncalled: list[str]
-    """Sites of leaves that the recorded forward never called: their weights may be used by other operations."""
+    """Sites of leaves that the example forward never called: their weights may be used by other operations."""
     guard_misses: dict[str, str]
-    """Modules that ran their original forward because no recording fitted: how often, and what differed first."""
+    """mode="infer": calls that ran module by module, since the exported graph fits no such call: how many, and why."""
     captured: bool
     num_quantize_before: int
     """Casts of a forward pass before sharing."""

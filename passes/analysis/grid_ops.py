@@ -120,7 +120,7 @@ def scale_behind(graph: fx.Graph, op: GridOp, scale: fx.Node, spec: QuantSpec) -
 
 
 def elements(node: fx.Node) -> int | None:
-    """How many, as the recorder saw it; None for what is no floating-point tensor."""
+    """How many, in the example call; None for what is no floating-point tensor."""
     meta = node.meta.get(META)
     if meta is None or not hasattr(meta, "dtype") or not meta.dtype.is_floating_point:
         return None

@@ -1,6 +1,6 @@
 """Traffic: how many casts one forward runs, and how many bytes they and the ops that can carry grid values move.
 
-An op moves what it reads and what it writes, by the shapes that the recorder saw. Counted are lp.scale, lp.quantize,
+An op moves what it reads and what it writes, by the shapes of the example call. Counted are lp.scale, lp.quantize,
 lp.dequantize, relu, max-pool, cat, copies into contiguous order, and amax; a view moves nothing, and a GEMM moves the
 same whatever these passes do.
 """

@@ -1,4 +1,4 @@
-"""Types of nodes: what the text says each value is, from the node's declaration or from what the recorder saw."""
+"""Types of nodes: what the text says each value is, from the node's declaration or from the example call."""
 
 import operator
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from runtime.ops.dialect import OP_OF
 from runtime.ops.types import DTYPE_NAMES, VALUE, Operands, OpType, PlainType, TensorType
 
 META = "tensor_meta"
-"""Key of `node.meta`: shape and dtype of a tensor, as the recorder saw them."""
+"""Key of `node.meta`: shape and dtype of a tensor, as the example call had them."""
 
 
 Types = Mapping[fx.Node, OpType]
@@ -29,7 +29,7 @@ def types_of(graph: fx.Graph) -> dict[fx.Node, OpType]:
 
 
 def type_of(node: fx.Node, types: Types) -> OpType:
-    """An lp op's declared result, a tensor the recorder saw, the RunState, a size, or `!torch.value`."""
+    """An lp op's declared result, a tensor of the example call, the RunState, a size, or `!torch.value`."""
     if node.op == "call_function" and node.target in OP_OF:
         declared = declared_type(node, types)
         return declared if declared is not VALUE else seen_type(node)
@@ -57,7 +57,7 @@ def tensor_meta(kind: TensorType) -> TensorMetadata:
 
 
 def seen_type(node: fx.Node) -> OpType:
-    """The tensor that the recorder saw there."""
+    """The tensor that the example call had there."""
     meta = node.meta.get(META)
     if not isinstance(meta, TensorMetadata) or meta.dtype not in DTYPE_NAMES:
         return VALUE
