@@ -45,6 +45,12 @@ def installed(module: nn.Module) -> Any:
     return vars(module).get(RECORD)
 
 
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the module has where nothing is installed."""
+    made = _captured_base(type(module))
+    return type(module).forward if made is None else _original_class(made).forward
+
+
 def captured_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` whose forward runs what is installed. Name, signature and docstring are those of `cls`."""
     made = _MADE.get(cls)

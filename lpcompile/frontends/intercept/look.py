@@ -157,15 +157,13 @@ class _Spy:
     seen: Seen
 
     def __call__(self, lhs: Tensor, rhs: Tensor, *rest: Any, geometry: ConvGeometry | None = None) -> Tensor:
-        if self.kind.startswith("grouped "):
-            return self._grouped(lhs, rhs, *rest)
         self.seen.note(self.site, lengths_of(self.kind, lhs.shape, rhs.shape, geometry), lhs, rhs)
         return contraction_of(self.kind, geometry).native(lhs, rhs, *(rest or (None,)))
 
-    def _grouped(self, x_SK: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        kind = self.kind.removeprefix("grouped ")
-        self.seen.note(self.site, lengths_of(kind, (), weight.shape[1:]), x_SK, weight)
-        return nn.functional.grouped_mm(x_SK, weight.transpose(-2, -1) if kind == "linear" else weight, offs=ends)
+    def count(self) -> None:
+        """Torch runs it, and its sizes are those of its weight."""
+
+    is_identity = True
 
 
 @dataclass(eq=False)
@@ -216,11 +214,7 @@ def _install(twin: nn.Module, leaves: list[Leaf], scoped: list[str], seen: Seen)
     modules, host = dict(twin.named_modules()), _LookingHost(seen)
     for path in {leaf.path: None for leaf in leaves}:
         module = modules[path]
-        parts = {
-            leaf.part: _Spy(leaf.name, f"grouped {leaf.kind}" if leaf.is_grouped else leaf.kind, seen)
-            for leaf in leaves
-            if leaf.path == path
-        }
+        parts = {leaf.part: _Spy(leaf.name, leaf.kind, seen) for leaf in leaves if leaf.path == path}
         install(module, _LookingLeaf(leaf_forward(module), [parts], host.state))
     for path in scoped:
         install(modules[path], _LookingScope(path, host, is_entrance=True))

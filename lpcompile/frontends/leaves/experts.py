@@ -1,19 +1,33 @@
 """Mixture-of-experts layers of transformers with their two products by name: gate_up_proj (or up_proj) and down_proj.
 
-Tokens are sorted by expert, multiplied group by group, weighted and added up per token, operation by operation as the
-library's `grouped_mm` implementation does it, whichever the configuration asks for: equal products give its bits, and
-those of the others up to the order in which a token's experts are added.
+The model's own implementation runs, whichever the configuration asks for; a mode hands on what it multiplies by the
+experts' weights:
+
+    F.linear(x, w[e]), x @ w[e]                      eager: the product of one expert
+    bmm(w[ids], x_SK1), bmm(x_S1K, w[ids])           batched_mm: one product per expert, the rows of each together
+    grouped_mm(x, w, offs)                           grouped_mm: one product per expert
+
+A product of one token per matrix would cast a weight for every token, so those of batched_mm are brought together. What
+the identity runs is the function that the model called, on the operands that it gave.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
-from lpcompile.errors import NotSupported
+from lpcompile.frontends.install import original_forward
+from lpcompile.frontends.intercept.scope import RUNNERS
+from runtime.compile_marks import outside_of_graphs
+from runtime.ops.grouped import join_groups, split_groups
 
-Products = Mapping[str, Callable[..., Tensor]]
+Products = Mapping[str, Any]
+"""A runtime.ops.product.Product by part."""
+Kwargs = Mapping[str, Any]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -31,33 +45,169 @@ def expert_weights(module: Any) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
-def experts(
-    module: Any, products: Products, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """hidden_states (tokens, size), top_k_index and top_k_weights (tokens, k) -> (tokens, size)."""
-    if module._is_expert_parallel:
-        raise NotSupported(
-            "compiled experts do not run expert-parallel", where="lpcompile", hint="expert parallelism off"
-        )
-    num_tokens, num_chosen = top_k_index.shape
-    expert_of_row, order = torch.sort(top_k_index.reshape(-1))
-    counts = torch.histc(expert_of_row.float(), bins=module.num_experts, min=0, max=module.num_experts - 1)
-    ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
+def experts(module: Any, products: Products, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module's class, its products handed to `products`, which has those that a policy names."""
+    if torch.compiler.is_compiling():  # how many rows an expert gets is data: no graph holds it
+        return _run_outside(module, products, args, kwargs)
+    with _ExpertWeights(module, products) as weights:
+        y = original_forward(module)(module, *args, **kwargs)
+    if len(y):
+        weights.tell_unseen()
+    return y
 
-    def multiply(name: str, x: Tensor) -> Tensor:
-        weight = getattr(module, name)
-        y = products[name](x.to(weight.dtype), weight, ends)
-        return y + getattr(module, f"{name}_bias")[expert_of_row] if module.has_bias else y
 
-    x = hidden_states[order // num_chosen]
-    if module.has_gate:
-        x = module._apply_gate(multiply("gate_up_proj", x))
-    else:
-        x = module.act_fn(multiply("up_proj", x))
-    x = multiply("down_proj", x)
-    if module.has_post_expert_norm:
-        x = module.post_expert_norm(x)
-    x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.shape[0], device=order.device)
-    return x[back].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
+@outside_of_graphs
+def _run_outside(module: Any, products: Products, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    return experts(module, products, *args, **kwargs)
+
+
+class _View(NamedTuple):
+    """A tensor made of a weight: the matrices of all experts, that of one (`index`), or one per row (`indices`)."""
+
+    tensor: Tensor
+    part: str
+    is_nk: bool
+    """Whether each matrix lies as (n, k), the weight of a linear layer."""
+    index: Any = None
+    indices: Any = None
+
+
+class _ExpertWeights(TorchFunctionMode):
+    """Follows the weights of one module through one call of it. It is its own frame and scope for a runner of
+    lpcompile/frontends/intercept/products.py.
+    """
+
+    def __init__(self, module: Any, products: Products) -> None:
+        super().__init__()
+        self.module, self.products = module, products
+        self.views: dict[str, list[_View]] = {part: [] for part in expert_weights(module)}
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INDEXING or func in _TURNING or func in _CONVERTING:
+            return self._follow(func, args, kwargs)
+        if func in _GROUPED or func is getattr(torch.ops.transformers, "grouped_mm_fallback", None):
+            return self._multiply_groups(func, args, kwargs)
+        if func in _BATCHED and len(args) == 2:
+            left, right = (self._find(each) for each in args)
+            for view, is_left in ((left, True), (right, False)):
+                if view is not None and view.indices is not None:
+                    return self._multiply_rows(func, args, view, is_left)
+        runner = RUNNERS.get(func)
+        return func(*args, **kwargs) if runner is None else runner(self, func, args, kwargs)
+
+    def tell_unseen(self) -> None:
+        """Count, and tell once, the products that were run where nothing saw them."""
+        for part, product in self.products.items():
+            if part not in self.seen and not self.module._is_expert_parallel and not product.is_identity:
+                implementation = getattr(self.module.config, "_experts_implementation", "")
+                product.fall_through(f"nothing sees the implementation {implementation} multiply by {part}")
+
+    @property
+    def scope(self) -> "_ExpertWeights":
+        return self
+
+    def name(self, stem: str) -> str:
+        return stem
+
+    def leave(self, name: str, op: str, reason: str) -> None:
+        """No product of an expert, or one that `tell_unseen` tells of."""
+
+    def product(self, name: str, op: str, kind: str, lhs: Tensor, rhs: Tensor, *_: Any) -> Any:
+        """What a runner calls for a product by one expert's matrix; None where torch runs it."""
+        view = self._find(rhs)
+        if view is None or view.index is None:
+            return None
+        product = self._named(view)
+        if product is None:
+            return None
+        is_turned, group = view.is_nk is self.module.is_transposed, int(view.index)
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, is_weight: bool = True) -> Tensor:
+            y: Tensor = product(x, weight.mT if is_turned else weight, bias, is_weight=True, group=group)
+            return y
+
+        return run
+
+    def _multiply_groups(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        x, weight, *rest = args
+        offs = rest[0] if rest else kwargs["offs"]
+        view = self._find(weight)
+        product = None if view is None or view.indices is not None else self._named(view)
+        return func(*args, **kwargs) if product is None else self._per_expert(product, x, weight, view, offs)
+
+    def _multiply_rows(self, func: Any, args: tuple[Any, ...], view: _View, is_left: bool) -> Any:
+        """bmm of one matrix per row, which is the left or the right operand."""
+        product = self._named(view)
+        other = args[1 if is_left else 0]
+        if product is None or other.shape[2 if is_left else 1] != 1:
+            return func(*args)
+        counts = torch.bincount(view.indices, minlength=self.module.num_experts)
+        order = torch.argsort(view.indices, stable=True)
+        back = torch.argsort(order)
+        x = other.squeeze(2 if is_left else 1)[order]
+        weight = getattr(self.module, view.part)
+        y = self._per_expert(product, x, weight, view, counts.cumsum(0))[back]
+        return y.unsqueeze(2 if is_left else 1)
+
+    def _per_expert(self, product: Any, x: Tensor, weight: Tensor, view: Any, ends: Tensor) -> Tensor:
+        """Rows of x in consecutive groups, one matrix of `weight` per group."""
+        is_turned = view.indices is None and view.is_nk is self.module.is_transposed
+        matrices = (weight.mT if is_turned else weight).unbind(0)
+        *rows, rest = split_groups(x, ends)
+        pairs = enumerate(zip(rows, matrices))
+        return join_groups([product(x, w, is_weight=True, group=group) for group, (x, w) in pairs], rest)
+
+    def _named(self, view: _View) -> Any:
+        """What the policy has for the part; None where torch's own function runs."""
+        self.seen.add(view.part)
+        product = self.products.get(view.part)
+        if product is not None and product.is_identity:
+            product.count()
+            return None
+        return product
+
+    def _find(self, x: Any) -> _View | None:
+        """What x is, if it is made of a weight."""
+        if not isinstance(x, Tensor):
+            return None
+        is_nk = not self.module.is_transposed
+        for part, views in self.views.items():
+            for view in views:
+                if view.tensor is x:
+                    return view
+            if is_parametrized(self.module, part):  # computed at every use
+                whole = x.dim() == 3 and x.shape == self.module.parametrizations[part].original.shape
+            else:
+                whole = x is getattr(self.module, part)
+            if whole:
+                return _View(x, part, is_nk)
+        return None
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        """Indexing, transposing and converting of what is made of a weight give more of it."""
+        y = func(*args, **kwargs)
+        view = self._find(args[0])
+        if view is None:
+            return y
+        views = self.views[view.part]
+        if func in _CONVERTING:
+            views.append(view._replace(tensor=y))
+        elif func in _TURNING:
+            if y.shape == view.tensor.mT.shape and y.dim() == view.tensor.dim():
+                views.append(view._replace(tensor=y, is_nk=not view.is_nk))
+        elif view.tensor.dim() == 3 and view.indices is None:
+            index = args[1] if func is Tensor.__getitem__ else args[2]
+            if isinstance(index, int) or (isinstance(index, Tensor) and not index.dim()):
+                views[:] = [view._replace(tensor=y, index=index)]
+            elif isinstance(index, Tensor) and index.dim() == 1 and not index.is_floating_point():
+                views[:] = [view._replace(tensor=y, indices=index)]
+        return y
+
+
+_INDEXING = {Tensor.__getitem__, Tensor.select, torch.select, Tensor.index_select, torch.index_select}
+_TURNING = {Tensor.transpose, torch.transpose, Tensor.mT.__get__, Tensor.T.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
+_CONVERTING = {Tensor.float, Tensor.to, Tensor.contiguous}
+_GROUPED: set[Any] = {F.grouped_mm, torch._grouped_mm}
+_BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}

@@ -10,12 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcompile.frontends.intercept.scope import shielded
 from lpcompile.frontends.leaves.find import CompositeForward, Leaf
-from runtime.ops.grouped import join_groups, split_groups
 from runtime.ops.product import Product
 from runtime.state import RunState
 
@@ -35,7 +33,7 @@ class LeafForward:
     def sites(self) -> set[str]:
         """The names of its products, of every phase."""
         parts = [part for products in self.phases if products is not None for part in products.values()]
-        bare = [part.product if isinstance(part, GroupedProduct) else getattr(part, "func", part) for part in parts]
+        bare = [getattr(part, "func", part) for part in parts]
         return {part.name for part in bare if isinstance(part, Product)}
 
     def run(
@@ -55,34 +53,21 @@ class LeafForward:
 
 
 def leaf_products(leaves: list[Leaf], products: Mapping[str, Callable[..., Any]]) -> Products | None:
-    """What runs each part of a leaf: those of `products`, by site, and torch for the rest; None if it runs all."""
-    if not any(leaf.name in products for leaf in leaves):
+    """What runs each part of a leaf: those of `products`, by site, and torch for the rest; None if it runs all. Of a
+    leaf of grouped products those of `products` alone.
+    """
+    named = [leaf for leaf in leaves if leaf.name in products]
+    if not named:
         return None
+    if leaves[0].is_grouped:
+        return {leaf.part: products[leaf.name] for leaf in named}
     return {leaf.part: _part(leaf, products.get(leaf.name)) for leaf in leaves}
 
 
 def _part(leaf: Leaf, product: Callable[..., Any] | None) -> Callable[..., Any]:
-    if leaf.is_grouped:
-        return GroupedProduct(product, leaf.kind == "linear")
     if product is None:
         return torch._C._nn.linear if leaf.kind == "linear" else torch.matmul
     return product if leaf.op == "matmul" else partial(product, is_weight=True)
-
-
-@dataclass
-class GroupedProduct:
-    """Rows in consecutive groups, a matrix per group: one product each, or torch's own."""
-
-    product: Callable[..., Any] | None
-    is_nk: bool
-    """Whether each matrix is stored as (n, k), the weight of a linear layer."""
-
-    def __call__(self, x_SK: Tensor, weight: Tensor, ends_G: Tensor) -> Tensor:
-        if self.product is None:
-            return F.grouped_mm(x_SK, weight.transpose(-2, -1) if self.is_nk else weight, offs=ends_G)
-        *rows, rest = split_groups(x_SK, ends_G)
-        pairs = enumerate(zip(rows, weight.unbind(0)))
-        return join_groups([self.product(x, w, is_weight=True, group=group) for group, (x, w) in pairs], rest)
 
 
 def is_kept_weight(product: Product) -> bool:
