@@ -2,6 +2,7 @@
 
     torch.float8_e4m3fn, FLOAT8E4M3FN (ONNX), kFloat8E4M3 (TransformerEngine), fp8_e4m3     e4m3
     per_token, rowwise                                                                      row
+    Binary8p3se, p3109_k8p3se (gfloat)                                                      binary8p3
     fprop, dgrad, wgrad                                                                     fwd, bwd, grad
 
 A name that stands for several rows (fp8, fp6, fp4, float64 ...) is refused with what each is for, never guessed.
@@ -19,6 +20,8 @@ def format_of(name: str) -> str:
     """The row that a spelling means; the name itself where it is none of these."""
     base, colon, options = name.strip().partition(":")
     plain = _plain(base)
+    if p3109 := re.fullmatch(r"(?:p3109[-_.]?k?|binary)([0-9]+p[0-9]+)(|[su][ef])", plain):
+        return f"binary{p3109[1]}{p3109[2].removesuffix('se')}" + colon + options.lower()
     for known in (plain, plain.replace("_", "-"), plain.replace("-", "")):
         if known in _ROWS:
             return _ROWS[known] + colon + options.lower()

@@ -77,7 +77,7 @@ def why_not_on_grid(op: GridOp, spec: QuantSpec, finite: bool, sees_zero_signs: 
     row = get_format(spec.format)
     if isinstance(row, LookupFormat):
         return f"nothing says that {spec.format} has a 0"
-    has_minus_zero = isinstance(row, FloatFormat) and row.top != "fnuz"
+    has_minus_zero = row.has_negative_zero
     if has_minus_zero and sees_zero_signs:
         return "a small negative number is cast to -0, where relu and max-pool give +0"
     if op.kind == "pool" and not finite and not storage_dtype(spec.format).is_floating_point:

@@ -18,7 +18,7 @@ from runtime.numerics.scaling import power_of_two
 def codes_of_grid(q: Tensor, row: Format) -> Tensor:
     """The codes of values that are on the grid of `row`, or NaN, or the Inf of a format that has one; any float dtype.
 
-    NaN takes the one NaN code whose fraction is all ones, sign kept; in a fnuz format and in a table the only one.
+    NaN takes the one NaN code whose fraction is all ones, sign kept; in a format without -0 and in a table the only one.
     FormatError for NaN in a format that has no code for it.
     """
     q = q.double()
@@ -58,7 +58,9 @@ def grid_of_codes(codes: Tensor, row: Format) -> Tensor:
         value = torch.where(last, torch.where(m == 0, torch.inf, torch.nan), value)
     elif row.top in ("nan", "merged"):
         value = torch.where(all_ones, torch.nan, value)
-    elif row.top == "fnuz":
+    elif row.top == "p3109":
+        value = torch.where(all_ones, torch.inf, value)
+    if not row.has_negative_zero:
         value = torch.where(code == 1 << (row.bits - 1), torch.nan, value)
     return (sign * value).float()
 
@@ -71,10 +73,10 @@ def _codes_of_floats(q: Tensor, is_nan: Tensor, row: FloatFormat) -> Tensor:
     lowest_field = 0 if row.zero_exponent_is_normal else 1
     normal = ((exponent.long() - row.emin + lowest_field) << row.mantissa) + (fraction.long() - 2**row.mantissa)
     code = torch.where(fraction >= 2**row.mantissa, normal, fraction.long())
-    top = 2 ** (row.bits - 1) - 2**row.mantissa
-    code = torch.where(magnitude.isinf(), top, code)
+    infinity = 2 ** (row.bits - 1) - (1 if row.top == "p3109" else 2**row.mantissa)
+    code = torch.where(magnitude.isinf(), infinity, code)
     sign = torch.signbit(q).long() << (row.bits - 1)
-    if row.top == "fnuz":
+    if not row.has_negative_zero:
         return torch.where(is_nan, 1 << (row.bits - 1), code + torch.where(magnitude == 0, 0, sign))
     return torch.where(is_nan, 2 ** (row.bits - 1) - 1, code) + sign
 

@@ -17,7 +17,9 @@ from typing import Literal, get_args
 
 from runtime.errors import FormatError
 
-Top = Literal["ieee", "nan", "none", "merged", "fnuz"]
+Top = Literal["ieee", "nan", "none", "merged", "fnuz", "p3109"]
+_LAST_CODE = ("nan", "merged", "p3109")
+"""Tops that take one code of each sign, the last, from the finite ones."""
 DefaultRounding = Literal["nearest_even", "nearest_away"]
 
 
@@ -25,7 +27,7 @@ DefaultRounding = Literal["nearest_even", "nearest_away"]
 class FloatFormat:
     """A binary floating-point format, one sign bit, `exponent` bits, `mantissa` bits.
 
-    Invariants: 2 <= exponent <= 8, 0 <= mantissa <= 23, and every finite value is an fp32 value.
+    Invariants: 1 <= exponent <= 8 (2 for top ieee), 0 <= mantissa <= 23, and every finite value is an fp32 value.
     """
 
     name: str
@@ -39,7 +41,8 @@ class FloatFormat:
     top: Top = "ieee"
     """The codes with all exponent bits set. ieee: Inf (m = 0) and NaN. nan: finite but the all-ones code, which is NaN.
     merged: the same code, standing for NaN and Inf alike. none: all finite, so the format has neither Inf nor NaN.
-    fnuz: all finite, and the code of -0 is the one NaN, so that there is no -0."""
+    fnuz: all finite, and the code of -0 is the one NaN, so that there is no -0. p3109: fnuz, but the all-ones code is
+    Inf."""
     subnormals: bool = True
     """Whether e = 0 holds subnormals. If not, e = 0 is zero (m != 0 is unused), unless `zero_exponent_is_normal`."""
     zero_exponent_is_normal: bool = False
@@ -50,7 +53,8 @@ class FloatFormat:
     """Where the row comes from."""
 
     def __post_init__(self) -> None:
-        bits = max(2, min(self.exponent, 8)), max(0, min(self.mantissa, 23))
+        least = 1 if self.top in ("fnuz", "p3109") else 2
+        bits = max(least, min(self.exponent, 8)), max(0, min(self.mantissa, 23))
         if bits != (self.exponent, self.mantissa):
             raise FormatError(
                 f'"{self.name}" is not a float format this version has',
@@ -90,12 +94,17 @@ class FloatFormat:
     @property
     def has_negative_zero(self) -> bool:
         """Whether -0 is a value of its own."""
-        return self.top != "fnuz"
+        return self.top not in ("fnuz", "p3109")
 
     @property
     def has_nan(self) -> bool:
         """Whether some code means NaN."""
         return self.top != "none"
+
+    @property
+    def has_infinity(self) -> bool:
+        """Whether some code means Inf and no other does."""
+        return self.top in ("ieee", "p3109")
 
     @property
     def emin(self) -> int:
@@ -105,13 +114,13 @@ class FloatFormat:
     @property
     def emax(self) -> int:
         """Exponent of the largest finite value."""
-        gone = self.top == "ieee" or (self.top in ("nan", "merged") and self.mantissa == 0)
+        gone = self.top == "ieee" or (self.top in _LAST_CODE and self.mantissa == 0)
         return 2**self.exponent - 1 - self.bias - gone
 
     @property
     def max(self) -> float:
         """Largest finite value."""
-        steps_below_two = 2 if self.top in ("nan", "merged") and self.mantissa else 1
+        steps_below_two = 2 if self.top in _LAST_CODE and self.mantissa else 1
         return 2.0**self.emax * (2 - steps_below_two * self.ulp_at_one)
 
     @property
@@ -144,9 +153,9 @@ class FloatFormat:
     def codes(self) -> int:
         """Number of codes with a finite value, +0 and -0 both counted."""
         per_binade = 2**self.mantissa
-        reserved = {"ieee": per_binade, "nan": 1, "merged": 1, "none": 0, "fnuz": 0}[self.top]
+        reserved = {"ieee": per_binade, "nan": 1, "merged": 1, "none": 0, "fnuz": 0, "p3109": 1}[self.top]
         unused = 0 if self.subnormals or self.zero_exponent_is_normal else per_binade - 1
-        return int(2 * (2**self.exponent * per_binade - reserved - unused)) - (self.top == "fnuz")
+        return int(2 * (2**self.exponent * per_binade - reserved - unused)) - (not self.has_negative_zero)
 
     @property
     def ulp_at_one(self) -> float:

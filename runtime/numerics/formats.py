@@ -6,6 +6,7 @@ The named rows are FORMATS; others are written
     intB[:range=full|narrow], uintB[:zero=Z]     integers; narrow, which leaves -2^(B-1) out, is what `intB` means;
                                                  affine: code q stands for q - Z, so that 0 is exact
     pow2[:bits=B,max=K]                          sign, zero and 2^(B-1) - 1 powers of two, the largest 2^K
+    binaryKpP[se|sf]                             P3109: K bits, P of precision, signed, with Inf (e) or without (f)
     dlfloat16:e0=normal|zero                     what exponent field 0 means; normal is what `dlfloat16` means
 
 Formats that share a scale among the elements of a block (mxfp8, nvfp4, ...) are rows of block_formats.py.
@@ -51,6 +52,8 @@ def get_format(name: str) -> Format:
         return _parse_integer(name, int(matched[2]), not matched[1], options)
     if matched := re.fullmatch(r"1-([1-9][0-9]*)-(0|[1-9][0-9]*)", base):
         return _parse_float(name, int(matched[1]), int(matched[2]), options)
+    if matched := re.fullmatch(r"binary([1-9][0-9]*)p([1-9][0-9]*)(|se|sf|ue|uf)", name):
+        return _parse_p3109(name, int(matched[1]), int(matched[2]), matched[3])
     if base == "pow2":
         return _parse_pow2(name, options)
     if base == "dlfloat16":
@@ -123,6 +126,26 @@ def _parse_pow2(name: str, options: list[str]) -> FloatFormat:
     return FloatFormat(name, exponent, 0, bias, "none", subnormals=False, source="powers of two and zero")
 
 
+def _parse_p3109(name: str, bits: int, precision: int, suffix: str) -> Format:
+    """`binaryKpP[se|sf]`; se is what no suffix means."""
+    if suffix == "se":
+        return get_format(name.removesuffix("se"))
+    if suffix.startswith("u"):
+        raise NotSupported(f'"{name}" is unsigned', where="P3109", hint=f"the signed binary{bits}p{precision}")
+    if precision == 1:
+        # Its ties go to the even code, and between two powers of two this system's go to the larger.
+        raise NotSupported(f'"{name}" has no fraction bits', where="P3109", hint=f"1-{bits - 1}-0:top=p3109")
+    if not precision < bits:
+        raise FormatError(f'"{name}" is not a P3109 format', expected="1 < P < K, for signed ones", got=name)
+    return _p3109(name, bits, precision, "fnuz" if suffix == "sf" else "p3109")
+
+
+def _p3109(name: str, bits: int, precision: int, top: Top = "p3109") -> FloatFormat:
+    exponent = bits - precision
+    bias = 2 ** max(0, min(exponent, 16) - 1)
+    return FloatFormat(name, exponent, precision - 1, bias, top, source=_P3109)
+
+
 def _parse_dlfloat(name: str, options: list[str]) -> FloatFormat:
     row, is_normal = FORMATS["dlfloat16"], True
     assert isinstance(row, FloatFormat)
@@ -165,6 +188,7 @@ _NF4 = (
 )
 _FP4 = "Sun et al., Ultra-Low Precision 4-bit Training, NeurIPS 2020"
 _OCP_FP8 = "OCP 8-bit Floating Point Specification v1.0, table 1"
+_P3109 = "IEEE P3109 working group, draft formats for machine learning"
 _OCP_MX = "OCP Microscaling Formats v1.0, section 5.3"
 
 FORMATS: dict[str, Format] = {
@@ -197,6 +221,7 @@ FORMATS: dict[str, Format] = {
         FloatFormat("e4m3-fnuz", 4, 3, 8, top="fnuz", source="Noune et al., arXiv 2206.02915; AMD MI300"),
         FloatFormat("e5m2-fnuz", 5, 2, 16, top="fnuz", source="Noune et al., arXiv 2206.02915; AMD MI300"),
         FloatFormat("e4m3-ieee", 4, 3, 7, source="IEEE 754-2019 rules for 1-4-3; not the OCP e4m3"),
+        *(_p3109(f"binary8p{precision}", 8, precision) for precision in range(2, 8)),
         FloatFormat("pow2", 3, 0, 4, top="none", subnormals=False, source="1-3-0 in radix 2; e = 0 is zero"),
         LookupFormat(
             "fp4-radix4",

@@ -40,12 +40,14 @@ rounded to 7 digits. Finite codes count +0 and -0 both. Rounding is the one that
 nearest_away, toward_zero and stochastic work with every format (int1: not toward_zero, it has no 0).
 """
 _WRITTEN = """
-Also written: `1-E-M[:bias=B,top=ieee|nan|none|merged|fnuz,subnormals=yes|no]`, `intB[:range=full|narrow]`,
-`uintB[:zero=Z]` (affine: code q stands for q - Z), `pow2[:bits=B,max=K]`, `dlfloat16:e0=normal|zero`. Exponent
-field 0 of DLFloat16 is one more binade (normal, the default) or zero.
+Also written: `1-E-M[:bias=B,top=ieee|nan|none|merged|fnuz|p3109,subnormals=yes|no]`, `intB[:range=full|narrow]`,
+`uintB[:zero=Z]` (affine: code q stands for q - Z), `pow2[:bits=B,max=K]`, `dlfloat16:e0=normal|zero`,
+`binaryKpP[se|sf]` (P3109: K bits of which P of precision, 2 or more; signed; e with Inf, which is meant without a
+suffix, f without). Exponent field 0 of DLFloat16 is one more binade (normal, the default) or zero.
 
 Specials: `Inf, NaN`: the top exponent, as in IEEE 754. `NaN`: the all-ones code, of either sign. `one NaN/Inf`: the
-same code for both. `NaN, no -0`: the code of -0 is NaN. Every format saturates unless `overflow="ieee"` is asked for;
+same code for both. `NaN, no -0`: the code of -0 is NaN.
+`Inf, NaN, no -0`: and the all-ones code is Inf. Every format saturates unless `overflow="ieee"` is asked for;
 one without a code for an overflow saturates then too. In a table (fp4-radix4, nf4, e8m0, int1) a tie goes under
 nearest_even to 0 if that is one of the two, else to the larger magnitude. int1 has no 0: sign(0) = +1, in a row of
 zeros too. `subnormals=no` leaves 0 and the smallest normal: what lies between goes to the nearer of them.
@@ -115,6 +117,7 @@ def specials_of(row: Format) -> str:
     """Codes that are no finite number."""
     if isinstance(row, FloatFormat):
         names = {"ieee": "Inf, NaN", "nan": "NaN", "merged": "one NaN/Inf", "none": "none", "fnuz": "NaN, no -0"}
+        names["p3109"] = "Inf, NaN, no -0"
         return names[row.top]
     return "NaN" if row.has_nan else "none"
 

@@ -131,7 +131,7 @@ def _spacing(a: Tensor, row: FloatFormat | IntFormat) -> Tensor:
 
 def meaning_of_overflow(row: Format) -> float | None:
     """What overflow="ieee" gives: Inf, NaN, or None for a format that has neither and saturates all the same."""
-    if isinstance(row, FloatFormat) and row.top == "ieee":
+    if isinstance(row, FloatFormat) and row.has_infinity:
         return torch.inf
     return torch.nan if row.has_nan else None
 

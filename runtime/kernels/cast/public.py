@@ -47,7 +47,7 @@ def quantize(
     Division and multiplication are in fp32, correctly rounded (float64 x: in float64); the result is then cast to x's
     dtype, which for fp16 and bf16 x can round again or overflow.
     Saturates: beyond the largest value, Inf too, gives the largest value. overflow="ieee" gives instead what the top
-    code means, Inf (ieee) or NaN (nan, merged, fnuz, e8m0); a format with neither saturates all the same, and
+    code means, Inf (ieee, p3109) or NaN (nan, merged, fnuz, e8m0); a format with neither saturates all the same, and
     toward zero a finite value gives the largest one (IEEE 754-2019, 7.4).
     Overflow is judged after rounding: 464 is 448 in e4m3, by ties to even.
     Compiled code cannot look at the values of a tensor: there a scale that is a tensor is trusted, and 0 gives NaN.
