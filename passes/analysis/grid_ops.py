@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 
 from passes.ir.gemm_nodes import argument
 from passes.ir.types import META
-from runtime.numerics.format_kinds import FloatFormat, LookupFormat
+from runtime.numerics.format_kinds import LookupFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import QuantSpec
 from runtime.quantize.storage import storage_dtype

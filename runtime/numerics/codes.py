@@ -18,7 +18,7 @@ from runtime.numerics.scaling import power_of_two
 def codes_of_grid(q: Tensor, row: Format) -> Tensor:
     """The codes of values that are on the grid of `row`, or NaN, or the Inf of a format that has one; any float dtype.
 
-    NaN takes the one NaN code whose fraction is all ones, sign kept; in a format without -0 and in a table the only one.
+    NaN takes the one NaN code whose fraction is all ones, sign kept; in a table, or without -0, the only one.
     FormatError for NaN in a format that has no code for it.
     """
     q = q.double()
