@@ -1,10 +1,13 @@
-"""choose-accumulator: `accumulate: auto` becomes the narrowest accumulator under which no sum swamps, and an
-accumulator that the policy states and that would swamp is told.
+"""choose-accumulator: `accumulate: auto` becomes the narrowest accumulator under which no sum swamps and none costs
+more than the casts of its operands, and an accumulator that the policy states and that would swamp is told.
 
 By the variance retention ratio (passes/analysis/vrr.py), from the length of each sum (passes/analysis/lengths.py) and
-the mantissa bits of a product of its operands: v < 50. The theorem speaks of mantissas and of nearest rounding, so
+the mantissa bits of a product of its operands: v < 50. The theorem speaks of mantissas, of nearest rounding and of
+swamping alone, so
 
     the format chosen is 1-E-M with E bits of exponent, 8 by default: the range of fp32
+    M is at least what makes the roundings cost no more than the casts (passes/analysis/sum_error.py)
+    sums rounded toward zero, of which the theorem knows nothing, are chosen and judged by that alone
     sums rounded stochastically keep their mean and are not judged, nor are sums of integers, which add exactly
     a sum of unknown length (no example inputs) is left in fp32, which is told
 
@@ -18,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from passes.analysis.lengths import Lengths, sum_lengths
+from passes.analysis.sum_error import bits_for_casts, kept_toward_zero
 from passes.analysis.vrr import MAX_LOG_LOSS, log_loss, min_accumulator, vrr
 from passes.finding import Finding, names_of
 from passes.ir.program import Program
@@ -78,15 +82,20 @@ class ChooseAccumulator(Pass):
         if n is None:
             return replace(gemm, accumulator=AccumulateSpec()), "auto: fp32, as the length of the sum is not known"
         m_p, terms, chunk = _sum_of(gemm, n)
-        bits = min_accumulator(m_p, terms, chunk, self.nonzero)
+        by_casts = bits_for_casts(gemm, n, self.nonzero)
+        is_cut = gemm.accumulator.rounding == "toward_zero"
+        by_swamping = 0 if is_cut else min_accumulator(m_p, terms, chunk, self.nonzero)
+        bits, why = (by_casts, "the error of the casts") if by_casts > by_swamping else (by_swamping, "VRR")
         format = f"1-{self.exponent}-{bits}" if bits < _FP32_BITS else "fp32"
         accumulator = replace(gemm.accumulator, format=format)
-        return replace(gemm, accumulator=accumulator), f"auto: {accumulator} for {n} products of {m_p} bits, by VRR"
+        return replace(gemm, accumulator=accumulator), f"auto: {accumulator} for {n} products of {m_p} bits, by {why}"
 
     def _judge(self, gemm: GemmSpec, n: int) -> Finding | None:
         how, row = gemm.accumulator, get_format(gemm.accumulate)
         if not isinstance(row, FloatFormat) or how.mode == "stochastic":
             return None
+        if how.mode == "toward_zero":
+            return self._judge_cut(gemm, row, n)
         m_p, terms, chunk = _sum_of(gemm, n)
         loss = log_loss(row.mantissa, m_p, terms, chunk, self.nonzero)
         if loss < MAX_LOG_LOSS:
@@ -99,6 +108,20 @@ class ChooseAccumulator(Pass):
             f"sums of {n} products of {m_p} mantissa bits keep {kept:.2f} of their variance in {how}, by VRR; ln v = "
             f"{loss:.1f} is not below ln 50 = {MAX_LOG_LOSS:.1f}",
             f"an accumulator of {whole} mantissa bits, one of {chunked} in chunks of 64, or accumulate: auto",
+        )
+
+    def _judge_cut(self, gemm: GemmSpec, row: FloatFormat, n: int) -> Finding | None:
+        """Of a sum that is rounded toward zero."""
+        bits = bits_for_casts(gemm, n, self.nonzero)
+        if row.mantissa >= bits:
+            return None
+        kept = kept_toward_zero(row.mantissa, gemm.accumulator, n, self.nonzero)
+        return Finding(
+            "accumulator-swamps",
+            "",
+            f"sums of {n} products keep {kept:.2f} of their variance in {gemm.accumulator}, whose roundings all go "
+            "toward zero and cost more than the casts of the operands do",
+            f"an accumulator of {bits} mantissa bits, nearest rounding, or accumulate: auto",
         )
 
 
