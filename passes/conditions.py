@@ -1,6 +1,6 @@
 """Conditions: what a pass relies on, looked for in the program itself and not in which passes are said to have run.
 
-decomposed   every product that the policy names stands alone
+decomposed   every product that the policy names stands alone, but where it is to run as it is
 uncast       no GEMM is an lp.gemm yet
 unannotated  no GEMM has its spec yet
 annotated    every GEMM that the policy names has its spec, or a reason why not
@@ -45,7 +45,8 @@ def _is_gemm(node: fx.Node) -> bool:
 
 def _is_undecomposed(program: Program, node: fx.Node) -> bool:
     gemm = read_gemm(node) if SITE in node.meta else None
-    return isinstance(gemm, Composite) and any(node.meta[SITE] + part in program.specs for part in gemm.parts)
+    specs = [program.specs.get(node.meta[SITE] + part) for part in gemm.parts] if isinstance(gemm, Composite) else []
+    return any(spec is not None and not spec.is_identity for spec in specs)
 
 
 def _is_unannotated(program: Program, node: fx.Node) -> bool:

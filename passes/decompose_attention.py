@@ -5,7 +5,8 @@
                                                             %y = matmul(%p, heads_like(%v))                   SITE.pv
 
 Outputs and gradients are those of torch's math backend, bit for bit; the fused kernels differ from it in rounding. The
-probabilities are saved for backward, which the fused kernels avoid: attention that no rule names stays fused.
+probabilities are saved for backward, which the fused kernels avoid: attention that no rule names stays fused, and
+so does one whose two products are to run as they are.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from runtime.ops import attention
 
 @dataclass(frozen=True)
 class DecomposeAttention(Pass):
-    """Rewrites every fused attention of which `program.specs` names a product."""
+    """Rewrites every fused attention of which `program.specs` names a product that is not the identity."""
 
     name: ClassVar[str] = "decompose-attention"
 
@@ -34,7 +35,8 @@ class DecomposeAttention(Pass):
                 site = node.meta.get(SITE)
                 if node.target is not F.scaled_dot_product_attention or site is None:
                     continue
-                if f"{site}.qk" in program.specs or f"{site}.pv" in program.specs:
+                specs = [program.specs.get(f"{site}.{part}") for part in ("qk", "pv")]
+                if any(spec is not None and not spec.is_identity for spec in specs):
                     _rewrite(graph, node, site)
                     changed = True
         return changed
