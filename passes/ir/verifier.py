@@ -16,7 +16,7 @@ from runtime.errors import VerifyError, nearest_names
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.declared import OpDef
 from runtime.ops.dialect import OP_OF, OPS
-from runtime.ops.types import OpType, TensorType, accepts
+from runtime.ops.types import VALUE, OpType, TensorType, accepts
 
 
 def verify(program: Program) -> None:
@@ -143,15 +143,15 @@ def _verify_types(where: str, node: fx.Node, op: OpDef, types: Types) -> None:
         kind = operands[operand.name]
         if kind is not None and not accepts(operand.kind, kind):
             raise VerifyError(f"operand {operand.name} is no {operand.kind}", where=where, got=str(kind))
-    for rule in op.type_rules:
-        if not rule.holds(operands, dict(node.kwargs)):
-            got = ", ".join(f"{name}: {kind}" for name, kind in operands.items() if kind)
-            raise VerifyError(rule.sentence, where=where, got=got)
     try:
-        declared = declared_type(node, types)
-    except (RuntimeError, ValueError) as error:
+        broken = next((rule for rule in op.type_rules if not rule.holds(operands, dict(node.kwargs))), None)
+        declared = VALUE if broken else declared_type(node, types)
+    except (RuntimeError, ValueError) as error:  # of the sizes of a product, which rules ask for too
         got = str(error).partition("\n")[0]
         raise VerifyError("the sizes of its operands do not fit", where=where, got=got) from error
+    if broken is not None:
+        got = ", ".join(f"{name}: {kind}" for name, kind in operands.items() if kind)
+        raise VerifyError(broken.sentence, where=where, got=got)
     seen = seen_type(node)
     if isinstance(declared, TensorType) and isinstance(seen, TensorType) and declared.shape != seen.shape:
         what = "its shape is not what its operands give"
