@@ -55,6 +55,8 @@ class CallCounts:
     """
 
     sites: defaultdict[str, SiteCalls] = field(default_factory=lambda: defaultdict(SiteCalls))
+    are_all: bool = True
+    """False once compiled code holds one of the products."""
     told: dict[tuple[str, Role], tuple[int, int]] = field(default_factory=dict)
     """What `since_told` gave last."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from lpcompile.compiled import Compiled, find_root, get_compiled
 from lpcompile.frontends.install import installed
 from lpcompile.policy.rules import Site
-from lpcompile.reporting.changes import AGAIN, added_sites, lost_leaves
+from lpcompile.reporting.changes import AGAIN, added_sites, lost_leaves, uncalled_leaves
 from lpcompile.reporting.page import make_page
 from lpcompile.reporting.rows import REFUSED, UNCALLED, GemmRow
 from lpcompile.reporting.text import print_report
@@ -38,8 +38,10 @@ class Report:
     """
     unreached: dict[str, str]
     """Modules whose GEMMs no graph shows, with the reason."""
-    uncalled: list[str]
-    """Sites of leaves that the example forward never called: their weights may be used by other operations."""
+    uncalled: dict[str, str]
+    """Sites of leaves that the example forward, or the model so far, never called, and which: other operations may use
+    their weights.
+    """
     guard_misses: dict[str, str]
     """mode="infer": calls that ran module by module, since the exported graph fits no such call: how many, and why."""
     captured: bool
@@ -63,7 +65,7 @@ class Report:
 
     @property
     def called(self) -> list[GemmRow]:
-        """The rows but those of leaves that the example forward never called."""
+        """The rows but those of leaves that were never called."""
         return [row for row in self.gemms if row.fidelity != UNCALLED]
 
     def by_backend(self) -> dict[str, int]:
@@ -105,7 +107,12 @@ def report(model: nn.Module) -> Report:
         if (record := installed(module)) is not None and getattr(record, "num_misses", False)
     }
     lost = lost_leaves(root, compiled)
-    rows = [row for site in compiled.sites for row in _rows_of_site(compiled, site, lost.get(site.name, ""))]
+    uncalled = uncalled_leaves(compiled)
+    rows = [
+        row
+        for site in compiled.sites
+        for row in _rows_of_site(compiled, site, lost.get(site.name, ""), uncalled.get(site.name, ""))
+    ]
     rows += [row for site in added_sites(root, compiled) for row in _rows_of_added(compiled, site)]
     return Report(
         policy=phase.policy.name,
@@ -115,7 +122,7 @@ def report(model: nn.Module) -> Report:
         unmatched_rules=[*dict.fromkeys(each for phase in compiled.phases for each in phase.resolution.unmatched)],
         warnings=[*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)],
         unreached={item.path: item.reason for item in compiled.unreached},
-        uncalled=[site.name for site in compiled.sites if site.name in compiled.uncalled],
+        uncalled=uncalled,
         guard_misses=misses,
         captured=compiled.called is not None,
         num_quantize_before=phase.num_quantize_before,
@@ -137,8 +144,8 @@ def _counted(num_calls: int) -> str:
     return f"{num_calls} call" if num_calls == 1 else f"{num_calls} calls"
 
 
-def _rows_of_site(compiled: Compiled, site: Site, lost: str) -> list[GemmRow]:
-    """`lost`: why the site no longer runs as it was compiled."""
+def _rows_of_site(compiled: Compiled, site: Site, lost: str, uncalled: str) -> list[GemmRow]:
+    """`lost`: why the site no longer runs as it was compiled; `uncalled`: why it does not run at all."""
     name, phase, counts = site.name, compiled.phase, compiled.state.calls
     spec: LayerSpec | None = phase.program.specs.get(name)
     if spec is None:
@@ -150,8 +157,8 @@ def _rows_of_site(compiled: Compiled, site: Site, lost: str) -> list[GemmRow]:
         calls = (counts.seen(name, role), counts.as_said(name, role), *counts.since_told(name, role))
         if choice is None or lost:
             how = "original", REFUSED, lost or phase.program.refusals.get(name, "")
-        elif name in compiled.uncalled and not calls[0]:
-            how = "none", UNCALLED, f"{_WHY_UNCALLED} ({choice.backend} if it is)"
+        elif uncalled:
+            how = "none", UNCALLED, f"{uncalled} ({choice.backend} if it is)"
         elif calls[1] < calls[0]:
             how = choice.backend, choice.fidelity, f"{calls[0] - calls[1]} of {calls[0]} calls ran otherwise: {fallen}"
         else:
@@ -179,6 +186,3 @@ def _row(
     accumulate = gemm.accumulate + (f"/{gemm.chunk}" if gemm.chunk else "")
     numbers = str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out
     return GemmRow(site.name, site.op, role, *numbers, *how, rule, 2 * (site.n or 0) * (site.k or 0), *calls)
-
-
-_WHY_UNCALLED = "not called by the example forward"

@@ -1,4 +1,6 @@
-"""Changes: what became of the leaves of a compiled model since: replaced, taken out, wrapped, overridden, added."""
+"""Changes: what became of the leaves of a compiled model since: replaced, taken out, wrapped, overridden, added, and
+passed by.
+"""
 
 from collections.abc import Mapping
 
@@ -32,6 +34,18 @@ def lost_leaves(root: nn.Module, compiled: Compiled) -> Mapping[str, str]:
             what = "was taken out of the model" if now is None else f"was replaced by a {type(now).__name__}"
             reasons[leaf.name] = f"the module {what} after compiling. Try {AGAIN}"
     return reasons
+
+
+def uncalled_leaves(compiled: Compiled) -> dict[str, str]:
+    """Site -> which call passed the leaf by: that of the examples, or all so far that eager code made. Nothing is said
+    of what compiled code holds, nor before the first call.
+    """
+    counts, named = compiled.state.calls, {site.name for site in compiled.sites}
+    passed = dict.fromkeys(compiled.uncalled, "not called by the example forward")
+    if counts.are_all and compiled.mode == "train" and any(counts.seen(name, "fwd") for name in counts.sites):
+        products = compiled.phase.products
+        passed = {leaf.name: "not called so far" for leaf in compiled.leaves if leaf.name in products} | passed
+    return {name: why for name, why in passed.items() if name in named and not counts.seen(name, "fwd")}
 
 
 def added_sites(root: nn.Module, compiled: Compiled) -> list[Site]:

@@ -64,7 +64,7 @@ def _notes(report: "Report") -> list[tuple[str, list[str]]]:
         ("warnings", [str(finding) for finding in report.warnings]),
         ("left alone", report.left_alone),
         ("not reached", [f"{path}: {reason}" for path, reason in report.unreached.items()]),
-        ("never called", report.uncalled),
+        ("never called", [f"{name}: {reason}" for name, reason in report.uncalled.items()]),
         ("passes", report.passes),
         ("joint", [report.joint] if report.joint else []),
     ]

@@ -98,7 +98,7 @@ def _refusals(rows: Sequence[GemmRow]) -> Iterable[str]:
 def _remarks(report: "Report") -> list[str]:
     lines = [f"left alone: {name}" + _times(count) for name, count in fold_names(report.left_alone)]
     lines += [f"not reached: {path}: {reason}" for path, reason in report.unreached.items()]
-    lines += [f"never called: {name}: not called by the example forward" for name in report.uncalled]
+    lines += [f"never called: {name}: {reason}" for name, reason in report.uncalled.items()]
     lines += [f"guard missed: {path or '(root)'}: {reason}" for path, reason in report.guard_misses.items()]
     lines.append(
         f"casts in a forward pass: {report.num_quantize_before} before sharing, {report.num_quantize_after} after"

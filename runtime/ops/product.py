@@ -29,7 +29,7 @@ from runtime.quantize.cast_memo import MEMO
 from runtime.quantize.kept_casts import Lifetime
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import to_grid
-from runtime.state import RunState
+from runtime.state import RunState, find_state
 from runtime.streams import SITE_BITS, Turn
 
 
@@ -191,6 +191,7 @@ class TracedProduct:
     ) -> Tensor:
         """As a Product; `group` is what is added to the number of the site."""
         site, of = self.site + group, self.casts
+        _note_trace(self.state.key)
         if _draws(self.spec):
             site = site + (_count_in_trace(self.state.key, site) << SITE_BITS)
         text = "" if geometry is None else print_geometry(geometry)
@@ -222,6 +223,14 @@ class TracedProduct:
         elif not text.endswith("!"):
             scale = dialect.scale(x, spec=spec)
         return carrier, (dialect.quantize(x, scale, state, spec=spec, site=site, slot=slot), scale)
+
+
+@constant_result
+def _note_trace(key: int) -> None:
+    """Compiled code counts no calls."""
+    state = find_state(key)
+    if state is not None:
+        state.calls.are_all = False
 
 
 @constant_result

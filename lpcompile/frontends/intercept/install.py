@@ -10,6 +10,7 @@ from lpcompile.frontends.install import install
 from lpcompile.frontends.intercept import products as _runners  # noqa: F401  fills the table of runners
 from lpcompile.frontends.intercept.look import Seen
 from lpcompile.frontends.intercept.scope import Scope
+from lpcompile.frontends.intercept.weight_reads import reads_a_matrix_below
 from lpcompile.frontends.leaves.find import Leaf, is_composite, is_of_leaf_kind
 from lpcompile.policy.describe import classes_of
 from lpcompile.policy.patterns import layer_of
@@ -58,7 +59,7 @@ def _entrances(compiled: Compiled, writers: Mapping[str, nn.Module], seen: Seen 
 
 def _nameable(policy: Policy, writers: Mapping[str, nn.Module], num_layers: Mapping[str, int]) -> set[str]:
     """Those of which a rule names some product, were they to write one. Products with a weight are looked for where the
-    module itself holds a matrix.
+    module itself holds a matrix, or reads one of its children's.
     """
     sites = {path: possible_sites({path: module}, num_layers) for path, module in writers.items()}
     specs = policy.resolve([site for each in sites.values() for site in each]).specs
@@ -70,6 +71,7 @@ def possible_sites(writers: Mapping[str, nn.Module], num_layers: Mapping[str, in
     sites = []
     for path, module in writers.items():
         has_matrix = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+        has_matrix = has_matrix or reads_a_matrix_below(module)
         layers = num_layers.get((layer_of(path) or ("", 0))[0])
         for name, op in (*_PRODUCTS, *(_WEIGHTED if has_matrix else ())):
             sites.append(
