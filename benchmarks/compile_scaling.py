@@ -1,22 +1,22 @@
 """What compiling costs: time and memory of lpcompile with depth, and what looking at products costs in a step.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.compile_scaling [--layers 2 8 32 80] [--policy hfp8]
+    OMP_NUM_THREADS=1 python -m benchmarks.compile_scaling [--layers 2 8 32 80] [--policy hfp8] [--rounds 200]
 
 First table: Llama-shaped models on the meta device, widths of Llama-2-70B (80 layers: 69 B parameters). Each depth runs
-in a process of its own, after one layer has been compiled there; seconds are wall time of lpcompile with an example
-call, the peak is what the process grew by. A layer's cost is the slope between two depths: ms and MiB per further
-layer, and the ms over the smallest of the table. Second table: forward and backward of a GPT-2 of 2 layers, width 256,
-batch 1, length 64 (eager): the original; under policy `fp32`, which touches nothing; and with the products of attention
-named as fp32, so that all they do is pass through the mode. Medians of turns, and the ratio to the original.
+in a process of its own, after one layer has been compiled there; ms are the process's CPU time in lpcompile, by leaves
+alone and with an example call besides; the peak is what the process grew by. A layer's cost is the slope between two
+depths: ms and MiB per further layer. Second table: forward and backward of a GPT-2 of 2 layers, width 256, batch 1,
+length 64 (eager): the original; under policy `fp32`, which touches nothing; and with the products of attention named as
+fp32, so that all they do is pass through the mode. Medians of turns, and the ratio to the original.
 """
 
 import argparse
 import copy
-import itertools
 import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -34,15 +34,33 @@ LLAMA_2_70B = {
 }
 
 
-def measure(num_layers: int, policy: str) -> tuple[float, float, int, float]:
-    """(seconds, MiB beyond the size before, modules with a record of ours, 1e9 parameters) of one compilation."""
-    _compile(_llama(1), policy)
-    model = _llama(num_layers)
+@dataclass(frozen=True)
+class Cost:
+    """Of compiling one model."""
+
+    layers: int
+    parameters: int
+    modules: int
+    """With a record of ours."""
+    leaves_ms: float
+    example_ms: float
+    mib: float
+    """Beyond the size of the process before."""
+
+
+def measure(num_layers: int, policy: str) -> Cost:
+    tokens = torch.zeros(4, 128, dtype=torch.long, device="meta")
+    example = {"example_kwargs": {"input_ids": tokens}}
+    lpcompile(_llama(1), policy)
+    lpcompile(_llama(1), policy, **example)
+    models = _llama(num_layers), _llama(num_layers)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = _compile(model, policy)
+    leaves_ms = _cpu_ms(lambda: lpcompile(models[0], policy))
+    example_ms = _cpu_ms(lambda: lpcompile(models[1], policy, **example))
     mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    num_captured = sum("_lp_captured" in vars(module) for module in model.modules())
-    return seconds, mib, num_captured, sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    modules = sum("_lp_captured" in vars(module) for module in models[1].modules())
+    parameters = sum(parameter.numel() for parameter in models[1].parameters())
+    return Cost(num_layers, parameters, modules, leaves_ms, example_ms, mib)
 
 
 def _llama(num_layers: int) -> nn.Module:
@@ -51,38 +69,32 @@ def _llama(num_layers: int) -> nn.Module:
         return LlamaForCausalLM(config)
 
 
-def _compile(model: nn.Module, policy: str) -> float:
-    tokens = torch.zeros(4, 128, dtype=torch.long, device="meta")
-    start = time.perf_counter()
-    lpcompile(model, policy, example_kwargs={"input_ids": tokens})
-    return time.perf_counter() - start
+def _cpu_ms(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return 1e3 * (time.process_time() - start)
 
 
 def print_scaling(depths: list[int], policy: str) -> None:
     context = multiprocessing.get_context("spawn")
-    rows = []
+    costs = []
     for num_layers in depths:
         with context.Pool(1) as pool:
-            rows.append((num_layers, *pool.apply(measure, (num_layers, policy))))
-    slopes = [
-        (1e3 * (now[1] - then[1]) / (now[0] - then[0]), (now[2] - then[2]) / (now[0] - then[0]))
-        for then, now in itertools.pairwise(rows)
-    ]
+            costs.append(pool.apply(measure, (num_layers, policy)))
     print(
-        "| layers | 1e9 parameters | seconds | ms per layer in all | ms per further layer | over the least |"
-        " peak MiB | MiB per further layer | modules |\n|---|---|---|---|---|---|---|---|---|"
+        "| layers | 1e9 params | modules | ms by leaves | per further layer | ms with an example | per further layer |"
+        " peak MiB | per further layer |\n|---|---|---|---|---|---|---|---|---|"
     )
-    least = min((slope for slope, _ in slopes), default=0.0)
-    further = ["- | - |", *(f"{slope:.0f} | {slope / least:.2f} |" for slope, _ in slopes)]
-    grown = ["-", *(f"{mib:.2f}" for _, mib in slopes)]
-    for (num_layers, seconds, mib, num_captured, size), time_cells, mib_cell in zip(rows, further, grown):
-        print(
-            f"| {num_layers} | {size:.1f} | {seconds:.2f} | {1e3 * seconds / num_layers:.0f} | {time_cells}"
-            f" {mib:.0f} | {mib_cell} | {num_captured} |"
-        )
+    for then, now in zip([None, *costs], costs):
+        cells = [str(now.layers), f"{now.parameters / 1e9:.1f}", str(now.modules)]
+        for name in ("leaves_ms", "example_ms", "mib"):
+            value = getattr(now, name)
+            slope = "-" if then is None else f"{(value - getattr(then, name)) / (now.layers - then.layers):.2f}"
+            cells += [f"{value:.0f}", slope]
+        print(f"| {' | '.join(cells)} |")
 
 
-def print_interception(rounds: int = 200) -> None:
+def print_interception(rounds: int) -> None:
     config = GPT2Config(n_embd=256, n_layer=2, n_head=4, n_positions=64, vocab_size=512, use_cache=False)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -109,9 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32, 80])
     parser.add_argument("--policy", default="hfp8")
+    parser.add_argument("--rounds", type=int, default=200, help="timed steps of each contender (default: 200)")
     options = parser.parse_args()
     print_scaling(options.layers, options.policy)
-    print_interception()
+    print_interception(options.rounds)
 
 
 if __name__ == "__main__":

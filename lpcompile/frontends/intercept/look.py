@@ -2,7 +2,8 @@
 
 The copy is called in training and in evaluation mode, with copies of the arguments. Generators of random numbers, and
 what the globals hold that a forward names, are put back. Of a large model the copy holds no data (FakeTensorMode),
-unless its forward reads some.
+unless its forward reads some. So it is with a model on the meta device, whose tensors then say themselves that they
+hold no data: on plain meta tensors a forward that asks for a value fails.
 """
 
 import copy
@@ -11,14 +12,14 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from lpcompile.errors import LpError
 from lpcompile.frontends.install import install
@@ -87,25 +88,28 @@ def look_at(
     """What a call of `model` runs: its leaves, and the products of the modules `scoped`, paths. Raises what the call
     raises.
     """
-    if _num_bytes(model) > _SMALL:
-        seen = Seen()
+    if _num_bytes(model) > _SMALL or any(parameter.is_meta for parameter in model.parameters()):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                _call_copies(model, args, kwargs, leaves, scoped, seen)
-            return seen
+            return _call_copies(model, args, kwargs, leaves, scoped, FakeTensorMode(allow_non_fake_inputs=True))
         except Exception:  # it reads values: the copy must have some
             pass
-    seen = Seen()
-    _call_copies(model, args, kwargs, leaves, scoped, seen)
-    return seen
+    return _call_copies(model, args, kwargs, leaves, scoped, None)
 
 
 def _call_copies(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any], leaves: list[Leaf], scoped: list[str], seen: Seen
-) -> None:
-    with _no_trace(model):
-        twin = _copy(model)
-        per_call: Counter[str] = Counter()
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    leaves: list[Leaf],
+    scoped: list[str],
+    fake: FakeTensorMode | None,
+) -> Seen:
+    """What was seen; under `fake`, whose tensors hold no data."""
+    seen, per_call = Seen(), Counter[str]()
+    copying = nullcontext() if fake is None else FakeCopyMode(fake)
+    with _no_trace(model), fake or nullcontext():
+        with copying:
+            twin = _copy(model)
         _install(twin, leaves, scoped, seen)
         for path, module in twin.named_modules():
             module.register_forward_pre_hook(_counting(path, per_call))
@@ -113,9 +117,12 @@ def _call_copies(
             if twin.training is not training:
                 twin.train(training)
             per_call.clear()
-            twin(*_copy_or_same(args), **_copy_or_same(dict(kwargs)))
+            with copying:
+                its_args, its_kwargs = _copy_or_same(args), _copy_or_same(dict(kwargs))
+            twin(*its_args, **its_kwargs)
             for path, count in per_call.items():
                 seen.calls[path] = max(count, seen.calls.get(path, 0))
+    return seen
 
 
 def _copy(model: nn.Module) -> nn.Module:

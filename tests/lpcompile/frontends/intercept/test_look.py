@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lpcompile import lpcompile, report
 from lpcompile.frontends.intercept import look
@@ -114,3 +115,39 @@ def test_sums_have_the_longest_lengths_that_were_seen() -> None:
     rules = {row.name: row.rule for row in report(model).gemms if row.role == "fwd"}
     assert "for 8 products" in rules["matmul_0"]
     assert "for 64 products" in rules["matmul_1"]
+
+
+class ReadsValues(nn.Module):
+    """As transformers' masks do: a value is asked for where the tensor does not say that it has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        Calls.without_data.append(tuple(isinstance(each, FakeTensor) for each in (x, self.fc.weight, self.scale)))
+        if not isinstance(x, FakeTensor):
+            x = x * (x > 0).all().item()
+        y = self.fc(x * self.scale)
+        return y @ y.mT
+
+
+class Calls:
+    """Of each call, whether its argument, weight and buffer are without data."""
+
+    without_data: list[tuple[bool, ...]] = []
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_large_model_is_looked_at_without_its_data(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy has neither weights, nor buffers, nor arguments with data; on meta a small one has none either."""
+    if device == "cpu":
+        monkeypatch.setattr(look, "_SMALL", 0)
+    with torch.device(device):
+        model, x = ReadsValues(), torch.randn(3, 4)
+    monkeypatch.setattr(Calls, "without_data", [])
+    lpcompile(model, policy_of(), (x,), strict=True)
+    assert Calls.without_data == [(True, True, True)] * 2
+    assert type(model.fc.weight) is nn.Parameter
+    assert [row.name for row in report(model).gemms if row.role == "fwd"] == ["fc", "matmul_0"]
