@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lpcompile.api import advance, attach, lpcompile, original_state_dict
+    from lpcompile.errors import LoweringError, LoweringWarning, LpError, LpWarning, NotSupported, PolicyError
     from lpcompile.frontends.joint.compiling import compile_joint
     from lpcompile.loss_scaler import LossScaler
     from lpcompile.policy.file import load_policy
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from lpcompile.reporting.certificate import report
 
 __all__ = [
-    "LossScaler", "Policy", "advance", "attach", "compile_joint", "load_policy", "lp_parameters", "lpcompile",
-    "original_state_dict", "report",
+    "LossScaler", "LoweringError", "LoweringWarning", "LpError", "LpWarning", "NotSupported", "Policy", "PolicyError",
+    "advance", "attach", "compile_joint", "load_policy", "lp_parameters", "lpcompile", "original_state_dict", "report",
 ]  # fmt: skip
 
 
@@ -28,6 +29,9 @@ def __getattr__(name: str) -> Any:
 
 _FROM = {
     "LossScaler": "lpcompile.loss_scaler",
+    **dict.fromkeys(
+        ("LoweringError", "LoweringWarning", "LpError", "LpWarning", "NotSupported", "PolicyError"), "lpcompile.errors"
+    ),
     "Policy": "lpcompile.policy.resolve",
     "advance": "lpcompile.api",
     "attach": "lpcompile.api",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lpcompile.collector import no_full_collections
-from lpcompile.compiled import COMPILED, Compiled, find_compiled, get_compiled
+from lpcompile.compiled import COMPILED, Compiled, compiled_parts, find_compiled, get_compiled, root_below_engines
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.frontends.install import RECORD, install, uninstall
@@ -105,7 +105,8 @@ def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
     """The model without what an earlier compilation installed, to be compiled anew; if that fails, with it again. Gives
     the quantizers with state that it had.
     """
-    before = find_compiled(model)
+    root = root_below_engines(model)
+    before = None if root is None else vars(root)[COMPILED]
     _refuse_parts(model, before)
     held = [(module, type(module), _installed(module)) for module in model.modules()]
     hooks = [(module, dict(module._forward_pre_hooks)) for module in model.modules() if COMPILED in vars(module)]
@@ -268,12 +269,10 @@ def _named_leaves(compiled: Compiled | None) -> list[str]:
 
 def restore(model: nn.Module) -> None:
     """Undo lpcompile: every module gets its own forward back. Does nothing to a model that was not compiled."""
-    compiled = find_compiled(model)
-    if compiled is None:
-        return
-    _end_joint(model, compiled)
-    _take_away(model)
-    reopen_fast_paths(model)
+    for _, root in compiled_parts(model):
+        _end_joint(root, vars(root)[COMPILED])
+        _take_away(root)
+        reopen_fast_paths(root)
 
 
 def _end_joint(model: nn.Module, compiled: Compiled | None) -> None:

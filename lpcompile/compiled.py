@@ -132,26 +132,51 @@ class Compiled:
 
 
 def find_compiled(model: nn.Module | None) -> Compiled | None:
-    """The record of a compiled model, also through one wrapper (DDP, a DeepSpeed engine: anything with `.module`)."""
+    """The record of a compiled model, also of one inside of `model`: under DDP, a DeepSpeed engine, PEFT, or a module
+    of one's own; None if there is none, or several.
+    """
+    root = None if model is None else find_root(model)
+    return None if root is None else vars(root)[COMPILED]
+
+
+def find_root(model: nn.Module) -> nn.Module | None:
+    """The compiled model in `model`, which may be itself; None if there is none, or several."""
+    root = root_below_engines(model)
+    if root is None and len(roots := compiled_parts(model)) == 1:
+        root = roots[0][1]
+    return root
+
+
+def root_below_engines(model: nn.Module) -> nn.Module | None:
+    """The compiled model that is `model` or its `.module`, as DDP and DeepSpeed have it."""
     inner: Any = model
     while isinstance(inner, nn.Module):
-        if COMPILED in inner.__dict__:
-            return inner.__dict__[COMPILED]
+        if COMPILED in vars(inner):
+            return inner
         inner = inner._modules.get("module")
     return None
 
 
-def find_root(model: nn.Module) -> nn.Module:
-    """The compiled model inside its wrappers."""
-    while COMPILED not in vars(model):
-        model = model._modules["module"]  # type: ignore[assignment]
-    return model
+def compiled_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Path and module of everything below `model` that lpcompile() compiled."""
+    return [(path, module) for path, module in model.named_modules() if COMPILED in vars(module)]
+
+
+def get_root(model: nn.Module) -> nn.Module:
+    """find_root, or LpError."""
+    root = find_root(model)
+    if root is not None:
+        return root
+    where = type(model).__name__
+    if parts := [path for path, _ in compiled_parts(model)]:
+        what = f"it holds {len(parts)} models that were compiled apart"
+        raise LpError(what, where=where, expected="one", got=", ".join(parts), hint=f"one of them, .{parts[0]}")
+    raise LpError("this model was not compiled", where=where, hint="lpcompile(model, policy) first")
 
 
 def get_compiled(model: nn.Module) -> Compiled:
-    compiled = find_compiled(model)
-    if compiled is None:
-        raise LpError("this model was not compiled", where=type(model).__name__, hint="lpcompile(model, policy) first")
+    """find_compiled, or LpError."""
+    compiled: Compiled = vars(get_root(model))[COMPILED]
     return compiled
 
 

@@ -42,7 +42,7 @@ def test_faces_export_what_the_design_names() -> None:
     import runtime.collectives
     import runtime.numerics
 
-    assert set(lpcompile.__all__) >= {"Policy", "advance", "attach", "load_policy", "lpcompile", "report"}
+    assert set(lpcompile.__all__) >= {"Policy", "advance", "attach", "load_policy", "lpcompile", "report", "LpError"}
     assert set(runtime.collectives.__all__) == {"all_reduce", "reduce_scatter"}
     assert set(runtime.numerics.__all__) == {"FORMATS", "decode", "encode", "get_format", "quantize"}
 

@@ -149,8 +149,6 @@ class Run:
                     log.write(metrics)
                 if _is_due(step + 1, self.config.save_every, self.config.steps):
                     self._save(step + 1)
-            for module, reason in report(self.model).guard_misses.items():
-                monitor.say(f"warning: {module or 'the model'}: {reason}")
         peak = self.world.largest(_peak_memory(self.world))
         self._certify()
         if log:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from torch import nn
 
-from lpcompile.compiled import Compiled, find_root, get_compiled
+from lpcompile.compiled import COMPILED, Compiled, get_root
 from lpcompile.frontends.install import installed
 from lpcompile.policy.rules import Site
 from lpcompile.reporting.changes import AGAIN, added_sites, lost_leaves, uncalled_leaves
 from lpcompile.reporting.page import make_page
 from lpcompile.reporting.rows import REFUSED, UNCALLED, GemmRow
 from lpcompile.reporting.text import print_report
+from lpcompile.reporting.unseen import unseen_products
 from passes.finding import Finding
 from runtime.numerics.specs import ROLES, LayerSpec, Role
 
@@ -42,8 +43,13 @@ class Report:
     """Sites of leaves that the example forward, or the model so far, never called, and which: other operations may use
     their weights.
     """
-    guard_misses: dict[str, str]
-    """mode="infer": calls that ran module by module, since the exported graph fits no such call: how many, and why."""
+    unseen: dict[str, str]
+    """Modules that may multiply by a matrix of their own, as routers do, which no call has shown yet: what becomes of
+    it. None once example inputs were given.
+    """
+    unserved: str
+    """mode="infer": calls that ran module by module, since the exported graph fits no such call: how many, and why the
+    first; empty if none did."""
     captured: bool
     num_quantize_before: int
     """Casts of a forward pass before sharing."""
@@ -96,16 +102,15 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """The lowering certificate of a compiled model (also through DDP or a DeepSpeed engine). Raises LpError if it was
-    not compiled.
+    """The lowering certificate of a compiled model, also of one under DDP, a DeepSpeed engine, PEFT or another wrapper.
+    Raises LpError if there is none, or several.
     """
-    compiled, root = get_compiled(model), find_root(model)
+    root = get_root(model)
+    compiled: Compiled = vars(root)[COMPILED]
     phase = compiled.phase
-    misses = {
-        path: f"{_counted(record.num_misses)} ran the original forward, first as {record.first_miss}"
-        for path, module in model.named_modules()
-        if (record := installed(module)) is not None and getattr(record, "num_misses", False)
-    }
+    exported, unserved = installed(root), ""
+    if num_unserved := getattr(exported, "num_unserved", 0):
+        unserved = f"{_counted(num_unserved)} ran module by module, first as {exported.first_unserved}"
     lost = lost_leaves(root, compiled)
     uncalled = uncalled_leaves(compiled)
     rows = [
@@ -123,7 +128,8 @@ def report(model: nn.Module) -> Report:
         warnings=[*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)],
         unreached={item.path: item.reason for item in compiled.unreached},
         uncalled=uncalled,
-        guard_misses=misses,
+        unseen=unseen_products(root, compiled),
+        unserved=unserved,
         captured=compiled.called is not None,
         num_quantize_before=phase.num_quantize_before,
         num_quantize_after=phase.num_quantize_after,

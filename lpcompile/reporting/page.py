@@ -65,6 +65,7 @@ def _notes(report: "Report") -> list[tuple[str, list[str]]]:
         ("left alone", report.left_alone),
         ("not reached", [f"{path}: {reason}" for path, reason in report.unreached.items()]),
         ("never called", [f"{name}: {reason}" for name, reason in report.uncalled.items()]),
+        ("not seen", [f"{path}: {reason}" for path, reason in report.unseen.items()]),
         ("passes", report.passes),
         ("joint", [report.joint] if report.joint else []),
     ]

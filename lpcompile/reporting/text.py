@@ -99,7 +99,10 @@ def _remarks(report: "Report") -> list[str]:
     lines = [f"left alone: {name}" + _times(count) for name, count in fold_names(report.left_alone)]
     lines += [f"not reached: {path}: {reason}" for path, reason in report.unreached.items()]
     lines += [f"never called: {name}: {reason}" for name, reason in report.uncalled.items()]
-    lines += [f"guard missed: {path or '(root)'}: {reason}" for path, reason in report.guard_misses.items()]
+    for reason in dict.fromkeys(report.unseen.values()):
+        paths = [path for path, said in report.unseen.items() if said == reason]
+        lines += [f"not seen: {path}{_times(count)}: {reason}" for path, count in fold_names(paths)]
+    lines += [f"not by the graph: {report.unserved}"] if report.unserved else []
     lines.append(
         f"casts in a forward pass: {report.num_quantize_before} before sharing, {report.num_quantize_after} after"
     )

@@ -345,6 +345,8 @@ _ATEN: dict[str, Callable[[fx.Node], Reading]] = {
     "addmm": _read_addmm("addmm", ("mat1", "mat2")),
     "baddbmm": _read_addmm("baddbmm", ("batch1", "batch2")),
     "convolution": _read_convolution,
+    **{f"conv{dims}d": _read_conv(dims) for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": _read_conv_transpose(dims) for dims in (1, 2, 3)},
     "mv": _unreadable("mv", _VECTOR),
     "dot": _unreadable("dot", _VECTOR),
     "outer": _unreadable("outer", _NO_SUM),
@@ -353,8 +355,9 @@ _ATEN: dict[str, Callable[[fx.Node], Reading]] = {
     "baddbmm_": _unreadable("baddbmm", _IN_PLACE),
     "scaled_dot_product_attention": _unreadable("sdpa", "torch.nn.functional's is read, and not the one below it"),
 }
-"""torch.ops.aten.NAME, as such and by its default overload."""
+"""torch.ops.aten.NAME, as such and by each overload of it that makes its result."""
 
 for _name, _read in _ATEN.items():
     _packet = getattr(torch.ops.aten, _name)
-    _READERS |= {_packet: _read, _packet.default: _read}
+    _overloads = [getattr(_packet, each) for each in _packet.overloads() if each in ("default", "input", "padding")]
+    _READERS |= dict.fromkeys((_packet, *_overloads), _read)

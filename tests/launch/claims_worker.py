@@ -90,7 +90,6 @@ def _observe(variant: str, base: RunConfig, folder: Path, world: World) -> dict[
         "parameter_bytes": [step.parameter_bytes for step in steps],
         "gemms": len(certificate.gemms),
         "gemms_as_asked": sum(gemm.runs_as_policy_says for gemm in certificate.gemms),
-        "guard_misses": len(certificate.guard_misses),
         "swaps": swap.count if swap else 0,
         "seconds": time.perf_counter() - began,
     }

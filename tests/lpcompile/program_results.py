@@ -25,4 +25,4 @@ def calls_by_graph(model: nn.Module) -> tuple[int, int]:
     """How many calls the exported graph of a model ran, and how many it did not stand for."""
     record = installed(model)
     assert isinstance(record, ExportedForward)
-    return record.num_calls, record.num_misses
+    return record.num_calls, record.num_unserved

@@ -79,7 +79,7 @@ def test_emulation_executes_every_gemm_site(name: str) -> None:
     assert not found.left_alone
     model(**call)
     assert run_state(model).gemm_calls == sites
-    assert report(model).guard_misses == {}
+    assert report(model).unserved == ""
 
 
 def test_perturbing_one_cast_changes_the_loss() -> None:

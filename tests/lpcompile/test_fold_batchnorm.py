@@ -248,7 +248,7 @@ def test_where_the_fold_no_longer_holds_the_modules_run(why: str) -> None:
     else:
         assert torch.equal(model(x), original(x))
     assert calls_by_graph(model) == (1, 1)
-    assert why in installed(model).first_miss
+    assert why in installed(model).first_unserved
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -219,7 +219,7 @@ def test_with_gradients_the_modules_run_and_every_gradient_is_there(e4m3: Policy
     wanted = _train(x)(plain)
     model, _ = _compiled(e4m3)
     _assert_same_bits(_train(x)(model), wanted)
-    assert "gradients are on" in report(model).guard_misses[""]
+    assert "gradients are on" in report(model).unserved
 
 
 @pytest.mark.parametrize("where", ["relu", "conv2", "everywhere"])
@@ -244,7 +244,7 @@ def test_hooks_see_what_they_would_see(where: str, e4m3: Policy) -> None:
         handle.remove()
     assert seen
     assert not any(each.isnan().any() for each in seen), "the values and no stand-in"
-    assert "hooks" in report(model).guard_misses[""]
+    assert "hooks" in report(model).unserved
     _assert_same_bits(_infer(x)(model), wanted)
     assert calls_by_graph(model) == (2, 1)
 
@@ -255,7 +255,7 @@ def test_a_layer_that_is_in_the_graph_may_change_later(e4m3: Policy) -> None:
     model.pool.kernel_size = 2  # type: ignore[union-attr]
     model.pool.padding = 0  # type: ignore[union-attr]
     pooled = _infer(x)(model)["y"]
-    assert "attributes, children or hooks of pool are others" in report(model).guard_misses[""]
+    assert "attributes, children or hooks of pool are others" in report(model).unserved
     model.pool.kernel_size, model.pool.padding = 3, 1  # type: ignore[union-attr]
     model.relu = nn.Tanh()
     other = _infer(x)(model)["y"]

@@ -123,7 +123,7 @@ def test_another_distribution_of_tokens_uses_the_same_graph() -> None:
         offs = torch.tensor(ends, dtype=torch.int32)
         wanted = torch.cat([F.linear(x[a:b], w) for a, b, w in zip((0, *ends), ends, module.weight)])
         assert torch.equal(module(x, offs), wanted)
-    assert not report(module).guard_misses
+    assert not report(module).unserved
 
 
 def test_experts_do_not_share_stochastic_bits() -> None:

@@ -103,8 +103,8 @@ class ExportedForward:
     before: Record | None
     facts: Facts
     num_calls: int = 0
-    num_misses: int = 0
-    first_miss: str = ""
+    num_unserved: int = 0
+    first_unserved: str = ""
     """Why the first call that the graph did not stand for was another."""
 
     @staticmethod
@@ -134,8 +134,8 @@ class ExportedForward:
                 self.num_calls += 1
                 results = self.codes[self.state.phase](module, tensors)
                 return results[0] if self.out_spec.is_leaf() else pytree.tree_unflatten(results, self.out_spec)
-            self.num_misses += 1
-            self.first_miss = self.first_miss or tensors
+            self.num_unserved += 1
+            self.first_unserved = self.first_unserved or tensors
         if self.before is not None:
             return self.before.run(module, original, args, kwargs)
         return original(module, *args, **kwargs)

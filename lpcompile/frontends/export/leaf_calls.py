@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lpcompile.errors import NotSupported
 from lpcompile.frontends.leaves.find import Leaf, composite_forward, has_tensor, part_graph
+from lpcompile.frontends.leaves.recurrent import recurrent_like
 from passes.ir.gemm_nodes import read_gemm
 from passes.ir.program import SITE
 
@@ -86,10 +87,16 @@ def _call(calls: list[LeafCall], path: str, module: nn.Module, *args: Any, **kwa
 
 
 def _without_data(tensors: Sequence[Tensor], call: int) -> list[Tensor]:
-    """What the leaf gives for tensors without data: its own forward says it."""
+    """What the leaf gives for tensors without data: its own forward says it, but for a loop over time, which would fix
+    how long it is.
+    """
     this = _TRACES[-1][call]
     args, kwargs = this.given.build(tensors)
-    this.result, results = Structure.of(this.path, type(this.module).forward(this.module, *args, **kwargs))
+    if isinstance(this.module, nn.RNNBase) and (args or "input" in kwargs):
+        found: Any = recurrent_like(this.module, args[0] if args else kwargs["input"])
+    else:
+        found = type(this.module).forward(this.module, *args, **kwargs)
+    this.result, results = Structure.of(this.path, found)
     return [torch.empty_like(result) for result in results]
 
 

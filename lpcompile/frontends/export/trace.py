@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
@@ -59,7 +60,7 @@ def export_graph(
     dims = torch.export.ShapesCollection()
     for value in values:
         if isinstance(value, Tensor) and dynamic:
-            dims[value] = [torch.export.Dim.AUTO if size > 1 else None for size in value.shape]
+            dims[value] = [Dim.AUTO if size > 1 else Dim.STATIC for size in value.shape]
         elif not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, torch.dtype):
             raise NotSupported(f"an argument is a {type(value).__name__}, which no graph can take")
     with _left_as_it_was(model, leaves), torch.no_grad(), opaque_leaves(model, leaves) as calls:

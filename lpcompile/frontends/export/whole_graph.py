@@ -47,6 +47,8 @@ def compile_exported(model: nn.Module, compiled: Compiled, call: Call) -> Export
 
 def exported_call(model: nn.Module, leaves: Sequence[Leaf], call: Call) -> Exported:
     """The graph of the call in evaluation mode. Raises NotSupported."""
+    if any(not leaf.path and leaf.part for leaf in leaves):
+        raise NotSupported(f"it is one layer of several products, {type(model).__name__}, which is called as it is")
     watched = next((path for path, module in model.named_modules() if path and _is_observed(module)), None)
     if watched is not None:
         raise NotSupported("hooks, or a forward of its own, see what it is given", where=watched)

@@ -54,10 +54,10 @@ def _entrances(compiled: Compiled, writers: Mapping[str, nn.Module], seen: Seen 
     named = {name for phase in compiled.phases for name in phase.program.specs}
     found = {path for name, path in seen.writer.items() if name in named} if seen else set()
     unseen = {path: module for path, module in writers.items() if seen is None or path not in seen.calls}
-    return found | {path for policy in policies for path in _nameable(policy, unseen, compiled.num_layers)}
+    return found | {path for policy in policies for path in nameable(policy, unseen, compiled.num_layers)}
 
 
-def _nameable(policy: Policy, writers: Mapping[str, nn.Module], num_layers: Mapping[str, int]) -> set[str]:
+def nameable(policy: Policy, writers: Mapping[str, nn.Module], num_layers: Mapping[str, int]) -> set[str]:
     """Those of which a rule names some product, were they to write one. Products with a weight are looked for where the
     module itself holds a matrix, or reads one of its children's.
     """

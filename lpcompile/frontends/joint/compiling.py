@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lpcompile.api import lpcompile
-from lpcompile.compiled import COMPILED, Compiled, find_compiled
+from lpcompile.compiled import find_compiled, get_compiled, get_root
 from lpcompile.errors import LpError, NotSupported
 from lpcompile.frontends.joint.captured import Captured
 from lpcompile.policy.resolve import Policy
@@ -56,7 +56,7 @@ def compile_joint(
         lpcompile(model, policy)
     from lpcompile.frontends.joint.backends import Lowering, backend_of  # imports Inductor
 
-    inner, compiled = _find(model)
+    inner, compiled = get_root(model), get_compiled(model)
     if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):
         raise NotSupported(
             "graphs do not hold weights that ZeRO-3 partitions while they are traced",
@@ -85,7 +85,7 @@ def remove_joint(model: nn.Module) -> None:
     if compiled is None or compiled.joint is None:
         return
     compiled.joint, compiled.state.is_joint = None, False
-    _find(model)[0]._compiled_call_impl = None
+    get_root(model)._compiled_call_impl = None
 
 
 def _call_of(model: nn.Module) -> Callable[..., Any]:
@@ -95,13 +95,3 @@ def _call_of(model: nn.Module) -> Callable[..., Any]:
         return model._call_impl(*args, **kwargs)
 
     return call
-
-
-def _find(model: nn.Module) -> tuple[nn.Module, Compiled]:
-    """The module that lpcompile() compiled, below wrappers, and its record."""
-    inner: Any = model
-    while isinstance(inner, nn.Module):
-        if (compiled := vars(inner).get(COMPILED)) is not None:
-            return inner, compiled
-        inner = inner._modules.get("module")
-    raise LpError("this model was not compiled", where="compile_joint", hint="lpcompile(model, policy) first")

@@ -93,6 +93,17 @@ def _initial_states(module: nn.RNNBase, x: Tensor, hx: Any, is_batched: bool, di
     return tuple(x.new_zeros(module.num_layers * directions, x.shape[1], size) for size in sizes)
 
 
+def recurrent_like(module: Any, input: Tensor) -> tuple[Any, Any]:
+    """Tensors of the sizes and dtypes that the forward gives for `input`, which is padded, whatever the values."""
+    size, directions = module.proj_size or module.hidden_size, 1 + module.bidirectional
+    batch = () if input.dim() == 2 else (input.shape[0 if module.batch_first else 1],)
+    y = input.new_empty(*input.shape[:-1], size * directions)
+    h = input.new_empty(module.num_layers * directions, *batch, size)
+    if not isinstance(module, nn.LSTM):
+        return y, h
+    return y, (h, input.new_empty(module.num_layers * directions, *batch, module.hidden_size))
+
+
 def _run_layer(
     module: nn.RNNBase, products: Products, x: Tensor, state: tuple[Tensor, ...], suffix: str, is_reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:

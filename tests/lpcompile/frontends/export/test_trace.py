@@ -19,8 +19,8 @@ from passes.ir.gemm_nodes import read_gemm, site_names
 from passes.ir.program import SITE
 from tests.zoo.models import NAMES, ZOO, build
 
-_ONE_LENGTH = ("mamba", "lstm")
-"""Models of the zoo whose forward has a loop over a size, or fixes one: another batch has another graph."""
+_ONE_LENGTH = ("mamba",)
+"""Models of the zoo whose forward has a loop over a size: another batch has another graph."""
 
 
 def _export(model: nn.Module, *args: Any, **kwargs: Any) -> Exported:
@@ -70,8 +70,8 @@ def test_the_zoo_has_the_values_of_the_model_and_the_sites_of_the_other_front_en
         assert torch.equal(found["loss"], wanted["loss"])
         assert torch.equal(found["logits"], wanted["logits"])
     reopen_fast_paths(model)
-    rows = report(lpcompile(copy.deepcopy(model), "fp32-emulated", example_kwargs=ZOO[name].batch(0))).gemms
-    assert _sites(exported, model) == {row.name for row in rows}
+    found = report(lpcompile(copy.deepcopy(model), "fp32-emulated", example_kwargs=ZOO[name].batch(0)))
+    assert _sites(exported, model) == {row.name for row in found.gemms} - {*found.uncalled}
 
 
 class _Twice(nn.Module):
@@ -113,6 +113,58 @@ def test_weights_are_read_live() -> None:
     assert torch.equal(_run(exported, model, x), model(x))
     assert not exported.sizes.fits(torch.randn(7, 9))
     assert not exported.sizes.fits(torch.randn(1, 8))  # a size of 1 may mean another thing
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_recurrence_has_every_length(kind: type[nn.RNNBase], batch_first: bool) -> None:
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(8, 6, num_layers=2, bidirectional=True, batch_first=batch_first)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+            y, state = self.rnn(x)
+            return self.head(y), state
+
+    model = Model()
+    exported = _export(model, torch.randn(4, 5, 8))
+    for sizes in ((4, 5), (7, 5), (3, 2)):
+        x = torch.randn(*sizes, 8)
+        found, wanted = (pytree.tree_leaves(each) for each in (_run(exported, model, x), model(x)))
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_a_model_that_is_one_layer_of_several_products_is_run_by_it() -> None:
+    model, x = lpcompile(nn.LSTM(8, 8).eval(), "int8", (torch.randn(5, 2, 8),), mode="infer"), torch.randn(3, 2, 8)
+    (finding,) = [each for each in report(model).warnings if each.code == "not-exported"]
+    assert "it is one layer of several products, LSTM" in finding.what
+    with torch.no_grad():
+        model(x)
+    assert all(row.counts for row in report(model).gemms if row.role == "fwd")
+
+
+def test_what_torch_export_advises_is_not_told_to_users(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        _export(nn.Linear(8, 8), torch.randn(1, 8))
+    assert not caplog.records
+
+
+def test_convolutions_as_functions_have_names() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.t = nn.Parameter(torch.randn(4, 2, 3)), nn.Parameter(torch.randn(4, 2, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.conv1d(F.conv1d(x, self.w, padding="same"), self.w.transpose(0, 1).contiguous())
+            return F.conv_transpose2d(self.w[None, :, :, :1].transpose(0, 1)[:, :1], self.t[:1]) + y.mean()
+
+    model, x = Model(), torch.randn(3, 2, 9)
+    assert _sites(_export(model, x), model) == {"conv1d_0", "conv1d_1", "conv_transpose2d_0"}
 
 
 def test_a_leaf_of_several_products_is_called_as_it_is() -> None:
