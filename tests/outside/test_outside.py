@@ -9,7 +9,6 @@ import importlib.util
 import pickle
 import random
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,22 +56,27 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def run(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Every output, gradient and buffer after one forward and backward, of the loss or of what stands for it."""
+    """Every output and buffer after one forward, and in training every gradient, of the loss or what stands for it."""
     torch.manual_seed(5), random.seed(5)
     model.zero_grad()
     with sdpa_kernel(SDPBackend.MATH):
-        outputs = dict(tensors(model(**batch)))
+        with torch.set_grad_enabled(model.training):
+            outputs = dict(tensors(model(**batch)))
         differentiable = [each for each in outputs.values() if each.requires_grad]
         loss = outputs.get(".loss")
-        (sum(each.square().mean() for each in differentiable) if loss is None else loss).backward()
+        if model.training:
+            (sum(each.square().mean() for each in differentiable) if loss is None else loss).backward()
     gradients = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert gradients
+    assert bool(gradients) == model.training
     buffers = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     return {**{name: each.detach() for name, each in outputs.items()}, **gradients, **buffers}
 
 
-def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+def differences(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0) -> list[str]:
     assert found.keys() == wanted.keys()
+    if tolerance:
+        close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+        return [key for key in wanted if not torch.allclose(found[key], wanted[key], **close)]
     return [key for key in wanted if not torch.equal(found[key].nan_to_num(7), wanted[key].nan_to_num(7))]
 
 
@@ -85,13 +89,14 @@ def test_no_bit_changes(name: str) -> None:
     for training in (True, False):
         for seed in (0, 1):
             for each in (model, original):
-                each.train().train(training)  # drops what a model keeps of an evaluation
+                each.train(training)
             found, wanted = run(model, batch(seed)), run(original, batch(seed))
-            assert differences(found, wanted) == [], (training, seed)
+            assert differences(found, wanted, ALL[name].tolerance) == [], (training, seed)
             compared += len(wanted)
     if ALL[name].can_generate:
         assert torch.equal(generate(model, batch(0)), generate(original, batch(0)))
-    print(f"{name}: {compared} outputs, gradients and buffers bitwise equal")
+    how = f"within {ALL[name].tolerance}" if ALL[name].tolerance else "bitwise equal"
+    print(f"{name}: {compared} outputs, gradients and buffers {how}")
 
 
 def generate(model: nn.Module, batch: Batch) -> Tensor:
@@ -107,16 +112,22 @@ def generate(model: nn.Module, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_product_is_reached(name: str) -> None:
-    """Of those torch functions that multiply matrices none is left beside the compiled ones."""
+    """Of those torch functions that multiply matrices none is left beside the compiled ones, but what the report
+    refuses by name: XLNet's einsum of three operands.
+    """
     batch, model = ALL[name].batch(0), build(name)
     total = count_products(model, batch).total()
-    lpcompile(model, EVERYTHING, strict=True)
+    lpcompile(model, EVERYTHING)
     for training in (True, False):
         model.train(training)(**batch)  # kernels are tried here once
-        assert count_products(model, batch) == Counter()
-    assert total == 0 or report(model).gemms
-    assert report(model).unreached == {}
-    print(f"{name}: {total} products, none missed")
+        left = count_products(model, batch)
+        found = report(model)
+        refused = [row for row in found.gemms if row.role == "fwd" and not row.runs_as_policy_says]
+        assert (left.total(), {*left}) == (len(refused), {"einsum"} if refused else set())
+        assert all("two operands" in row.reason for row in refused)
+    assert total == 0 or found.gemms
+    assert found.unreached == {}
+    print(f"{name}: {total} products, {len(refused)} refused by name, none missed")
 
 
 @pytest.mark.parametrize("policy", ["hfp8", "fp8-rowwise"])

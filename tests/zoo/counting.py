@@ -1,16 +1,15 @@
 """Counting: which functions multiply matrices in a forward, and which of them do so outside the compiled sites."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import runtime.ops.layer
 import runtime.ops.product
 
 _PRODUCTS = frozenset(
@@ -56,7 +55,7 @@ class _Count(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _PRODUCTS and not self.is_inside:
+        if func in _PRODUCTS and not self.is_inside and not _is_without_data(args):
             self.calls[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -82,19 +81,30 @@ def count_products(model: nn.Module, batch: Mapping[str, Any], aside: Sequence[n
     return mode.calls
 
 
+def _is_without_data(args: Sequence[Any]) -> bool:
+    """Whether only the shape of a product is asked for."""
+    return any(isinstance(each, Tensor) and each.is_meta for each in args)
+
+
 @contextmanager
 def _compiled_gemms_aside(mode: _Count) -> Iterator[None]:
-    original = runtime.ops.layer.run_gemm
+    names = ("run_gemm", "multiply_unrecorded")
+    originals = {name: getattr(runtime.ops.product, name) for name in names}
 
-    def run_gemm(*args: Any, **kwargs: Any) -> Any:
-        mode.is_inside = True
-        try:
-            return original(*args, **kwargs)
-        finally:
-            mode.is_inside = False
+    def aside(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mode.is_inside = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                mode.is_inside = False
 
-    runtime.ops.product.run_gemm = run_gemm
+        return run
+
+    for name, original in originals.items():
+        setattr(runtime.ops.product, name, aside(original))
     try:
         yield
     finally:
-        runtime.ops.product.run_gemm = original
+        for name, original in originals.items():
+            setattr(runtime.ops.product, name, original)

@@ -73,10 +73,14 @@ def _tokens(text: str) -> list[str]:
 
 
 def _sources() -> list[list[str]]:
-    """Shipped policies and the examples, without comments."""
+    """Shipped policies and the examples without comments, whole, and each rule of them by itself."""
     folder = ROOT / "examples" / "policies"
-    paths = [*shipped_policies().values(), *sorted(folder.glob("*.yaml"))]
-    return [_tokens(re.sub(r"(?m)^\s*#.*\n|\s+#.*$", "", path.read_text())) for path in paths]
+    texts = []
+    for path in [*shipped_policies().values(), *sorted(folder.glob("*.yaml"))]:
+        text = re.sub(r"(?m)^\s*#.*\n|\s+#.*$", "", path.read_text())
+        head, _, rules = text.partition("\nrules:\n")
+        texts += [text, *(f"{head}\nrules:\n{rule}" for rule in re.findall(r"(?m)^  - .*\n(?:    .*\n)*", rules))]
+    return [_tokens(text) for text in texts]
 
 
 def _mutate(source: Sequence[str], draw: random.Random, vocabulary: Sequence[str]) -> str:
