@@ -117,6 +117,8 @@ class RunState:
     """Per site and role: calls seen, and calls that ran as the policy says, since compiling."""
     key: int = field(default=-1, init=False, compare=False, repr=False)
     """By which compiled code, which holds no objects, finds this state: `find_state`."""
+    key_text: str = field(default="", init=False, compare=False, repr=False)
+    """The key where it must be a constant of traced code: of an int that has changed torch.compile makes a symbol."""
     constants: Constants = field(default_factory=Constants, init=False, compare=False, repr=False)
     """The casts of weights that are kept between uses."""
     stepped: Stepped = field(default_factory=Stepped, init=False, compare=False, repr=False)
@@ -135,6 +137,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.key = next(_KEYS)
+        self.key_text = str(self.key)
         _STATES[self.key] = self
 
     def __setstate__(self, fields: dict[str, Any]) -> None:

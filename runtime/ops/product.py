@@ -191,9 +191,9 @@ class TracedProduct:
     ) -> Tensor:
         """As a Product; `group` is what is added to the number of the site."""
         site, of = self.site + group, self.casts
-        _note_trace(self.state.key)
+        _note_trace(self.state.key_text)
         if _draws(self.spec):
-            site = site + (_count_in_trace(self.state.key, site) << SITE_BITS)
+            site = site + (_count_in_trace(self.state.key_text, site) << SITE_BITS)
         text = "" if geometry is None else print_geometry(geometry)
         if self.state.is_joint and is_lowered_late(self.spec):
             dtype = result_dtype(lhs)
@@ -226,9 +226,9 @@ class TracedProduct:
 
 
 @constant_result
-def _note_trace(key: int) -> None:
+def _note_trace(key: str) -> None:
     """Compiled code counts no calls."""
-    state = find_state(key)
+    state = find_state(int(key))
     if state is not None:
         state.calls.are_all = False
 
@@ -239,7 +239,7 @@ def _draws(spec: str) -> bool:
 
 
 @constant_result
-def _count_in_trace(key: int, site: int) -> int:
+def _count_in_trace(key: str, site: int) -> int:
     """How many calls of a site the graph that is being traced holds already."""
     trace = TracingContext.try_get()
     if trace is None:
@@ -249,4 +249,4 @@ def _count_in_trace(key: int, site: int) -> int:
     return calls[key, site]
 
 
-_TRACES: WeakKeyDictionary[TracingContext, dict[tuple[int, int], int]] = WeakKeyDictionary()
+_TRACES: WeakKeyDictionary[TracingContext, dict[tuple[str, int], int]] = WeakKeyDictionary()

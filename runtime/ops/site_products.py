@@ -63,7 +63,7 @@ def site_product(
     kind: str, spec: str, methods: str, site: int, geometry: str, is_weight: bool, name: str,
 ) -> Tensor:  # fmt: skip
     """FWD of a site in code that is traced. `name` is the site's, for who reads the graph."""
-    key = state.key if state.watch_overflow else -1
+    key = int(state.key_text) if state.watch_overflow else -1
     attributes = (kind, spec, methods, site, geometry, is_weight, name)
     y: Tensor = lp.site_fwd(lhs, rhs, bias, *attributes, find_clock(state, layer_draws(spec)), key, dtype)
     return y

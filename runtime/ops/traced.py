@@ -54,7 +54,7 @@ def gemm(
     kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
     """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
-    key = state.key if state.watch_overflow else -1
+    key = int(state.key_text) if state.watch_overflow else -1
     result: Tensor = torch.ops.lp.gemm(
         lhs,
         rhs,

@@ -48,11 +48,12 @@ class Scope:
     host: Host
     is_entrance: bool
     found: dict[str, "list[Product | None]"] = field(default_factory=dict, repr=False)
-    key: int = field(default=-1, init=False)
+    key: str = field(default="", init=False)
+    """By which code that is traced finds it: a text, since torch.compile makes a symbol of an int that has changed."""
     is_picklable = True
 
     def __post_init__(self) -> None:
-        self.key = next(_KEYS)
+        self.key = f"scope {next(_NUMBERS)}"
         _SCOPES[self.key] = self
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ class Scope:
         """
         if torch.compiler.is_compiling():
             n, k = sizes
-            text = _text_of(self.key, self.host.state.phase, name, op, kind, n, k)
+            text = _texts_of(self.key, name, op, kind, n, k)[self.host.state.phase]
             return TracedProduct(text, self.host.state) if text else None
         phases = self.found.get(name)
         if phases is None:
@@ -217,13 +218,12 @@ def why_not_cast(x: Tensor) -> str:
 
 
 @constant_result
-def _text_of(key: int, phase: int, name: str, op: str, kind: str, n: int | None, k: int | None) -> str:
-    """While torch.compile traces: what a TracedProduct reads; empty where torch runs the product."""
+def _texts_of(key: str, name: str, op: str, kind: str, n: int | None, k: int | None) -> tuple[str, ...]:
+    """While torch.compile traces: by phase, what a TracedProduct reads; empty where torch runs the product."""
     scope = _SCOPES[key]
     if name not in scope.found:
         scope.found[name] = scope.host.find(Sight(scope._site(name), op, kind, n, k, owner=scope.path))
-    product = scope.found[name][phase]
-    return "" if product is None or product.is_identity else product.text
+    return tuple("" if product is None or product.is_identity else product.text for product in scope.found[name])
 
 
 RUNNERS: dict[Any, Callable[[Any, Any, tuple[Any, ...], Mapping[str, Any]], Any]] = {}
@@ -234,5 +234,5 @@ FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore
 CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 _NOT_OURS = frozenset({nn.Module._call_impl.__code__, FUNCTION_APPLY, CHECKPOINT})
 """Code between a product and our scope: of a module without one, of an autograd.Function, of a checkpoint."""
-_KEYS = itertools.count()
-_SCOPES: WeakValueDictionary[int, Scope] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+_SCOPES: WeakValueDictionary[str, Scope] = WeakValueDictionary()

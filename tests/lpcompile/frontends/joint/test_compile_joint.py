@@ -227,6 +227,25 @@ def test_each_phase_of_a_schedule_has_its_graph() -> None:
     assert _captured(model).num_graphs == 2
 
 
+@pytest.mark.parametrize(("casts", "more"), [(_CASTS, {}), (_CASTS, {"loss_scale": {"kind": "dynamic"}}), (_DRAWS, {})])
+def test_modules_of_fsdp_are_compiled_once(casts: dict[str, Any], more: dict[str, Any]) -> None:
+    """torch.compile takes an int that it reads through a module of FSDP2 for a size, and makes a symbol of it in the
+    second layer, or model, of a class: the keys by which traced code finds its scope and its state are none.
+    """
+    for _ in range(2):
+        model, x = _attention()
+        for layer in model.layers:  # type: ignore[union-attr]
+            for module in layer.modules():
+                module._is_fsdp_managed_module = module._fsdp_use_orig_params = True  # as fully_shard marks them
+            layer.register_forward_pre_hook(torch._dynamo.disable(lambda module, args: None))
+        _compare(model, x, _policy({"match": {}, **casts}, **more), steps=2)
+        assert len(_captured(model).roles) == 11
+        num_graphs = _captured(model).num_graphs
+        _results(model, model, x)
+        assert _captured(model).num_graphs == num_graphs
+    assert not any("assume_constant_result" in reason for reason in counters["graph_break"])
+
+
 class _Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
