@@ -1,12 +1,14 @@
 """Casts against a copy, and GEMMs with fp32 results against torch.mm in fp32, on the CPU, in one run.
 
-    python -m benchmarks.numerics [--rounds 9] [--threads 2]
+    python -m benchmarks.numerics [--rounds 9] [--threads 2] [--rows 40] [--size 2048]
 
 Casts: 16.8 M fp32 elements, time over that of `out.copy_(x)`. The first table is `quantize(x, format, out=out)`, which
 like the copy writes memory that is there. The rows of the second allocate their result, and on many machines the page
 faults of 64 MiB cost more than the cast: `x.clone()` shows how much.
 GEMMs: rate over that of torch.mm on the same values in fp32, packing included; FWD is NT, BWD NN, GRAD TN.
 Emulated: operands e4m3, accumulated in chunks of 64 as the AccumulateSpec says.
+Rows: every public function x format x rounding x dtype x layout (_number_rows.py), those first that are furthest from
+the rows beside them; "cliff" marks what is beyond 5 times their median. --rows 0 prints all.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks._number_rows import CLIFF, Row, cast_rows, cliffs, gemm_rows
 from benchmarks._peers import cast_peers
 from benchmarks._timing import median_ms, show
 from runtime.kernels.cast.grid import fast_to_grid
@@ -51,9 +54,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of each contender (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--rows", type=int, default=40, help="rows of the last two tables, 0 for all (default: 40)")
+    parser.add_argument("--size", type=int, default=2048, help="side of the matrices of those casts (default: 2048)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    show(*_casts(options.rounds), _gemms(options.rounds))
+    every = _every_cast(options.size, options.rounds, options.rows), _every_gemm(options.rounds, options.rows)
+    show(*every, *_casts(options.rounds), _gemms(options.rounds), width=160)
+
+
+def _every_cast(size: int, rounds: int, most: int) -> Table:
+    x, times = torch.randn(size, size), dict[Row, float]()
+    out = torch.empty_like(x)
+    copies = []
+    for calls in cast_rows(size):
+        measured = median_ms({str(row): call for row, call in calls.items()}, rounds, warmups=1)
+        copies.append(median_ms({"copy": lambda: out.copy_(x)}, 2 * rounds)["copy"])
+        times |= {row: measured[str(row)] / copies[-1] for row in calls}
+    return _row_table(f"{size} x {size} values, times a copy of fp32 ({min(copies):.2f} ms)", times, most)
+
+
+def _every_gemm(rounds: int, most: int, size: int = 256) -> Table:
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    calls = {str(row): call for row, call in gemm_rows(size).items()} | {"mm": lambda: torch.mm(a, b)}
+    times = median_ms(calls, rounds, warmups=1)
+    shares = {row: times[str(row)] / times["mm"] for row in gemm_rows(size)}
+    return _row_table(f"runtime.gemm {size}^3, times torch.mm in fp32 ({times['mm']:.2f} ms)", shares, most)
+
+
+def _row_table(title: str, times: dict[Row, float], most: int) -> Table:
+    table = Table("function", "format", "rounding", "dtype", "layout", "x", "x its neighbours", "", title=title)
+    beside = cliffs(times)
+    for row in list(beside)[: most or None]:
+        cells = row.function, row.format, row.rounding, row.dtype, row.layout
+        table.add_row(*cells, f"{times[row]:.1f}", f"{beside[row]:.1f}", "cliff" if beside[row] > CLIFF else "")
+    table.caption = (
+        f"{sum(share > CLIFF for share in beside.values())} cliffs in {len(times)} rows; slowest: "
+        + ", ".join(
+            f"{row.function} {row.format} {row.rounding} {row.dtype} {row.layout} {times[row]:.0f}"
+            for row in sorted(times, key=lambda row: -times[row])[:5]
+        )
+    )
+    return table
 
 
 def _casts(rounds: int) -> list[Table]:

@@ -31,6 +31,7 @@ Shape letters: K the last dim, B = ceil(K / block).
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,11 +41,13 @@ from torch.nn.functional import pad
 from runtime.errors import FormatError
 from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
-from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.format_kinds import FloatFormat, Format
 from runtime.numerics.formats import get_format
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.scaling import divisor_of_amax, power_of_two
 from runtime.numerics.specs import Rounding
+
+RoundToGrid = Callable[[Tensor, Format, Rounding, Tensor | None, int, int, int, int], Tensor]
 
 
 class BlockCodes(NamedTuple):
@@ -68,15 +71,17 @@ def quantize_blocks(
     step: int = 0,
     stream: int = 0,
     offset: int = 0,
+    round_with: RoundToGrid = round_to_grid,
 ) -> Tensor:
     """x on the grid of a block format, in x's dtype and shape; `casts.quantize` does this.
 
     rounding is that of the elements, None the element row's own; scales are never rounded stochastically. Element i
     draws the word of (seed, step, stream, offset + i), i flat in C order, as in any format. A value can overflow x's
     dtype where rounding went up: the largest fp32 under mxfp4:scale=rceil is 2^128.
+    `round_with` rounds the elements: a kernel may bring its own.
     """
     row = get_block_format(format) if isinstance(format, str) else format
-    q, scale, tensor_scale = _round_blocks(x, row, rounding, seed, step, stream, offset)
+    q, scale, tensor_scale = _round_blocks(x, row, rounding, seed, step, stream, offset, round_with)
     return _values(q, scale, tensor_scale, row).to(x.dtype)
 
 
@@ -126,8 +131,9 @@ def grid_of_blocks(
 
 
 def _round_blocks(
-    x: Tensor, row: BlockFormat, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, row: BlockFormat, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int,
+    round_with: RoundToGrid = round_to_grid,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Grid values of the elements in x's shape, NaN where the scale is; scales (..., B); the tensor scale."""
     if not x.is_floating_point():
         raise FormatError("only real numbers are quantized", expected="a floating-point tensor", got=str(x.dtype))
@@ -138,7 +144,7 @@ def _round_blocks(
     else:
         scale, tensor_scale = _shared_scales(_block_amax(x.double(), row), row), torch.ones((), device=x.device)
         scaled = x.double() / (_per_element(scale, x, row) * row.element_unit)
-    q = round_to_grid(scaled, element, rounding or element.rounding, None, seed, step, stream, offset)
+    q = round_with(scaled, element, rounding or element.rounding, None, seed, step, stream, offset)
     return q, scale, tensor_scale
 
 

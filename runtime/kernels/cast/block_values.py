@@ -16,10 +16,12 @@ from runtime.kernels.cast.traced import Draw
 from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu.address import can_be_written
 from runtime.kernels.cpu.block_cast import fast_blocks
+from runtime.kernels.cpu.grid import on_grid
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_casts import quantize_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
-from runtime.numerics.formats import get_format
+from runtime.numerics.format_kinds import Format
+from runtime.numerics.formats import get_format, name_of
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import Rounding
 
@@ -51,13 +53,41 @@ def _block_values(
     mode = rounding or get_format(row.element).rounding
     if mode == "stochastic":
         check_counter(*draw[1:])
+    # nvfp4 rounds fp64 to fp32 before anything else
+    is_narrowed = row.rule == "two_level" and x.dtype == torch.float64 and out is None
     fast = fast_blocks(
-        x, block_plan(row, mode), is_divided=True, is_stochastic=mode == "stochastic", out=out, **draw._asdict()
+        x.float() if is_narrowed else x,
+        block_plan(row, mode),
+        is_divided=True,
+        is_stochastic=mode == "stochastic",
+        out=out,
+        **draw._asdict(),
     )
     if fast is not None:
         return fast.values if out is not None else fast.values.to(x.dtype)
-    values = quantize_blocks(x, row, mode, **draw._asdict()).contiguous()
+    values = (
+        _in_pieces(x, row, mode, draw) if row.rule != "two_level" else quantize_blocks(x, row, mode, **draw._asdict())
+    )
     return values if out is None else out.copy_(values)
+
+
+def _in_pieces(x: Tensor, row: BlockFormat, mode: Rounding, draw: Draw) -> Tensor:
+    """By the oracle's steps, a few rows at a time, so that what lies between the steps stays in a cache."""
+    out, columns = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1] if x.dim() else 1
+    step = max(1, _PIECE // max(1, columns))
+    matrix, values = x.reshape(-1, max(1, columns)), out.view(-1, max(1, columns))
+    for first in range(0, len(matrix), step):
+        place = draw._replace(offset=draw.offset + first * columns)
+        piece = matrix[first : first + step]
+        values[first : first + step] = quantize_blocks(piece, row, mode, **place._asdict(), round_with=_round)
+    return out
+
+
+def _round(
+    x: Tensor, row: Format, rounding: Rounding, scale: Tensor | None, seed: int, step: int, stream: int, offset: int
+) -> Tensor:
+    """round_to_grid, by a kernel: of fp64 blocks, whose scales are the oracle's."""
+    return on_grid(x, name_of(row), rounding, scale, seed, step, stream, offset)
 
 
 def _block_values_into(
@@ -84,6 +114,8 @@ def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, None, None, None, None, None, None
 
 
+_PIECE = 1 << 16
+"""Elements."""
 _WHAT = "str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset"
 declare(f"quantize_block_values(Tensor x, {_WHAT}) -> Tensor", _block_values, fake=_shape, backward=_straight_through)
 declare(f"quantize_block_values_into(Tensor x, Tensor(a!) out, {_WHAT}) -> ()", _block_values_into, fake=_nothing)

@@ -29,7 +29,7 @@ struct GridPlan {
   double tie;   // what lies above it, below `gap`, goes up
   double min, max, top;
   int64_t count;        // of the table's values, one past each end among them; 0: no table
-  const double* table;
+  const double* table;  // behind them Inf, up to a power of two
 };
 
 enum Mode { kEven, kAway, kZero, kStochastic };
@@ -46,14 +46,16 @@ inline double double_of(uint64_t b) {
   return v;
 }
 
-// t >= 0 as an integer.
+// t >= 0, finite, as an integer. What decides is said by arithmetic, of which the compiler makes vectors: with rest in
+// [0, 1) twice the rest has 1 before its point from 1/2 on, and the sign of a difference is exact. limit: the rest from
+// which on a value goes up by chance, 1 less its random number in [0, 1).
 template <int M>
-inline double whole(double t, uint32_t word) {
+inline double whole(double t, double limit) {
   const double below = std::floor(t), rest = t - below;
   if (M == kEven) return std::nearbyint(t);
-  if (M == kAway) return below + (rest >= 0.5 ? 1.0 : 0.0);
+  if (M == kAway) return below + std::floor(rest + rest);
   if (M == kZero) return below;
-  return below + (rest >= 1.0 - word * 0x1p-32 ? 1.0 : 0.0);
+  return below + (std::floor(rest - limit) + 1.0);
 }
 
 // What is done to every rounded value: overflow, the sign of zero, NaN.
@@ -66,43 +68,67 @@ inline double finished(const GridPlan& p, double q, double y) {
 }
 
 template <class T, int M>
-void round_run(const GridPlan& plan, const T* x, T* out, int64_t count, const uint32_t* __restrict words) {
+void round_run(const GridPlan& plan, const T* x, T* out, int64_t count, const double* __restrict limits) {
   const GridPlan p = plan;
+  const double greatest = std::numeric_limits<double>::max();
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const double y = x[i], a = std::fabs(y);
-    const int64_t field = int64_t(bits_of(a) >> 52) - 1023, low = std::max<int64_t>(field, p.emin);
-    const int64_t k = std::min<int64_t>(low, 1023);  // Inf divided by a finite spacing stays Inf
+    const double y = x[i], size = std::fabs(y), a = size < greatest ? size : greatest;  // Inf, and NaN, which is not kept
+    const int64_t field = int64_t(bits_of(a) >> 52) - 1023, k = std::max<int64_t>(field, p.emin);
     double ulp = double_of(uint64_t(k - p.mantissa + 1023) << 52);
     ulp = p.is_even ? 1.0 : a < p.gap ? p.gap : ulp;
-    double q = whole<M>(a / ulp, M == kStochastic ? words[i] : 0) * ulp;
+    double q = whole<M>(a / ulp, M == kStochastic ? limits[i] : 0) * ulp;
     const bool is_up = M == kAway ? a >= p.tie : a > p.tie;
     q = p.has_tie && a < p.gap ? (is_up ? p.gap : 0.0) : q;
     out[i] = T(finished(p, std::copysign(q, y), y));
   }
 }
 
+// The last value of the table that is not above y, by bisection of many y side by side; behind the table there is Inf.
 template <class T, int M>
-void look_up_run(const GridPlan& p, const T* x, T* out, int64_t count, const uint32_t* words) {
-  const double *first = p.table, *last = p.table + p.count;
-  for (int64_t i = 0; i < count; ++i) {
-    const double y = x[i], inside = y != y ? 0.0 : std::min(std::max(y, first[0]), last[-1]);
-    const double filled = std::max(first[0], inside);
-    const int64_t reached = std::upper_bound(first, last, filled) - first - 1;
-    const int64_t at = std::min<int64_t>(std::max<int64_t>(reached, 0), p.count - 2);
-    const double below = first[at], above = first[at + 1];
-    const bool mirrored = above <= 0.0;
-    const double near = mirrored ? above : below, far = mirrored ? below : above;
-    const double excess = (mirrored ? -1.0 : 1.0) * (2 * filled - (near + far));
-    bool is_far;
-    if (M == kEven) is_far = excess > 0 || (excess == 0 && near != 0);
-    else if (M == kAway) is_far = excess >= 0;
-    else if (M == kZero) is_far = filled == far;
-    else is_far = std::fabs(filled - near) / std::fabs(far - near) >= 1.0 - words[i] * 0x1p-32;
-    double q = is_far ? far : near;
-    if (!p.is_signed && p.min > 0 && y <= 0) q = y;
-    if (q == 0) q = std::copysign(q, y);
-    out[i] = T(finished(p, q, y));
+void look_up_run(const GridPlan& plan, const T* x, T* out, int64_t count, const double* limits) {
+  constexpr int64_t kLanes = 64;
+  const GridPlan p = plan;
+  const double* const table = p.table;
+  const double least = table[0], greatest = table[p.count - 1];
+  int64_t top = 1;
+  while (2 * top < p.count) top *= 2;
+  double filled[kLanes];
+  int64_t reached[kLanes];
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t lanes = std::min(kLanes, count - first);
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double y = x[first + i], low = y > least ? y : least;  // of NaN the least, which is not kept
+      filled[i] = low < greatest ? low : greatest;
+      reached[i] = 0;
+    }
+    for (int64_t step = top; step; step /= 2) {
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t further = reached[i] + step;
+        reached[i] = table[further] <= filled[i] ? further : reached[i];
+      }
+    }
+    const double sign_kept = !p.is_signed && p.min > 0 ? 0.0 : -std::numeric_limits<double>::infinity();
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double y = x[first + i];
+      const int64_t at = reached[i] < p.count - 2 ? reached[i] : p.count - 2;
+      const double below = table[at], above = table[at + 1];
+      const bool mirrored = above <= 0.0;
+      const double near = mirrored ? above : below, far = mirrored ? below : above;
+      const double excess = (mirrored ? -1.0 : 1.0) * (2 * filled[i] - (near + far));
+      bool is_far;
+      if (M == kEven) is_far = (excess > 0) | ((excess == 0) & (near != 0));
+      else if (M == kAway) is_far = excess >= 0;
+      else if (M == kZero) is_far = filled[i] == far;
+      else is_far = std::fabs(filled[i] - near) / std::fabs(far - near) >= limits[first + i];
+      double q = is_far ? far : near;
+      q = y <= sign_kept ? y : q;
+      q = q == 0 ? std::copysign(q, y) : q;
+      out[first + i] = T(finished(p, q, y));
+    }
   }
 }
 
@@ -110,16 +136,17 @@ template <class T, int M>
 void run(const GridPlan& p, const T* x, T* out, int64_t begin, int64_t end, const RandomPlan& random) {
   constexpr int64_t kRun = 4096;
   std::vector<uint32_t> buffer(M == kStochastic ? kRun + 136 : 0);
+  std::vector<double> limits(M == kStochastic ? kRun : 0);
   for (int64_t at = begin; at < end; at += kRun) {
     const int64_t count = std::min(kRun, end - at);
-    const uint32_t* words = nullptr;
     if (M == kStochastic) {
       const int64_t element = random.offset + at, first = element / 4;
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
-      words = buffer.data() + element % 4;
+      const uint32_t* words = buffer.data() + element % 4;
+      for (int64_t i = 0; i < count; ++i) limits[i] = 1.0 - words[i] * 0x1p-32;
     }
-    if (p.count) look_up_run<T, M>(p, x + at, out + at, count, words);
-    else round_run<T, M>(p, x + at, out + at, count, words);
+    if (p.count) look_up_run<T, M>(p, x + at, out + at, count, limits.data());
+    else round_run<T, M>(p, x + at, out + at, count, limits.data());
   }
 }
 

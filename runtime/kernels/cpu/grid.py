@@ -107,6 +107,7 @@ def _plan(format: str, rounding: Rounding, overflow: GridOverflow, working: torc
     elif isinstance(row, LookupFormat):
         below = -row.beyond_max if row.min == -row.max else 2 * row.grid[0] - row.grid[1]
         values = (*((below,) if row.signed else ()), *row.grid, row.beyond_max)
-    table = np.array(values or (math.nan,), np.float64)
+    size = 1 << (len(values) - 1).bit_length() if values else 1
+    table = np.array(values + (math.inf,) * (size - len(values)), np.float64)
     plan.count, plan.table = len(values), table.ctypes.data
     return _Plan(plan, table)
