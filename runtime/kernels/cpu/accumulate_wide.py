@@ -1,7 +1,8 @@
 """The emulation kernel in wide lanes: sums that runtime/kernels/cpu/accumulate.py declines, by accumulate_wide.cpp.
 
 Double lanes hold every float accumulator, rounding, product and model: fp32 itself but to nearest even, and formats
-that leave no room in fp32 to round to odd. Integer accumulators take int64 lanes. Bitwise equal to
+that leave no room in fp32 to round to odd. Integer accumulators take int64 lanes; where no sum can leave one, any order
+gives the same, and the product is one of the int8 unit or of float64. Bitwise equal to
 runtime/numerics/reference_gemm.py; any compiler will do, no AVX-512 is needed.
 """
 
@@ -17,6 +18,7 @@ from runtime.kernels.constants import ROUNDING_NUMBERS
 from runtime.kernels.cpu.address import address, check_product
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import RandomPlan
+from runtime.kernels.cpu.gemm import int8_library, multiply_int8
 from runtime.kernels.cpu.philox import random_plan
 from runtime.numerics.format_kinds import IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
@@ -73,6 +75,8 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
         is_nan = a.isnan().any(-1, keepdim=True) | b.isnan().any(-2, keepdim=True)
         if bool(is_nan.any()):
             return multiply(a.nan_to_num(0.0), b.nan_to_num(0.0), spec, key).masked_fill(is_nan, torch.nan)
+        if _is_exact(spec, a.shape[-1]):
+            return _exact_product(a, b, spec)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     m, n = a.shape[-2], b.shape[-1]
     left, right = (x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (a, b))
@@ -80,6 +84,32 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
     for index, (x, y) in enumerate(zip(left, right)):
         _multiply(x, y, out[index], spec.accumulator, _plan(spec.accumulator, key, index * m * n, out.numel()))
     return out.view(*batch, m, n)
+
+
+def _is_exact(spec: GemmSpec, num_k: int) -> bool:
+    """Whether no sum of products leaves an integer accumulator, nor what float64 holds exactly."""
+    left, right = (max(row.max, -row.min) for row in map(get_format, (spec.lhs.format, spec.rhs.format)))
+    low, high = _ends(spec.accumulator)
+    most = max(1, num_k) * left * right
+    return most <= min(high, -low, 2**53)
+
+
+def _exact_product(a: Tensor, b: Tensor, spec: GemmSpec) -> Tensor:
+    """Exact, and rounded once to fp32. The values are integers within the formats."""
+    is_int8 = all(get_format(each.format).max <= 127 >= -get_format(each.format).min for each in (spec.lhs, spec.rhs))
+    if is_int8 and a.shape[-1] < 2**17 and a.dim() == b.dim() == 2 and min(*a.shape, *b.shape) > 0 and int8_library():
+        return multiply_int8(a.to(torch.int8), b.to(torch.int8))
+    return (a.double() @ b.double()).float() + 0.0
+
+
+def _ends(how: AccumulateSpec) -> tuple[int, int]:
+    """The least and the largest value of an integer accumulator."""
+    row = get_format(how.format)
+    assert isinstance(row, IntFormat)
+    if how.overflow != "wrap":
+        return int(row.min), int(row.max)
+    low = -(2 ** (row.bits - 1)) if row.signed else 0
+    return low, low + 2**row.bits - 1
 
 
 def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, how: AccumulateSpec, plan: WidePlan) -> None:
@@ -110,10 +140,7 @@ def _plan(how: AccumulateSpec, key: RandomKey, first_element: int, num_elements:
     )
     if isinstance(row, IntFormat):
         plan.is_integer, plan.wraps = True, how.overflow == "wrap"
-        plan.low, plan.high = int(row.min), int(row.max)
-        if plan.wraps:
-            plan.low = -(2 ** (row.bits - 1)) if row.signed else 0
-            plan.high = plan.low + 2**row.bits - 1
+        plan.low, plan.high = _ends(how)
         return plan
     overflows = how.format == "fp32"
     plan.tiny, plan.first_tie, plan.max = row.tiny, row.first_tie, row.max

@@ -94,7 +94,27 @@ int64_t encode_vectors(const CodePlan& p, const float* from, Code* out, int64_t 
   return 0;
 }
 
+// Likewise back, of a table of up to 16 values, which one register holds; what is no code is left to the loop.
+template <class Code>
+int64_t decode_vectors(const CodePlan& p, const Code* from, float* out, int64_t count) {
+  if (sizeof(Code) != 1 || p.kind != 2 || p.bits > 4) return 0;
+  const __m512 values = _mm512_loadu_ps(p.values);
+  const __m512i last = _mm512_set1_epi32((1 << p.bits) - 1);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    if (_mm512_cmpgt_epu32_mask(codes, last)) break;
+    _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(codes, values));
+  }
+  return i;
+}
+
 #else
+
+template <class Code>
+int64_t decode_vectors(const CodePlan&, const Code*, float*, int64_t) {
+  return 0;
+}
 
 template <class Code>
 int64_t encode_vectors(const CodePlan&, const float*, Code*, int64_t) {
@@ -154,6 +174,8 @@ template <class Code, class Wide>
 bool decode_run(const CodePlan& plan, const Code* __restrict from, float* __restrict out, int64_t count) {
   const CodePlan& p = plan;
   using Unsigned = std::make_unsigned_t<Wide>;
+  const int64_t done = decode_vectors(plan, from, out, count);
+  from += done, out += done, count -= done;
   Unsigned beyond = 0;
   if (p.kind == 0) {
     const uint32_t top = uint32_t(p.bits - 1), magnitude = (1u << top) - 1, nan = 0x7fc00000u, lone = p.lone_nan;

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.kernels.cpu import accumulate_wide
 from runtime.kernels.cpu.accumulate_wide import declines, multiply, wide_library
-from runtime.numerics import quantize
+from runtime.numerics import get_format, quantize
 from runtime.numerics import reference_gemm as reference
 from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec, Rounding
@@ -39,6 +40,27 @@ def test_equals_the_reference(mode: Rounding, accumulate: str) -> None:
         for left in (wild, a * 2.0**-16, a * 2.0**62):
             _check(left, b, GemmSpec(accumulator=how))
         _check(quantize(a, "e4m3"), quantize(b, "e5m2"), GemmSpec(QuantSpec("e4m3"), QuantSpec("e5m2"), how))
+
+
+@pytest.mark.parametrize("overflow", ["saturate", "wrap"])
+@pytest.mark.parametrize(
+    ("name", "num_k"), [("int8", 300), ("int8", 1), ("int4", 77), ("uint8", 90), ("int8:range=full", 50)]
+)
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_sums_that_cannot_leave_the_accumulator_take_no_lane(
+    batch: tuple[int, ...], name: str, num_k: int, overflow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the int8 unit or float64, to the bit, past 2^24 too, where the result is rounded to fp32."""
+    row, generator = get_format(name), torch.Generator().manual_seed(num_k)
+    low, high = int(row.min), int(row.max)
+    a = torch.randint(low, high + 1, (*batch, 9, num_k), generator=generator).float()
+    b = torch.randint(low, high + 1, (num_k, 35), generator=generator).float()
+    a[..., 0, :], b[:, 0], a[..., 1, 0] = high, high, float("nan")
+    monkeypatch.setattr(accumulate_wide, "_multiply", None)
+    how = AccumulateSpec("int32", overflow=overflow)  # type: ignore[arg-type]
+    _check(a, b, GemmSpec(QuantSpec(name), QuantSpec(name), how))
+    with pytest.raises(TypeError):  # int16 can be left, and goes addition by addition
+        _check(a, b, GemmSpec(QuantSpec(name), QuantSpec(name), AccumulateSpec("int8")))
 
 
 @pytest.mark.parametrize("overflow", ["saturate", "wrap"])
