@@ -375,7 +375,7 @@ def _refuse_if_not_lowered(compiled: Compiled) -> None:
     if not compiled.strict:
         return
     for phase in compiled.phases:
-        refusals = [f"{site}: {reason}" for site, reason in phase.program.refusals.items()]
+        refusals = [f"{site}: {reason}" for site, reason in phase.program.reasons()]
         wrong = [str(finding) for finding in phase.program.findings if finding.is_wrong]
         if refusals or wrong:
             raise LoweringError(

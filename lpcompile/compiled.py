@@ -113,17 +113,15 @@ class Compiled:
             if not any(sight.name in phase.resolution.specs for phase in self.phases):
                 self._add([sight], [self.site_of(sight)])
                 for phase in self.phases:
-                    if self.strict and sight.name in phase.program.refusals:
+                    for name, reason in phase.program.reasons(sight.name) if self.strict else ():
                         raise LoweringError(
-                            phase.program.refusals[sight.name],
-                            where=f"{sight.name}, policy {phase.policy.name}, strict",
+                            reason,
+                            where=f"{name}, policy {phase.policy.name}, strict",
                             expected="every named GEMM to run as its policy says",
                             hint="strict=False, or another rule for it",
                         )
-                if reason := self.phase.program.refusals.get(sight.name):
-                    warnings.warn(
-                        f"{sight.name} runs as in the uncompiled model: {reason}", LoweringWarning, stacklevel=2
-                    )
+                for name, reason in self.phase.program.reasons(sight.name):
+                    warnings.warn(f"{name} runs as in the uncompiled model: {reason}", LoweringWarning, stacklevel=2)
         return [phase.products.get(sight.name) for phase in self.phases]
 
     @property

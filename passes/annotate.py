@@ -1,5 +1,5 @@
 """annotate: what the policy says of a site becomes a LayerSpec on its node; what nothing can run is refused, with the
-reason.
+reason, a role alone where others run.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from torch import fx
 
 from passes.ir.gemm_nodes import Composite, GemmNode, Unreadable, read_gemm
 from passes.ir.program import REPEATED, SITE, SPEC, Program
-from passes.ir.stored_specs import spec_as_stored
+from passes.ir.stored_specs import spec_as_stored, without
 from passes.ir.types import META
 from passes.manager import Pass
-from passes.place import why_refused
-from runtime.numerics.specs import LayerSpec
+from passes.place import refusals, refused_roles
+from runtime.numerics.specs import LayerSpec, Role
 
 
 @dataclass(frozen=True)
 class Annotate(Pass):
-    """Reads `program.specs`; writes `node.meta[SPEC]` and `program.refusals`."""
+    """Reads `program.specs`; writes `node.meta[SPEC]` and `program.refusals`, into `program.choices` refused roles."""
 
     name: ClassVar[str] = "annotate"
     requires: ClassVar[tuple[str, ...]] = ("decomposed", "uncast")
@@ -35,13 +35,16 @@ class Annotate(Pass):
                 gemm = read_gemm(node) or Unreadable(str(node.target), "the compiler does not read this op as a GEMM")
                 assert not isinstance(gemm, Composite)  # by the condition "decomposed"
                 spec = as_stored(gemm, spec)
-                reason = refusal(gemm, spec, program.device)
+                found = refused(gemm, spec, program.device)
+                reason = found if isinstance(found, str) else ""
                 if not reason and node.meta.get(REPEATED) and spec.is_stochastic:
                     reason = "one forward runs it several times: stochastic rounding would draw the same bits each time"
                 if reason:
                     program.refusals[site] = reason
                 else:
-                    node.meta[SPEC] = spec
+                    node.meta[SPEC] = without(spec, found)
+                    if found:
+                        program.choices[site] = refusals(gemm.kind, found, program.device)
                     changed = True
         return changed
 
@@ -64,8 +67,8 @@ def _dtype_of(node: object) -> torch.dtype | None:
     return None
 
 
-def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | None:
-    """Why nothing runs this GEMM as `spec`, which `as_stored` made, says; None if something does."""
+def refused(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> dict[Role, str] | str:
+    """The roles that nothing runs as `spec`, which `as_stored` made, says, with the reason; or why nothing runs any."""
     if isinstance(gemm, Unreadable):
         return gemm.reason
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):
@@ -73,4 +76,4 @@ def refusal(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> str | 
     for dtype in (_dtype_of(gemm.lhs), _dtype_of(gemm.rhs)):
         if not spec.is_identity and dtype is not None and not dtype.is_floating_point:
             return f"an operand is {dtype}, and only real numbers are cast"
-    return why_refused(gemm.kind, gemm.geometry, gemm.op, spec, device)
+    return refused_roles(gemm.kind, gemm.geometry, gemm.op, spec, device)

@@ -1,22 +1,25 @@
-"""Place: what runs a GEMM that a policy names, or why nothing does; by its kind alone, without a graph."""
+"""Place: what runs each role of a GEMM that a policy names, or why nothing does; by its kind alone, without a graph."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from passes.analysis.lengths import Lengths
 from passes.analysis.room import why_no_room
-from passes.ir.stored_specs import spec_as_stored
+from passes.ir.stored_specs import spec_as_stored, without
 from runtime.errors import NotSupported
 from runtime.kernels.registry import Choice, choose
 from runtime.kernels.request import GemmRequest
 from runtime.numerics.free_axes import Side
-from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
+from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, QuantSpec, Role
 from runtime.ops.plan import contraction_of, parse_geometry
 from runtime.ops.sum_scales import slot_name, why_not_scaled
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A GEMM that runs: `spec` for the operands as they lie in memory, and the backend of each role."""
+    """A GEMM that runs: `spec` for the operands as they lie in memory, and the backend of each role. A role that
+    nothing can run as the policy says is the identity in `spec`, and refused in `choices`.
+    """
 
     spec: LayerSpec
     choices: dict[Role, Choice]
@@ -28,41 +31,63 @@ class Placed:
 
 
 def place(kind: str, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None) -> Placed | str:
-    """How the GEMMs of a site run, or why they cannot. Of a convolution's geometry only matters whether it is
+    """How the GEMMs of a site run, or why none of them can. Of a convolution's geometry only matters whether it is
     transposed. `lengths`: of their sums, where they are known."""
     geometry = (_TRANSPOSED if "transpose" in op else _PLAIN) if kind == "conv" else ""
-    stored = spec_as_stored(kind, geometry, spec)
-    if reason := why_refused(kind, geometry, op, stored, device, lengths):
-        return reason
-    return Placed(stored, {role: choose(GemmRequest(kind, role, stored.role(role), device)) for role in ROLES})
+    refused = refused_roles(kind, geometry, op, spec_as_stored(kind, geometry, spec), device, lengths)
+    if isinstance(refused, str):
+        return refused
+    running = without(spec_as_stored(kind, geometry, spec), refused)
+    choices = {role: choose(GemmRequest(kind, role, running.role(role), device)) for role in ROLES}
+    return Placed(running, choices | refusals(kind, refused, device))
 
 
-def why_refused(
+def refusals(kind: str, refused: Mapping[Role, str], device: str) -> dict[Role, Choice]:
+    """Each refused role as what runs it, with the reason."""
+    found = {}
+    for role, reason in refused.items():
+        torchs = choose(GemmRequest(kind, role, GemmSpec(), device))
+        found[role] = replace(torchs, fidelity="refused", reason=reason)
+    return found
+
+
+def refused_roles(
     kind: str, geometry: str, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None
-) -> str | None:
-    """Why nothing runs a GEMM as `spec`, which is for the operands as stored, says; None if something does."""
-    contraction = contraction_of(kind, parse_geometry(geometry))
-    if reason := _why_not_learned(spec):
-        return reason
+) -> dict[Role, str] | str:
+    """The roles of a GEMM that nothing runs as `spec`, which is for the operands as stored, says, with the reason; or
+    why nothing of it can be run so.
+    """
+    refused: dict[Role, str] = {}
     for role in ROLES:
-        numbers = spec.role(role)
-        if numbers.accumulator.is_open:
+        if spec.role(role).accumulator.is_open:
             return f"{role}: no accumulator was chosen; run choose-accumulator first"
-        operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", numbers.lhs), ("rhs", numbers.rhs))
-        for side, operand in operands:
-            if operand.is_block and kind == "conv":
-                name = slot_name(contraction, role, side)
-                what = f"blocks of {operand.format} lie along one axis, and the sum of a {op} has several"
-                return f"{role} {name}: {what}; use a scalar format such as e4m3, with a scale of granularity tensor"
-            if reason := why_not_scaled(contraction, op, role, side, numbers):
-                return f"{role} {reason}"
-        if reason := why_no_room(role, numbers, (lengths or {}).get(role)):
-            return reason
-        try:
-            choose(GemmRequest(kind, role, numbers, device))
-        except NotSupported as error:
-            return str(error)
-    return None
+        if reason := _why_refused(kind, geometry, op, role, spec.role(role), device, (lengths or {}).get(role)):
+            refused[role] = reason
+    running = without(spec, refused)
+    if refused and running.is_identity:
+        return next(iter(refused.values()))
+    return _why_not_learned(spec) or _why_not_learned(running) or refused
+
+
+def _why_refused(
+    kind: str, geometry: str, op: str, role: Role, numbers: GemmSpec, device: str, length: int | None
+) -> str:
+    contraction = contraction_of(kind, parse_geometry(geometry))
+    operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", numbers.lhs), ("rhs", numbers.rhs))
+    for side, operand in operands:
+        if operand.is_block and kind == "conv":
+            name = slot_name(contraction, role, side)
+            what = f"blocks of {operand.format} lie along one axis, and the sum of a {op} has several"
+            return f"{role} {name}: {what}; use a scalar format such as e4m3, with a scale of granularity tensor"
+        if reason := why_not_scaled(contraction, op, role, side, numbers):
+            return f"{role} {reason}"
+    if reason := why_no_room(role, numbers, length):
+        return reason
+    try:
+        choose(GemmRequest(kind, role, numbers, device))
+    except NotSupported as error:
+        return str(error)
+    return ""
 
 
 def _why_not_learned(spec: LayerSpec) -> str:

@@ -28,9 +28,14 @@ class SelectKernels(Pass):
                 if node.target is not OPS["lp.gemm"].run:
                     continue
                 spec, kind = gemm_spec(node), str(node.kwargs["kind"])
-                choices = {role: choose(GemmRequest(kind, role, spec.role(role), program.device)) for role in ROLES}
+                site = node.meta[SITE]
+                kept = {role: program.choices[site][role] for role in program.refused_roles(site)}
+                choices = {
+                    role: kept.get(role) or choose(GemmRequest(kind, role, spec.role(role), program.device))
+                    for role in ROLES
+                }
                 methods = ",".join(choices[role].method for role in ROLES)
-                program.choices[node.meta[SITE]] = choices
+                program.choices[site] = choices
                 changed |= methods != node.kwargs["methods"]
                 node.kwargs = {**node.kwargs, "methods": methods}
         return changed

@@ -46,6 +46,10 @@ def opt(
     mode: Annotated[
         str, typer.Option(metavar="[train|infer]", help="Which pipeline runs; the graph is that of evaluation.")
     ] = "train",
+    joint: Annotated[
+        bool,
+        typer.Option("--joint", help="Show the joint graphs of a call in training, with FWD, BWD and GRAD in them."),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the text here and not to stdout.")
     ] = None,
@@ -66,6 +70,7 @@ def opt(
       lpcompile opt LlamaForCausalLM --policy fp8-rowwise --dot llama.dot -o llama.lpir
       lpcompile opt my_package.models:tiny --policy my_policy.yaml --mode infer
       lpcompile opt gpt.lpir --verify
+      lpcompile opt llama --policy hfp8 --joint
     """
     told = Console(stderr=True, width=_WIDTH)
     if list_passes:
@@ -75,6 +80,12 @@ def opt(
         raise LpError("nothing to work on", where="opt", expected="FILE_OR_MODEL", hint="lpcompile opt --help")
     if mode not in PIPELINES:
         raise LpError("not a mode", where="--mode", expected=" or ".join(PIPELINES), got=mode)
+    if joint:
+        if passes is not None or stats or dot or verify_only:
+            expected = "no --passes, --stats, --dot or --verify beside it: the graph is torch.compile's"
+            raise LpError("a joint graph has one pass, lower-joint", where="--joint", expected=expected)
+        write_text(output, joint_text(source, policy, print_ir_after_all))
+        return
     program = read_program(source, policy)
     if verify_only:
         verify(program)
@@ -91,11 +102,7 @@ def opt(
             print(f"// ----- after {done} -----\n{print_program(program)}", file=sys.stderr)
 
     records = run_passes(program, choose_passes(passes, program, mode), after_each)
-    text = print_program(program)
-    if output:
-        write_file(output, text)
-    else:
-        sys.stdout.write(text)
+    write_text(output, print_program(program))
     if dot:
         write_file(dot, print_dot(program))
     if stats:
@@ -117,8 +124,7 @@ def read_program(source: str, policy: str | None) -> Program:
             raise LpError(
                 "not a text", where=source, expected=expected, got=got, hint="lpcompile opt --help"
             ) from error
-    if policy is None:
-        raise LpError("a model needs a policy", where=source, expected="--policy NAME_OR_FILE", hint="--policy hfp8")
+    policy = _needed(policy, source)
     from launch.commands.example_models import (
         example_model,  # here: transformers and the compiler take seconds to import
     )
@@ -126,6 +132,32 @@ def read_program(source: str, policy: str | None) -> Program:
 
     example = example_model(source)
     return program_of(example.model, policy, example.args, example.kwargs)
+
+
+def joint_text(source: str, policy: str | None, print_before: bool) -> str:
+    """The joint graphs of a model after lower-joint; with `print_before` those before it go to stderr."""
+    if source.endswith(".lpir") or Path(source).is_file():
+        raise LpError("a file has no joint graph", where="--joint", got=source, hint="a model")
+    from launch.commands.joint_graph import joint_graphs, print_graphs  # here: the compiler takes seconds to import
+
+    graphs = joint_graphs(source, _needed(policy, source))
+    if print_before:
+        print(print_graphs([before for before, _ in graphs]), file=sys.stderr)
+    return print_graphs([after for _, after in graphs])
+
+
+def _needed(policy: str | None, source: str) -> str:
+    if policy is None:
+        raise LpError("a model needs a policy", where=source, expected="--policy NAME_OR_FILE", hint="--policy hfp8")
+    return policy
+
+
+def write_text(output: Path | None, text: str) -> None:
+    """To the file, or to stdout."""
+    if output:
+        write_file(output, text)
+    else:
+        sys.stdout.write(text)
 
 
 def write_file(path: Path, text: str) -> None:

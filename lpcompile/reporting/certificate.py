@@ -165,6 +165,8 @@ def _rows_of_site(compiled: Compiled, site: Site, lost: str, uncalled: str) -> l
             how = "original", REFUSED, lost or phase.program.refusals.get(name, "")
         elif uncalled:
             how = "none", UNCALLED, f"{uncalled} ({choice.backend} if it is)"
+        elif choice.fidelity == REFUSED:
+            how, calls = ("original", REFUSED, choice.reason), (calls[0], 0, calls[2], 0)
         elif calls[1] < calls[0]:
             how = choice.backend, choice.fidelity, f"{calls[0] - calls[1]} of {calls[0]} calls ran otherwise: {fallen}"
         else:

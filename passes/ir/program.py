@@ -76,6 +76,20 @@ class Program:
             self._num_indexed = len(self.units)
         return self._at_path.get(path, [])
 
+    def refused_roles(self, site: str) -> list[Role]:
+        """The roles of a site that run as the uncompiled model does, where others run as the policy says."""
+        return [role for role, choice in self.choices.get(site, {}).items() if choice.fidelity == "refused"]
+
+    def reasons(self, *sites: str) -> Iterator[tuple[str, str]]:
+        """Each site, or role of one as `SITE ROLE`, that does not run as the policy says, with the reason: of these
+        sites, or of all.
+        """
+        for site in sites or dict.fromkeys([*self.refusals, *self.choices]):
+            if site in self.refusals:
+                yield site, self.refusals[site]
+            for role in self.refused_roles(site):
+                yield f"{site} {role}", self.choices[site][role].reason
+
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
         """Every graph with a name for messages."""
         for name, unit in self.units.items():

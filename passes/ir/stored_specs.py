@@ -5,12 +5,18 @@ w: channel the same of a linear layer, a column of b in a product a.b; of a conv
 mxfp8      blocks along the sum: along the row of an operand whose free axis is the row, else down its column
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
 from runtime.ops.plan import contraction_of, parse_geometry
+
+
+def without(spec: LayerSpec, roles: Iterable[Role]) -> LayerSpec:
+    """The spec with these roles as the uncompiled model has them."""
+    return replace(spec, **dict.fromkeys(roles, GemmSpec()))
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from torch import fx
 from passes.cast_keys import cast_spec, gemm_spec
 from passes.ir.operands import operands_of
 from passes.ir.program import GROUP, SITE, SPEC, Program, quantizer_name, site_numbers
-from passes.ir.stored_specs import spec_as_stored
+from passes.ir.stored_specs import spec_as_stored, without
 from passes.ir.types import Types, declared_type, operand_types, seen_type, type_of
 from runtime.errors import VerifyError, nearest_names
 from runtime.numerics.specs import ROLES, LayerSpec
@@ -80,7 +80,8 @@ def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, n
         what = "`lp.site` must name a site that the policy names"
         raise VerifyError(what, where=where, got=repr(site), hint=nearest_names(str(site), tuple(program.specs)))
     given = str(node.kwargs["spec"])
-    wanted = spec_as_stored(str(node.kwargs["kind"]), str(node.kwargs.get("geometry", "")), program.specs[site])
+    stored = spec_as_stored(str(node.kwargs["kind"]), str(node.kwargs.get("geometry", "")), program.specs[site])
+    wanted = without(stored, program.refused_roles(site))
     if LayerSpec.parse(given) != wanted or node.meta.get(SPEC, wanted) != wanted:
         got = given if LayerSpec.parse(given) != wanted else f"lp.spec {node.meta[SPEC]}"
         raise VerifyError("`spec` must be that of its site", where=where, expected=str(wanted), got=got)

@@ -44,7 +44,11 @@ def backend_of(lowering: Lowering) -> Callable[..., Any]:
 
 
 def _text(graph: fx.Graph) -> str:
-    return graph.python_code("self").src
+    """As Python code, each product with its site and role behind it."""
+    sites = {node.name: " ".join(node.meta[SITE]) for node in graph.nodes if SITE in node.meta}
+    lines = graph.python_code("self").src.splitlines()
+    named = [sites.get(line.strip().partition(" = ")[0], "") for line in lines]
+    return "\n".join(f"{line}  # {site}" if site else line for line, site in zip(lines, named))
 
 
 def _inductor(lowering: Lowering) -> Callable[..., Any]:

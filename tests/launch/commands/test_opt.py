@@ -255,6 +255,29 @@ def test_a_class_that_does_not_build_says_the_way_out() -> None:
         example_model("RagModel")
 
 
+def test_the_joint_graph_of_a_model_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "joint.py"
+    assert run(["opt", "gpt", "--policy", "fp8-rowwise", "--joint", "-o", str(path)]) == 0
+    text = path.read_text()
+    assert text.startswith("# ----- graph 1 of 1 -----")
+    for role in ("fwd", "bwd", "grad"):
+        assert re.search(rf"torch\.ops\.lp\.{role}\.default\(.*  # transformer\.h\.0\.\S+ {role}$", text, re.MULTILINE)
+    assert "torch.ops.lp.cast.default(" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a.lpir"], "a file has no joint graph"),
+        (["gpt", "--policy", "hfp8", "--passes", "annotate"], "no --passes"),
+        (["gpt"], "a model needs a policy"),
+    ],
+)
+def test_what_has_no_joint_graph_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["opt", *words, "--joint"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_attention_of_a_file_is_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "attention.lpir"
     path.write_text(attention(layer(E4M3)))
