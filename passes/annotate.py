@@ -36,15 +36,15 @@ class Annotate(Pass):
                 assert not isinstance(gemm, Composite)  # by the condition "decomposed"
                 spec = as_stored(gemm, spec)
                 found = refused(gemm, spec, program.device)
-                reason = found if isinstance(found, str) else ""
+                roles, reason = ({}, found) if isinstance(found, str) else (found, "")
                 if not reason and node.meta.get(REPEATED) and spec.is_stochastic:
                     reason = "one forward runs it several times: stochastic rounding would draw the same bits each time"
                 if reason:
                     program.refusals[site] = reason
                 else:
-                    node.meta[SPEC] = without(spec, found)
-                    if found:
-                        program.choices[site] = refusals(gemm.kind, found, program.device)
+                    node.meta[SPEC] = without(spec, roles)
+                    if roles and isinstance(gemm, GemmNode):
+                        program.choices[site] = refusals(gemm.kind, roles, program.device)
                     changed = True
         return changed
 

@@ -1,5 +1,5 @@
 """Einsum of two operands as one batched matrix product: which labels are batch, rows, columns and sum, and the permutes
-around it.
+around it; of more operands as pairs.
 
     "bqhd,bkhd->bhqk"     batch bh, rows q, columns k, sum d     left (bh, q, d) . right (bh, d, k) = (bh, q, k)
 
@@ -9,6 +9,7 @@ with labels of the right operand, torch multiplies right by left: a policy's `a`
 of the sums may differ, by the machine's library; strides are torch's all the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,6 +64,43 @@ def why_no_product(equation: str) -> str:
     if not labels.rows or not labels.columns:
         return "a product with a vector is no GEMM"
     return ""
+
+
+def why_no_pairs(equation: str) -> str:
+    """Why an equation of three operands and more is not taken apart into pairs; empty if it is."""
+    return "an ellipsis is not taken apart" if "." in equation else ""
+
+
+def pairs(equation: str, shapes: Sequence[torch.Size]) -> list[tuple[int, int, str]]:
+    """(i, j, equation) of two operands each: operands i < j are replaced by their product, in the place of the first.
+    From left to right, as torch.einsum has it, or in the order that opt_einsum finds where torch uses it.
+    """
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow:
+        labels = "".join(terms)
+        out = "".join(sorted(label for label in labels if labels.count(label) == 1))
+    found = []
+    for i, j in _order(equation, shapes):
+        left, right = terms[i], terms.pop(j)
+        rest = "".join([*terms[:i], *terms[i + 1 :], out])
+        is_last = len(terms) == 1
+        terms[i] = out if is_last else "".join(dict.fromkeys(label for label in left + right if label in rest))
+        found.append((i, j, f"{left},{right}->{terms[i]}"))
+    return found
+
+
+def _order(equation: str, shapes: Sequence[torch.Size]) -> list[tuple[int, int]]:
+    finder = torch.backends.opt_einsum
+    if torch.compiler.is_compiling() or not (finder.enabled and finder.is_available()):
+        return [(0, 1)] * (len(shapes) - 1)
+    path = finder.get_opt_einsum().contract_path(equation, *shapes, shapes=True, optimize=finder.strategy)[0]
+    places, order = [*range(len(shapes))], []  # opt_einsum puts a result last, we in the place of the first
+    for pair in path:
+        first, second = sorted(places[each] for each in pair)
+        order.append((first, second))
+        places = [place - (place > second) for at, place in enumerate(places) if at not in pair] + [first]
+    return order
 
 
 def left_matrices(x: Tensor, equation: str) -> Tensor:

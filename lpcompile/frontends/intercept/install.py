@@ -84,6 +84,7 @@ _NUMBERS = range(4)
 _MULTIHEAD = "multi_head_attention_forward_0"
 _PRODUCTS = (
     *((f"{stem}_{number}", "matmul") for stem in ("matmul", "einsum", "addmm", "baddbmm") for number in _NUMBERS),
+    *((f"einsum_{number}.{pair}", "matmul") for number in _NUMBERS for pair in (0, 1)),
     *((f"sdpa_{number}.{part}", "matmul") for number in _NUMBERS for part in ("qk", "pv")),
     *((f"{_MULTIHEAD}.{part}", "matmul") for part in ("qk", "pv")),
 )

@@ -158,18 +158,55 @@ def _run_einsum(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwargs) 
     equation, operands = args[0], args[1:]
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2:
-        reason = "only an equation of two operands is one matrix product"
+    if not isinstance(equation, str) or len(operands) < 2:
+        reason = "only an equation of two operands or more is read"
+    elif len(operands) > 2:
+        if not (reason := einsum.why_no_pairs(equation)):
+            return _run_pairs(frame, name, func, equation, operands)
     else:
         reason = einsum.why_no_product(equation)
     if reason:
         frame.scope.leave(name, "einsum", reason)
         return func(*args, **kwargs)
-    left, right = operands
+    product = _product_of(frame, name, equation, *operands)
+    return func(*args, **kwargs) if product is None else _multiply_pair(product, equation, *operands)
+
+
+def _run_pairs(frame: Frame, name: str, func: Any, equation: str, operands: tuple[Any, ...]) -> Any:
+    """Three operands and more: two at a time as torch.einsum takes them, each a product by number. Where the policy
+    names none of them the call is torch's own.
+    """
+    pairs = einsum.pairs(equation, [x.shape for x in operands])
+    products: list[Any] = []
+    shapes = [*operands] if torch.compiler.is_compiling() else [*map(_without_data, operands)]
+    for number, (i, j, pair) in enumerate(pairs):
+        left, right = shapes[i], shapes.pop(j)
+        shapes[i] = torch.einsum(pair, left, right)
+        if reason := einsum.why_no_product(pair):
+            frame.scope.leave(f"{name}.{number}", "einsum", reason)
+            products.append(None)
+        else:
+            products.append(_product_of(frame, f"{name}.{number}", pair, left, right))
+    if not any(products):
+        return func(equation, *operands)
+    waiting = [*operands]
+    for (i, j, pair), product in zip(pairs, products):
+        left, right = waiting[i], waiting.pop(j)
+        waiting[i] = func(pair, left, right) if product is None else _multiply_pair(product, pair, left, right)
+    return waiting[0]
+
+
+def _without_data(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _product_of(frame: Frame, name: str, equation: str, left: Tensor, right: Tensor) -> Any:
+    """What runs an equation of two operands, as one product of matrices; None where torch does."""
     lhs, rhs = einsum.left_matrices(left, equation), einsum.right_matrices(right, equation)
-    product = frame.scope.product(name, "matmul", "matmul", lhs, rhs)
-    if product is None:
-        return func(*args, **kwargs)
+    return frame.scope.product(name, "matmul", "matmul", lhs, rhs)
+
+
+def _multiply_pair(product: Any, equation: str, left: Tensor, right: Tensor) -> Tensor:
     left, right = einsum.with_gradients_as_torch(left, right, equation)
     lhs, rhs = einsum.left_matrices(left, equation), einsum.right_matrices(right, equation)
     return einsum.from_matrices(product(lhs, rhs), left, right, equation)

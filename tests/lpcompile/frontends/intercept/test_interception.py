@@ -580,3 +580,53 @@ def test_a_model_on_meta_runs_there(policy: str) -> None:
     y.sum().backward()
     assert y.is_meta
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class _Chain(nn.Module):
+    """Three operands; the second pair of the other equation is no product of matrices."""
+
+    def __init__(self, equation: str = "bij,bjk,kl->bil") -> None:
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return torch.einsum(self.equation, a, b, c)
+
+
+def _of_chain(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(0)
+    operands = [torch.randn(*sizes, requires_grad=True) for sizes in ((2, 3, 4), (2, 4, 5), (5, 6))]
+    y = model(*operands)
+    return [y, *torch.autograd.grad(y.square().sum(), operands)]
+
+
+@pytest.mark.parametrize("with_examples", [False, True])
+def test_an_einsum_of_three_operands_is_two_products(with_examples: bool) -> None:
+    exact, examples = _of_chain(_Chain()), (torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.randn(5, 6))
+    cast = {"format": "e4m3", "scale": {"granularity": "tensor"}}
+    rules = [{"match": {"name": "einsum_0.1"}, "fwd": {"a": cast, "b": cast}}]
+    second = Policy.model_validate({"version": 1, "name": "p", "rules": rules})
+    for policy, names in (("fp32-emulated", {"einsum_0.0", "einsum_0.1"}), (second, {"einsum_0.1"})):
+        model = lpcompile(_Chain(), policy, examples if with_examples else None, strict=True)
+        found = _of_chain(model)
+        assert {row.name for row in report(model).gemms} == names
+        assert all(row.counts == "1 of 1 calls" for row in report(model).gemms if row.role == "fwd")
+        if policy == "fp32-emulated":
+            assert all(map(torch.equal, found, exact))
+            assert found[0].stride() == exact[0].stride()
+    for value, wanted in zip(found, exact):
+        assert torch.nn.functional.cosine_similarity(value.flatten(), wanted.flatten(), dim=0) > 0.99
+    assert not torch.equal(found[0], exact[0])
+
+
+def test_a_pair_that_is_no_product_is_counted_as_refused() -> None:
+    model = _Chain("bij,bjk,kl->bi")
+    exact = _of_chain(model)
+    lpcompile(model, "fp32-emulated")
+    with pytest.warns(LoweringWarning, match="einsum_0.1 runs as in the uncompiled model"):
+        found = _of_chain(model)
+    assert all(map(torch.equal, found, exact))
+    rows = {row.name: row for row in report(model).gemms if row.role == "fwd"}
+    assert (rows["einsum_0.0"].counts, rows["einsum_0.1"].counts) == ("1 of 1 calls", "0 of 1 calls")
+    with pytest.raises(LoweringError, match=r"einsum_0\.1"):
+        _of_chain(lpcompile(_Chain("bij,bjk,kl->bi"), "fp32-emulated", strict=True))
