@@ -191,6 +191,8 @@ def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[None]:
         result = original(*args, **kwargs)
         if before.changed():
             raise NotSupported("its forward changes attributes of a module")
+        if any(isinstance(each, torch.Size) for each in pytree.tree_leaves(result, is_leaf=_is_size)):
+            raise NotSupported("its forward returns a torch.Size, for which a graph gives a tuple")
         return result
 
     for name in _HOOKS:
@@ -204,6 +206,10 @@ def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[None]:
         before.restore()
         torch.set_rng_state(seeds[0])
         random.setstate(seeds[1])
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)
 
 
 class _State:

@@ -147,6 +147,33 @@ def test_a_model_that_is_one_layer_of_several_products_is_run_by_it() -> None:
     assert all(row.counts for row in report(model).gemms if row.role == "fwd")
 
 
+class _Sized(nn.Module):
+    """Returns a size, and divides by a count that Trainer hands it as an int or as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, torch.Size]:
+        y = self.fc(x)
+        scores = (y @ y.mT) / y.size(-1) ** 0.5
+        return scores if num_items_in_batch is None else scores / num_items_in_batch, y.shape
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_size_comes_back_as_a_size_for_every_count(mode: Any) -> None:
+    original = _Sized().eval()
+    model = lpcompile(copy.deepcopy(original), "fp32-emulated", (torch.randn(2, 5, 8),), mode=mode)
+    for x in (torch.randn(2, 5, 8), torch.randn(3, 7, 8)):
+        for count in (None, 3, 4, torch.tensor(5.0)):
+            with torch.no_grad():
+                (found, size), (wanted, _) = model(x, num_items_in_batch=count), original(x, num_items_in_batch=count)
+            assert torch.equal(found, wanted)
+            assert type(size) is torch.Size
+            assert size == x.shape
+    assert [row.counts for row in report(model).gemms if row.role == "fwd"] == ["8 of 8 calls"] * 2
+
+
 def test_what_torch_export_advises_is_not_told_to_users(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING"):
         _export(nn.Linear(8, 8), torch.randn(1, 8))
