@@ -68,8 +68,8 @@ def test_annotate_refuses_a_scale_inside_the_sum_with_the_way_out() -> None:
     check(
         run(linear(layer(ROW)), "annotate"),
         """
-// CHECK: "lp.site"() {name = "fc", {{.*}}refusal = "bwd w: a scale per row varies along the sum of a linear; use granularity column, or rule pow2"
-// CHECK-NOT: lp.spec
+// CHECK: "lp.site"() {name = "fc", {{.*}} bwd = {{{.*}}fidelity = "refused", reason = "bwd w: a scale per row varies along the sum of a linear; use granularity column, or rule pow2"}, grad = {{{.*}}fidelity = "refused", reason = "grad dy: a scale per row varies
+// CHECK: lp.spec = "fwd: e4m3 nearest_even row/amax * e4m3 nearest_even row/amax -> fp32 -> fp32; bwd: fp32 nearest_even * fp32 nearest_even -> fp32 -> fp32; grad: fp32
 """,
     )
 
