@@ -69,13 +69,16 @@ def compile_joint(
     if any(isinstance(module, nn.RNNBase) for module in inner.modules()):
         torch._dynamo.config.allow_rnn = True  # for the process; what runs is products and elementwise operations
     compile_call: Any = torch.compile  # whose overloads leave recompile_limit out
-    inner._compiled_call_impl = compile_call(  # as nn.Module.compile: keys, class and wrappers stay
+    compiled_call = compile_call(
         _call_of(inner),
         backend=backend_of(Lowering(compiled.joint, compiled.state, print_graph)),
         fullgraph=fullgraph,
         dynamic=dynamic,
         recompile_limit=8 + 4 * len(compiled.sites),  # behind a graph break every site has graphs of its own
     )
+    # A scope lays its frame on the mode and takes it off again: no side effect that recomputation would have to repeat.
+    traced = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+    inner._compiled_call_impl = traced(compiled_call)  # as nn.Module.compile: keys, class and wrappers stay
     return model
 
 

@@ -49,7 +49,9 @@ class _Layer(nn.Module):
 
 
 class _Model(nn.Module):
-    def __init__(self, breaks: bool = False, checkpoints: bool = False) -> None:
+    """checkpoints: use_reentrant of the checkpoints around the layers; None for none."""
+
+    def __init__(self, breaks: bool = False, checkpoints: bool | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList([_Layer(breaks), _Layer(breaks)])
         self.lm_head = nn.Linear(32, 48, bias=False)
@@ -57,7 +59,7 @@ class _Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
+            x = layer(x) if self.checkpoints is None else checkpoint(layer, x, use_reentrant=self.checkpoints)
         return self.lm_head(x)
 
 
@@ -381,10 +383,17 @@ def test_inference_is_rewritten_too() -> None:
     assert {role for roles in _captured(model).roles.values() for role in roles} == {"fwd"}
 
 
-def test_checkpointed_layers_are_rewritten() -> None:
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("casts", [_CASTS, _DRAWS])
+def test_checkpointed_layers_are_one_graph(casts: dict[str, Any], is_reentrant: bool) -> None:
+    """Products of activations with them, although their scopes write while checkpointed code is traced."""
     torch.manual_seed(0)
-    model = _compare(_Model(checkpoints=True), torch.randn(4, 8, 32), "fp8-rowwise", counts=False)
-    assert len(_captured(model).roles) == 7
+    model = _Model(checkpoints=is_reentrant)
+    _compare(model, torch.randn(4, 8, 32), _policy({"match": {}, **casts}), steps=2, counts=False, fullgraph=True)
+    captured = _captured(model)
+    assert captured.num_graphs == 1
+    assert len(captured.roles) == 11
+    assert all(len(roles) == 3 for roles in captured.roles.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
