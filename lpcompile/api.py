@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from lpcompile.collector import no_full_collections
-from lpcompile.compiled import COMPILED, Compiled, compiled_parts, find_compiled, get_compiled, root_below_engines
+from lpcompile.compiled import (
+    COMPILED,
+    Compiled,
+    compiled_parts,
+    end_joint,
+    find_compiled,
+    get_compiled,
+    root_below_engines,
+)
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.frontends.install import RECORD, install, uninstall
@@ -114,7 +122,7 @@ def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
     close_fast_paths(model)
     try:
         yield quantizers
-        _end_joint(model, before)
+        end_joint(model, before)
     except BaseException:
         _take_away(model)
         for module, kind, values in held:
@@ -270,16 +278,9 @@ def _named_leaves(compiled: Compiled | None) -> list[str]:
 def restore(model: nn.Module) -> None:
     """Undo lpcompile: every module gets its own forward back. Does nothing to a model that was not compiled."""
     for _, root in compiled_parts(model):
-        _end_joint(root, vars(root)[COMPILED])
+        end_joint(root, vars(root)[COMPILED])
         _take_away(root)
         reopen_fast_paths(root)
-
-
-def _end_joint(model: nn.Module, compiled: Compiled | None) -> None:
-    """What torch.compile made of an earlier compilation is not called any more."""
-    if compiled is not None and compiled.joint is not None:
-        compiled.joint, compiled.state.is_joint = None, False
-        model._compiled_call_impl = None
 
 
 def advance(model: nn.Module, to_step: int | None = None) -> None:

@@ -178,4 +178,11 @@ def get_compiled(model: nn.Module) -> Compiled:
     return compiled
 
 
+def end_joint(root: nn.Module, compiled: Compiled | None) -> None:
+    """What torch.compile made of a compilation is not called any more."""
+    if compiled is not None and compiled.joint is not None:
+        compiled.joint, compiled.state.is_joint = None, False
+        root._compiled_call_impl = None
+
+
 _PLANNING = threading.Lock()

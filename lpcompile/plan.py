@@ -62,7 +62,7 @@ class PhaseCode:
     @staticmethod
     def of(from_step: int, policy: Policy, device: str) -> "PhaseCode":
         """Of a policy that was asked nothing yet."""
-        return PhaseCode(from_step, policy, Program({}, {}, device=device), Resolution({}, {}, []))
+        return PhaseCode(from_step, policy, Program({}, {}, device=device), Resolution({}, {}))
 
     def ask(self, sights: Sequence[Sight], sites: Sequence[Site], are_all: bool) -> dict[str, LayerSpec]:
         """What the policy says of more products, `sites`, with every accumulator chosen."""
@@ -114,8 +114,7 @@ def expecting(policy: Policy, resolution: Resolution, possible: Sequence[Site]) 
         if not use.num_rows and not use.sites and any(rule.match.matches(site) for site in possible)
     }
     rules = [replace(use, is_told=False) if use.label in idle else use for use in resolution.rules]
-    unmatched = [each for each in resolution.unmatched if each.partition(" (")[0] not in idle]
-    return replace(resolution, rules=rules, unmatched=unmatched)
+    return replace(resolution, rules=rules)
 
 
 def count_casts(phase: PhaseCode, operands: Mapping[str, tuple[Hashable, Hashable]]) -> tuple[int, int]:

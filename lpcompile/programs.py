@@ -100,7 +100,7 @@ def install_text(
         _check_fits(program.units[ROOT], Unit("", exported.graph, "module"), file)
         _check_names(program.units[ROOT], model, file)
         sights, casts = _all_sights(model, leaves, sights_of(exported)), num_op(program, "lp.quantize")
-        resolution = Resolution({**{each.name: None for each in sights}, **program.specs}, {}, [])
+        resolution = Resolution({**{each.name: None for each in sights}, **program.specs}, {})
         phase = PhaseCode(0, Policy(name=Path(file).name[-100:]), program, resolution, [], casts, casts)
         sites = [Site(each.name, each.op, each.index, len(leaves), each.n, each.k) for each in sights]
         state, called = RunState(seed=seed), frozenset(leaf.path for leaf in leaves)

@@ -18,7 +18,7 @@ from torch import fx
 from passes.analysis.writes import epochs
 from passes.finding import Finding
 from passes.ir.gemm_nodes import GemmNode, read_gemm
-from passes.ir.program import SITE, SPEC, WEIGHT, Program, Unit
+from passes.ir.program import SITE, SPEC, WEIGHT, Program
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
@@ -38,11 +38,11 @@ class FoldBatchnorm(Pass):
         changed = False
         for unit in program.units.values():
             for node in unit.graph.find_nodes(op="call_function", target=torch.batch_norm):
-                changed |= _fold(program, unit, node)
+                changed |= _fold(program, unit.graph, node)
         return changed
 
 
-def _fold(program: Program, unit: Unit, norm: fx.Node) -> bool:
+def _fold(program: Program, graph: fx.Graph, norm: fx.Node) -> bool:
     """Fold a batch norm into the layer before it, else into the one behind it, if there is one and nothing is against
     it.
     """
@@ -52,9 +52,9 @@ def _fold(program: Program, unit: Unit, norm: fx.Node) -> bool:
         if not isinstance(gemm, GemmNode) or gemm.kind == "matmul" or not isinstance(layer, fx.Node):
             continue
         is_after = layer is norm.args[0]
-        reason = _why_not(epochs(program, unit.path, unit.graph), norm, layer, gemm, is_after)
+        reason = _why_not(epochs(graph), norm, layer, gemm, is_after)
         if reason is None:
-            _rewrite(unit.graph, norm, layer, gemm, is_after)
+            _rewrite(graph, norm, layer, gemm, is_after)
             return True
         reasons.append(reason)
     if reasons:

@@ -19,7 +19,7 @@ from torch import fx
 from passes.analysis.writes import epochs, writes
 from passes.ir.gemm_nodes import argument
 from passes.ir.operands import operands_of, set_operands
-from passes.ir.program import Program, Unit
+from passes.ir.program import Program
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
@@ -36,7 +36,7 @@ class Fuse(Pass):
         changed = False
         for unit in program.units.values():
             for gemm in unit.graph.find_nodes(op="call_function", target=_GEMM):
-                changed |= _fuse(program, unit, gemm)
+                changed |= _fuse(unit.graph, gemm)
         return changed
 
 
@@ -47,7 +47,7 @@ def activation_of(node: fx.Node) -> str:
     return "relu" if node.op == "call_function" and node.target in _RELU else ""
 
 
-def _fuse(program: Program, unit: Unit, gemm: fx.Node) -> bool:
+def _fuse(graph: fx.Graph, gemm: fx.Node) -> bool:
     if operands_of(gemm)["residual"] is not None or "activation" in gemm.kwargs:
         return False
     tail: list[fx.Node] = []
@@ -58,7 +58,7 @@ def _fuse(program: Program, unit: Unit, gemm: fx.Node) -> bool:
     if following is not None and following.args[:1] == (tail[-1] if tail else gemm,):
         activation = activation_of(following)
         tail += [following] if activation else []
-    epoch_of = epochs(program, unit.path, unit.graph)
+    epoch_of = epochs(graph)
     if not tail or epoch_of[tail[-1]] - epoch_of[gemm] != sum(map(writes, tail)):
         return False
     set_operands(gemm, residual=residual)
@@ -67,7 +67,7 @@ def _fuse(program: Program, unit: Unit, gemm: fx.Node) -> bool:
     tail[-1].prepend(gemm)
     tail[-1].replace_all_uses_with(gemm)
     for node in reversed(tail):
-        unit.graph.erase_node(node)
+        graph.erase_node(node)
     return True
 
 

@@ -37,7 +37,7 @@ from passes.analysis.regions import Place, Value, bytes_moved, place
 from passes.analysis.writes import epochs
 from passes.cast_keys import QUANTIZE, SCALE, cast_spec
 from passes.ir.operands import operands_of, set_operands
-from passes.ir.program import Program, Unit
+from passes.ir.program import Program
 from passes.ir.types import META, tensor_meta, types_of
 from passes.manager import Pass
 from runtime.errors import PassError
@@ -70,7 +70,7 @@ class PlaceRegions(Pass):
         for unit in program.units.values():
             if unit.kind == "module":
                 is_dropping = self.carriers == "drop" and not _switches_grad_mode(unit.graph)
-                regions = _Regions(program, unit, is_dropping, self.finite)
+                regions = _Regions(unit.graph, is_dropping, self.finite)
                 changed |= is_dropping and regions.leave_out_later_casts()
                 for key in list(regions.demands()):
                     changed |= regions.move(key)
@@ -90,9 +90,8 @@ class _Key:
 class _Regions:
     """The casts of one graph."""
 
-    def __init__(self, program: Program, unit: Unit, is_dropping: bool, finite: bool) -> None:
-        self.program, self.unit, self.graph = program, unit, unit.graph
-        self.is_dropping, self.finite = is_dropping, finite
+    def __init__(self, graph: fx.Graph, is_dropping: bool, finite: bool) -> None:
+        self.graph, self.is_dropping, self.finite = graph, is_dropping, finite
         for node, kind in types_of(self.graph).items():  # what lp ops give, which nobody recorded
             if isinstance(kind, TensorType) and META not in node.meta:
                 node.meta[META] = tensor_meta(kind)
@@ -126,7 +125,7 @@ class _Regions:
 
     def move(self, key: _Key) -> bool:
         """Solve one problem and rewrite the graph, if that moves fewer bytes."""
-        epoch_of = epochs(self.program, self.unit.path, self.graph)
+        epoch_of = epochs(self.graph)
         demands = [each for each in self.demands().get(key, []) if epoch_of[each] == epoch_of[_value(each)]]
         ops = self._grid_ops(key, demands, epoch_of)
         if not ops:

@@ -36,7 +36,7 @@ class ShareCasts(Pass):
     def run(self, program: Program) -> bool:
         changed = False
         for unit in program.units.values():
-            changed |= _merge_equal(unit.graph, epochs(program, unit.path, unit.graph))
+            changed |= _merge_equal(unit.graph, epochs(unit.graph))
         return changed
 
 

@@ -9,11 +9,9 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from passes.ir.targets import find_target, name_of
@@ -22,43 +20,21 @@ from passes.ir.targets import find_target, name_of
 class GraphCode:
     """`code(module, operands)` runs the graph: operands are the placeholders in order, the result is the flat tuple."""
 
-    def __init__(self, graph: fx.Graph, *, switches_grad_mode: bool) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.switches_grad_mode = switches_grad_mode
         self._function: Callable[..., Any] | None = None
 
-    def __call__(self, module: torch.nn.Module, operands: Sequence[Tensor | int]) -> Sequence[Any]:
-        function = self._function or self.compiled()
-        if not self.switches_grad_mode:
-            return function(module, *operands)
-        before = torch.is_grad_enabled()
-        try:
-            return function(module, *operands)
-        finally:
-            # an error between two switches must not leave grad mode off for the rest of the program
-            torch._C._set_grad_enabled(before)
-
-    def compiled(self) -> Callable[..., Any]:
-        """The function, made now if it is not there yet."""
+    def __call__(self, module: nn.Module, operands: Sequence[Tensor]) -> Sequence[Any]:
         if self._function is None:
             self._function = compile_graph(self.graph)
-        return self._function
-
-    @cached_property
-    def is_picklable(self) -> bool:
-        """False where a target cannot be found again by name: a local autograd.Function, a lambda."""
-        try:
-            pickle.dumps(self)
-        except (pickle.PicklingError, AttributeError, TypeError):
-            return False
-        return True
+        return self._function(module, *operands)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphCode":
         return self  # nothing in it belongs to one module: that is an argument
 
     def __reduce__(self) -> tuple[Any, ...]:
         # bytes: protocols 2 and 3 (torch.save) cannot name every constant of torch's
-        return _load, (dumps(self.graph), self.switches_grad_mode)
+        return _load, (dumps(self.graph),)
 
 
 def dumps(value: object) -> bytes:
@@ -126,8 +102,8 @@ def _to_rows(graph: fx.Graph) -> list[_Row]:
     ]
 
 
-def _load(graph: bytes, switches_grad_mode: bool) -> GraphCode:
-    return GraphCode(loads(graph), switches_grad_mode=switches_grad_mode)
+def _load(graph: bytes) -> GraphCode:
+    return GraphCode(loads(graph))
 
 
 def _load_graph(rows: list[_Row]) -> fx.Graph:

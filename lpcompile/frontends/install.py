@@ -16,9 +16,6 @@ from torch import nn
 class Record(Protocol):
     """What runs in the place of a module's forward."""
 
-    @property
-    def is_picklable(self) -> bool: ...
-
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -75,11 +72,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
             return reduced
         function, args, *rest = reduced
         args = tuple(cls if arg is made else arg for arg in args)
-        record = installed(self)
-        is_kept = record is not None and record.is_picklable
-        if not is_kept and rest and isinstance(rest[0], dict):
-            rest[0] = {name: value for name, value in rest[0].items() if name != RECORD}
-        return _rebuild, (function, args, is_kept), *rest
+        return _rebuild, (function, args, installed(self) is not None), *rest
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return _deepcopy(made, self, memo)
@@ -99,7 +92,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(function: Callable[..., nn.Module], args: tuple[Any, ...], is_captured: bool) -> nn.Module:
-    """An instance of the original class, ready for its record if that could be pickled."""
+    """An instance of the original class, ready for its record."""
     module = function(*args)
     if is_captured:
         module.__class__ = captured_class(type(module))

@@ -32,6 +32,11 @@ class RuleUse:
     which extend it, come before.
     """
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it decides nothing, which is a fault."""
+        return self.is_told and not self.num_rows
+
 
 @dataclass(frozen=True)
 class Resolution:
@@ -41,10 +46,6 @@ class Resolution:
     """Site name -> its three GEMMs; None: no rule sets any role, or one leaves it; the op is left alone."""
     rule_of: dict[str, dict[Role, str]]
     """Site name -> role -> the rule that decided it; a role that no rule sets is not in it."""
-    unmatched: list[str]
-    """One sentence per rule that matched no site."""
-    dead: list[str] = field(default_factory=list)
-    """One sentence per rule that matched sites and decided nothing."""
     rules: list[RuleUse] = field(default_factory=list)
     """Of each rule of the policy, in order, what it decided."""
 
@@ -86,17 +87,7 @@ def resolve(rules: Sequence[Rule], sites: Sequence[Site]) -> Resolution:
         )
         for index, rule in enumerate(rules)
     ]
-    told = [use for use in uses if use.is_told and not use.num_rows]
-    unmatched = [
-        f"{use.label} ({use.condition}) matched none of the {len(matching)} GEMMs" for use in told if not use.sites
-    ]
-    dead = [
-        f"{use.label} ({use.condition}) matches {len(use.sites)} of the {len(matching)} GEMMs and decides none of "
-        f"their roles: {', '.join(use.deciders)} above it decide them"
-        for use in told
-        if use.sites
-    ]
-    return Resolution(specs, rule_of, unmatched, dead, uses)
+    return Resolution(specs, rule_of, uses)
 
 
 def _counted(site: Site, counts: Mapping[str, int]) -> Site:

@@ -119,13 +119,14 @@ def report(model: nn.Module) -> Report:
         for row in _rows_of_site(compiled, site, lost.get(site.name, ""), uncalled.get(site.name, ""))
     ]
     rows += [row for site in added_sites(root, compiled) for row in _rows_of_added(compiled, site)]
+    findings = [*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)]
     return Report(
         policy=phase.policy.name,
         policy_hash=compiled.policy.hash,
         gemms=rows,
         left_alone=[site.name for site in compiled.sites if phase.resolution.specs.get(site.name) is None],
-        unmatched_rules=[*dict.fromkeys(each for phase in compiled.phases for each in phase.resolution.unmatched)],
-        warnings=[*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)],
+        unmatched_rules=[f"{each.where} {each.what}" for each in findings if each.code == "rule-matches-nothing"],
+        warnings=findings,
         unreached={item.path: item.reason for item in compiled.unreached},
         uncalled=uncalled,
         unseen=unseen_products(root, compiled),

@@ -60,7 +60,7 @@ def _weights(model: nn.Module, leaves: Sequence[Leaf]) -> dict[str, nn.Parameter
 
 def _idle_rules(policy: Policy, sites: Sequence[Site], resolution: Resolution) -> Iterator[Finding]:
     for rule, use in zip(policy.rules, resolution.rules):
-        if not use.is_told or use.num_rows:
+        if not use.is_idle:
             continue
         if not use.sites:
             what = f"({use.condition}) matched none of the {len(sites)} GEMMs"

@@ -5,7 +5,6 @@ lp.dequantize, relu, max-pool, cat, copies into contiguous order, and amax; a vi
 same whatever these passes do.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -13,7 +12,7 @@ import torch
 from torch import fx
 
 from passes.analysis.grid_ops import read_grid_op
-from passes.ir.program import Program, child_path
+from passes.ir.program import Program
 from passes.ir.types import types_of
 from runtime.ops.dialect import OPS
 from runtime.ops.types import OpType, QuantType, TensorType
@@ -28,27 +27,15 @@ class Traffic:
 
 
 def traffic(program: Program) -> Traffic:
-    """One variant of each module, each called as often as its caller does."""
+    """Of all graphs of the program."""
     casts = moved = 0
-    for graph in _graphs_run(program):
+    for _, graph in program.graphs():
         types = types_of(graph)
         for node in graph.nodes:
             casts += node.target is _QUANTIZE
             if _is_counted(node):
                 moved += sum(_bytes(types[each]) for each in (node, *node.all_input_nodes))
     return Traffic(casts, moved)
-
-
-def _graphs_run(program: Program) -> Iterator[fx.Graph]:
-    first = {unit.path: unit for unit in reversed(program.units.values())}
-    modules = [unit for unit in first.values() if unit.kind == "module"]
-    called = {child_path(unit.path, node) for unit in modules for node in unit.graph.find_nodes(op="call_module")}
-    waiting = [unit for path, unit in first.items() if path not in called]
-    while waiting:
-        unit = waiting.pop()
-        yield unit.graph
-        paths = (child_path(unit.path, node) for node in unit.graph.find_nodes(op="call_module"))
-        waiting += [first[path] for path in paths if path in first]
 
 
 def _is_counted(node: fx.Node) -> bool:

@@ -6,8 +6,6 @@ nowhere else.
 
 from torch import fx
 
-from passes.ir.program import Program, child_path
-
 
 def writes(node: fx.Node) -> bool:
     """True for an operation that writes into an argument: add_, __iadd__, __setitem__, `out=`, `inplace=True`."""
@@ -19,23 +17,14 @@ def writes(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and (in_place or is_told)
 
 
-def epochs(program: Program, path: str, graph: fx.Graph) -> dict[fx.Node, int]:
-    """How many writes lie before each node of a graph of the module at `path`, those of what it calls included.
+def epochs(graph: fx.Graph) -> dict[fx.Node, int]:
+    """How many writes lie before each node of a graph. A module that it calls is a leaf, which does not write.
 
-    A write into a module's own parameter or buffer does not count: no cast of an activation reads it.
+    A write into a parameter or buffer does not count: no cast of an activation reads it.
     """
     found, epoch = {}, 0
     for node in graph.nodes:
-        epoch += _writes_here(program, path, node)
+        into = node.args[0] if node.args else None
+        epoch += writes(node) and not (isinstance(into, fx.Node) and into.op == "get_attr")
         found[node] = epoch
     return found
-
-
-def _writes_here(program: Program, path: str, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return _module_writes(program, child_path(path, node))
-    return writes(node) and not (node.args and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
-
-
-def _module_writes(program: Program, path: str) -> bool:
-    return any(_writes_here(program, path, node) for unit in program.modules_at(path) for node in unit.graph.nodes)

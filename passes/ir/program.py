@@ -1,6 +1,6 @@
 """Program: every graph of a model, the GEMM sites in them, and what the policy says of each site.
 
-    Unit      one torch.fx graph: the forward of one module for one recorded call, or of one GEMM-bearing leaf
+    Unit      one torch.fx graph: the forward of a whole model, or of one GEMM-bearing leaf
     Program   units by name, specs by site name, and what the passes learned: choices and refusals
 
 A leaf's graph holds its GEMM, with the weight as an attribute of its module.
@@ -63,18 +63,6 @@ class Program:
     """What a pass decided about a site and role where the policy left it open, with the reason."""
     passes: list[str] = field(default_factory=list)
     """What has run on it, in order, as passes print: a file says it too."""
-    _at_path: dict[str, list[Unit]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _num_indexed: int = field(default=-1, init=False, repr=False, compare=False)
-
-    def modules_at(self, path: str) -> list[Unit]:
-        """The graphs of the module at `path`, one for each kind of call."""
-        if self._num_indexed != len(self.units):
-            self._at_path = {}
-            for unit in self.units.values():
-                if unit.kind == "module":
-                    self._at_path.setdefault(unit.path, []).append(unit)
-            self._num_indexed = len(self.units)
-        return self._at_path.get(path, [])
 
     def refused_roles(self, site: str) -> list[Role]:
         """The roles of a site that run as the uncompiled model does, where others run as the policy says."""
@@ -99,11 +87,6 @@ class Program:
         return sum(len(graph.nodes) for _, graph in self.graphs())
 
 
-def child_path(path: str, call: fx.Node) -> str:
-    """The path, from the model's root, of what a call_module node calls in a graph of the module at `path`."""
-    return f"{path}.{call.target}" if path else str(call.target)
-
-
 def site_numbers(program: Program) -> dict[str, int]:
     """The number of each site that the policy names, in the order of their names. Group g of a site has that number
     plus g times how many sites there are: it draws other stochastic bits.
@@ -117,9 +100,8 @@ def quantizer_name(site: str, operand: Literal["x", "w"]) -> str:
 
 
 def num_op(program: Program, name: str) -> int:
-    """How many nodes of an lp op one forward pass runs: one variant of each module."""
-    one_per_path = {unit.path: unit.graph for unit in reversed(program.units.values())}
-    return sum(node.target is OPS[name].run for graph in one_per_path.values() for node in graph.nodes)
+    """How many nodes of an lp op one forward pass runs."""
+    return sum(node.target is OPS[name].run for _, graph in program.graphs() for node in graph.nodes)
 
 
 def state_node(graph: fx.Graph) -> fx.Node:
@@ -127,12 +109,5 @@ def state_node(graph: fx.Graph) -> fx.Node:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == STATE:
             return node
-    last_input = None
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            break
-        last_input = node
-    with (
-        graph.inserting_after(last_input) if last_input is not None else graph.inserting_before(next(iter(graph.nodes)))
-    ):
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         return graph.get_attr(STATE)

@@ -1,6 +1,6 @@
 """Structure: the few operations of the text that are no lp ops: what a program holds, and torch's own calls.
 
-Declared once, like lp ops in runtime/ops/dialect.py; the parser, the xdsl dialect and the table in docs/ir.md read it.
+Declared once, like lp ops in runtime/ops/dialect.py; the parser and the table in docs/ir.md read it.
 """
 
 from dataclasses import dataclass

@@ -11,9 +11,8 @@
     lp.norm_scale, lp.norm_shift, lp.fold_*     a batch norm moves into the weight next to it (batch_norm.py)
 
 In a torch.fx graph an op is a `call_function` node whose target is the function below; operands are positional,
-attributes are keywords. The function's signature is the declaration
-(runtime/ops/declared.py): the verifier, the printer, the parser, the xdsl
-dialect and the table in docs/ir.md all read it through OPS; passes look ops up by name.
+attributes are keywords. The function's signature is the declaration (runtime/ops/declared.py): the verifier, the
+printer, the parser and the table in docs/ir.md read it through OPS; passes look ops up by name.
 """
 
 from collections.abc import Callable

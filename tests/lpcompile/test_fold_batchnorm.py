@@ -14,7 +14,6 @@ from lpcompile.api import restore
 from lpcompile.compiled import get_compiled
 from lpcompile.frontends.install import installed
 from lpcompile.programs import install_text, program_of
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.program import num_op
@@ -23,6 +22,7 @@ from passes.pipelines import PASSES, PIPELINES
 from runtime.numerics import quantize
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from tests.lpcompile.program_results import calls_by_graph
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.zoo.models import ZOO, build
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm

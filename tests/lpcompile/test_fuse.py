@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lpcompile import lpcompile
 from lpcompile.compiled import get_compiled
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.program import Program
@@ -17,6 +16,7 @@ from passes.pipelines import PIPELINES
 from runtime.ops.dialect import OPS
 from tests.lpcompile.program_results import calls_by_graph
 from tests.lpcompile.test_fold_batchnorm import _varied
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.zoo.models import ZOO, build
 
 POLICIES = ["fp32-emulated", "hfp8", "int8", "fp8-rowwise", "bf16"]

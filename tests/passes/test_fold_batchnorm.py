@@ -2,13 +2,13 @@
 
 import pytest
 
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES
 from runtime.errors import LpError
 from tests.passes.golden import check, run
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.passes.programs_for_tests import E4M3, layer
 
 _CONV = "tensor<2x3x8x8xf32>"

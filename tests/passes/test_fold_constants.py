@@ -3,13 +3,13 @@
 
 import pytest
 
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.manager import parse_passes
 from passes.pipelines import PASSES, PIPELINES
 from runtime.errors import ParseError, PassError, VerifyError
 from tests.passes.golden import check, run
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.passes.programs_for_tests import E4M3, layer, linear, two_layers
 
 RANDOM = "e4m3 stochastic"

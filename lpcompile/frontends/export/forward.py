@@ -117,13 +117,11 @@ class ExportedForward:
     ) -> None:
         """Let `graphs`, those of the phases, run for calls like the example; the last thing that is installed."""
         arguments, before = Arguments.of(model, *example), installed(model)
-        codes = [GraphCode(graph, switches_grad_mode=False) for graph in graphs]
+        codes = [GraphCode(graph) for graph in graphs]
         vars(model)[STATE] = state
         record = ExportedForward(arguments, exported.sizes, exported.out_spec, codes, state, before, Facts())
         install(model, record)
         record.facts = Facts.of(model)
-
-    is_picklable = True
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -150,11 +150,6 @@ def _num_bytes(model: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in tensors if not each.is_meta)
 
 
-@dataclass
-class _LookingLeaf(LeafForward):
-    """A leaf that notes the sizes of its products."""
-
-
 @dataclass(eq=False)
 class _Spy:
     """In the place of a leaf's product: torch runs it, and its sizes are noted."""
@@ -222,7 +217,7 @@ def _install(twin: nn.Module, leaves: list[Leaf], scoped: list[str], seen: Seen)
     for path in {leaf.path: None for leaf in leaves}:
         module = modules[path]
         parts = {leaf.part: _Spy(leaf.name, leaf.kind, seen) for leaf in leaves if leaf.path == path}
-        install(module, _LookingLeaf(leaf_forward(module), [parts], host.state))
+        install(module, LeafForward(leaf_forward(module), [parts], host.state))
     for path in scoped:
         install(modules[path], _LookingScope(path, host, is_entrance=True))
 

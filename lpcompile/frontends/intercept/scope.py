@@ -50,7 +50,6 @@ class Scope:
     found: dict[str, "list[Product | None]"] = field(default_factory=dict, repr=False)
     key: str = field(default="", init=False)
     """By which code that is traced finds it: a text, since torch.compile makes a symbol of an int that has changed."""
-    is_picklable = True
 
     def __post_init__(self) -> None:
         self.key = f"scope {next(_NUMBERS)}"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lpcompile.api import lpcompile
-from lpcompile.compiled import find_compiled, get_compiled, get_root
+from lpcompile.compiled import COMPILED, end_joint, find_compiled, find_root, get_compiled, get_root
 from lpcompile.errors import LpError, NotSupported
 from lpcompile.frontends.joint.captured import Captured
 from lpcompile.policy.resolve import Policy
@@ -84,11 +84,8 @@ def compile_joint(
 
 def remove_joint(model: nn.Module) -> None:
     """Let the model run in eager code again. Does nothing to one without a joint front end."""
-    compiled = find_compiled(model)
-    if compiled is None or compiled.joint is None:
-        return
-    compiled.joint, compiled.state.is_joint = None, False
-    get_root(model)._compiled_call_impl = None
+    if (root := find_root(model)) is not None:
+        end_joint(root, vars(root)[COMPILED])
 
 
 def _call_of(model: nn.Module) -> Callable[..., Any]:

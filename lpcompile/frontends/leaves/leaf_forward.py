@@ -27,7 +27,6 @@ class LeafForward:
     forward: CompositeForward
     phases: list[Products | None]
     state: RunState
-    is_picklable = True
 
     @property
     def sites(self) -> set[str]:

@@ -11,13 +11,13 @@ from launch.cli import run
 from launch.commands.example_models import example_model
 from launch.commands.opt import choose_passes, describe_passes
 from lpcompile.errors import LpError
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.program import Program
 from passes.manager import parse_passes
 from passes.pipelines import PASSES, PIPELINES
 from tests.passes.golden import check
 from tests.passes.golden import run as run_text
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.passes.programs_for_tests import E4M3, attention, layer, linear, two_layers
 
 

@@ -302,7 +302,9 @@ def test_own_rules_come_before_inherited_ones_and_paths_are_relative_to_the_file
 def test_rules_say_the_file_they_come_from(folder: Path) -> None:
     write(folder, 'extends: bf16\nrules:\n  - match: {name: "*.lm_head"}\n    fwd: {x: e4m3}\n  - fwd: {x: e4m3}\n')
     resolved = load_policy("policy.yaml").resolve(SITES)
-    assert resolved.unmatched == ["policy.yaml:3: rules[0] (name *.lm_head) matched none of the 4 GEMMs"]
+    assert [(use.label, use.condition) for use in resolved.rules if not use.sites] == [
+        ("policy.yaml:3: rules[0]", "name *.lm_head")
+    ]
     assert resolved.rule_of["mlp"] == {
         "fwd": "policy.yaml:5: rules[1]",
         "bwd": "bf16.yaml:8: rules[0]",
@@ -465,7 +467,7 @@ def test_which_shipped_policies_scale_the_loss_and_compress_the_wire() -> None:
 @pytest.mark.parametrize("name", shipped_policies())
 def test_no_shipped_rule_is_unmatched_in_a_model_without_convolutions(name: str) -> None:
     sites = [Site("mlp", "linear", 0, 2, 256, 64), Site("head", "linear", 1, 2, 10, 64)]
-    assert load_policy(name).resolve(sites).unmatched == []
+    assert not any(use.is_idle for use in load_policy(name).resolve(sites).rules)
 
 
 # The schema

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lpcompile.errors import NotSupported, PolicyError
 from lpcompile.policy.file import load_policy
+from lpcompile.policy.resolution import Resolution
 from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Match, Site
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec, ScaleSpec
@@ -118,20 +119,21 @@ def test_an_empty_role_table_is_fp32_said_aloud() -> None:
     assert resolved.specs["head"] == LayerSpec()
 
 
-def test_a_rule_that_matches_nothing_is_a_sentence() -> None:
+def _idle(resolved: Resolution) -> list[str]:
+    return [use.label for use in resolved.rules if use.is_idle]
+
+
+def test_a_rule_that_matches_nothing_is_idle() -> None:
     rule = {"match": {"name": "*.lm_head", "op": ["linear", "matmul"], "shape": {"k": ">=64", "n": 8}}, "fwd": {}}
     resolved = policy({"fwd": {}}, rule).resolve(SITES)
-    assert resolved.unmatched == [
-        "rules[1] (name *.lm_head, op linear|matmul, n ==8, k >=64) matched none of the 5 GEMMs"
-    ]
+    (idle,) = (use for use in resolved.rules if use.is_idle)
+    assert (idle.label, idle.condition) == ("rules[1]", "name *.lm_head, op linear|matmul, n ==8, k >=64")
+    assert not idle.sites
 
 
 def test_a_rule_that_matches_and_decides_nothing_is_dead() -> None:
     resolved = policy({"fwd": {}}, {"fwd": {"x": "e4m3"}}).resolve(SITES)
-    assert resolved.unmatched == []
-    assert resolved.dead == [
-        "rules[1] (every GEMM) matches 5 of the 5 GEMMs and decides none of their roles: rules[0] above it decide them"
-    ]
+    assert _idle(resolved) == ["rules[1]"]
     assert [(use.num_rows, len(use.sites), use.deciders) for use in resolved.rules] == [
         (5, 5, ()),
         (0, 5, ("rules[0]",)),
@@ -140,8 +142,8 @@ def test_a_rule_that_matches_and_decides_nothing_is_dead() -> None:
 
 def test_a_rule_that_decides_one_row_is_not_dead() -> None:
     rules = {"match": {"op": "linear"}, "fwd": {}, "bwd": {}, "grad": {}}, {"match": {"name": "head"}, "fwd": {}}
-    assert len(policy(*rules).resolve(SITES).dead) == 1
-    assert policy(*reversed(rules)).resolve(SITES).dead == []
+    assert _idle(policy(*rules).resolve(SITES)) == ["rules[1]"]
+    assert _idle(policy(*reversed(rules)).resolve(SITES)) == []
 
 
 def test_what_a_rule_leaves_runs_as_it_was() -> None:
@@ -163,9 +165,9 @@ def test_what_another_file_overrides_is_not_dead(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("rules: [{match: {op: linear}, fwd: {x: e4m3}}]\n")
     own = tmp_path / "own.yaml"
     own.write_text("extends: base.yaml\nrules: [{fwd: {x: e5m2}}]\n")
-    assert load_policy(own).resolve(SITES).dead == []
+    assert _idle(load_policy(own).resolve(SITES)) == []
     own.write_text("rules: [{fwd: {x: e5m2}}, {match: {op: linear}, fwd: {x: e4m3}}]\n")
-    assert len(load_policy(own).resolve(SITES).dead) == 1
+    assert len(_idle(load_policy(own).resolve(SITES))) == 1
 
 
 def test_a_bare_name_means_the_rounding_of_the_row_and_scale_one() -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import fx
 
 from passes.ir.arguments import ArgumentsError, parse_arguments, print_arguments
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.program import Program, Unit
+from tests.passes.ir.xdsl_dialect import verify_text
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64)
 _LEAVES = st.one_of(

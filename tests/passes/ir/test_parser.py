@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.pipelines import PIPELINES
 from runtime.errors import LpError, ParseError, VerifyError
 from tests.passes.golden import run
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.passes.programs_for_tests import linear, two_layers
 
 

@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from lpcompile.programs import program_of
 from passes.finding import Finding
-from passes.ir.dialect import verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.program import GROUP, NODE_META, REPEATED, SITE, SPEC, WEIGHT, Program, Unit
@@ -21,6 +20,7 @@ from runtime.errors import NotSupported
 from runtime.kernels.registry import Choice
 from runtime.numerics.specs import LayerSpec
 from tests.models_for_tests import MODELS, build
+from tests.passes.ir.xdsl_dialect import verify_text
 from tests.passes.programs_for_tests import SCALED
 
 

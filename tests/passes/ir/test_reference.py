@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-from passes.ir.dialect import LP, TORCH, verify_text
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.ir.reference import tables
 from passes.ir.structure import STRUCTURES
 from runtime.ops.dialect import OPS
 from tests.passes.golden import run
+from tests.passes.ir.xdsl_dialect import LP, TORCH, verify_text
 
 PAGE = (Path(__file__).parents[3] / "docs" / "ir.md").read_text()
 

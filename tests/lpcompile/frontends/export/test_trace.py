@@ -31,7 +31,7 @@ def _run(exported: Exported, model: nn.Module, *args: Any, **kwargs: Any) -> Any
     tensors = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     assert exported.sizes.fits(*tensors)
     with torch.no_grad():
-        results = GraphCode(exported.graph, switches_grad_mode=False)(model, tensors)
+        results = GraphCode(exported.graph)(model, tensors)
     return pytree.tree_unflatten(results, exported.out_spec)
 
 

@@ -1,6 +1,6 @@
 """The dialect: what runtime/ops/dialect.py and passes/ir/structure.py declare, as xdsl dialects that verify the text.
 
-xdsl is a tool for development, and only this file imports it: `pip install 'lpcompile[dev]'`, or `pip install xdsl`.
+A second reader of texts, which shares the declarations with parser and verifier; only this file imports xdsl.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ try:
 except ModuleNotFoundError as error:
     raise NotSupported(
         "the xdsl dialect needs xdsl, which is not installed",
-        where="passes.ir.dialect",
+        where="tests.passes.ir.xdsl_dialect",
         got=str(error),
         hint="pip install 'lpcompile[dev]'",
     ) from error
