@@ -88,14 +88,7 @@ def all_reduce(
     elements share memory, and, with `check`, on every rank where ranks disagree.
     """
     link, spec = open_link(group, check=check), WireSpec(format, block)
-    _check_tensor(tensor, op)
-    if _shares_memory(tensor):
-        raise WireError(
-            "elements of this tensor share memory, so that no sum can be written to it",
-            where="all_reduce",
-            got=f"shape {tuple(tensor.shape)} with strides {tensor.stride()}",
-            hint="tensor.contiguous(), and the result of it",
-        )
+    _check_tensors(op, tensor, where="all_reduce")
     if link.world > 1:
         (total,) = all_reduce_lanes([_lane(tensor.reshape(-1), tensor.numel(), spec)], link)
         tensor.copy_((total.flat / link.world if average else total.flat).view(tensor.shape))
@@ -127,15 +120,7 @@ def reduce_scatter(
             expected=f"{link.world} x {output.numel()} elements, one part for each rank",
             got=" + ".join(str(chunk.numel()) for chunk in chunks),
         )
-    for tensor in (output, *chunks):
-        _check_tensor(tensor, op)
-    if _shares_memory(output):
-        raise WireError(
-            "elements of the output share memory, so that no sum can be written to it",
-            where="reduce_scatter",
-            got=f"shape {tuple(output.shape)} with strides {output.stride()}",
-            hint="an output of its own, as torch.empty makes",
-        )
+    _check_tensors(op, output, *chunks, where="reduce_scatter")
     if link.world == 1:
         return output.copy_(chunks[0].reshape(output.shape))
     numel = output.numel() * link.world
@@ -315,23 +300,27 @@ def _lane(flat: Tensor, numel: int, spec: WireSpec) -> Lane:
     return Lane(spec.compressor if numel >= spec.min_numel else PlainCodec(flat.dtype), flat)
 
 
-def _shares_memory(tensor: Tensor) -> bool:
-    """Whether two elements of the tensor are one place in memory, as `expand` makes them."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
-
-
-def _check_tensor(tensor: Tensor, op: Any) -> None:
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise WireError(
-            "this dtype does not go over the compressed wire",
-            expected="float32, bfloat16 or float16",
-            got=str(tensor.dtype),
-            hint="torch.distributed's own collective",
-        )
+def _check_tensors(op: Any, target: Tensor, *others: Tensor, where: str) -> None:
+    """WireError for what is no sum of real numbers, or cannot be written to `target`."""
+    for tensor in (target, *others):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise WireError(
+                "this dtype does not go over the compressed wire",
+                expected="float32, bfloat16 or float16",
+                got=str(tensor.dtype),
+                hint="torch.distributed's own collective",
+            )
     if op != dist.ReduceOp.SUM:
         raise WireError(
             "only sums go over the compressed wire",
             expected="ReduceOp.SUM, with average=True for the mean",
             got=str(op),
             hint="torch.distributed's own collective",
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride())):  # as `expand` makes them
+        raise WireError(
+            "elements of this tensor share memory, so that no sum can be written to it",
+            where=where,
+            got=f"shape {tuple(target.shape)} with strides {target.stride()}",
+            hint="a tensor of its own, as tensor.contiguous() makes",
         )

@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.kernels.int8_product import check_int8_sum
+from runtime.kernels.registry import Declined
 from runtime.kernels.request import GemmRequest
 from runtime.kernels.triton import has_triton
 from runtime.numerics.embedding import finite_values, has_value
 from runtime.numerics.format_kinds import Format
 from runtime.numerics.formats import get_format
+from runtime.numerics.specs import FP32_SUMS
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -52,25 +54,9 @@ class Capability:
     allows_tf32: tuple[bool, bool] = (False, False)
     """Whether torch may round fp32 operands to tf32: in matrix products, in convolutions."""
 
-    @property
-    def has_fp16(self) -> bool:
-        """CUDA C++ Programming Guide, "Compute Capabilities", table of matrix units: fp16 from 7.0."""
-        return self.compute >= (7, 0)
-
-    @property
-    def has_int8(self) -> bool:
-        """The same table has int8 from 7.2; Turing, 7.5, is the first card with it."""
-        return self.compute >= (7, 5)
-
-    @property
-    def has_bf16(self) -> bool:
-        """The same table: bf16 from 8.0."""
-        return self.compute >= (8, 0)
-
-    @property
-    def has_fp8(self) -> bool:
-        """The same table: e4m3 and e5m2 from 8.9."""
-        return self.compute >= (8, 9)
+    def has_unit(self, name: str) -> bool:
+        """Whether it multiplies fp16, int8, bf16 or fp8 matrices."""
+        return self.compute >= _UNITS[name]
 
     @property
     def casts_text(self) -> str:
@@ -96,12 +82,22 @@ def product_bound(fraction: int) -> str:
     return f"|error| <= (K+1) 2^{1 - fraction} sum|a b|"
 
 
-def found_for(request: GemmRequest) -> Capability | str:
+def found_for(request: GemmRequest) -> Capability | Declined:
     """The device that may run a request, or why none does."""
     device = current_capability()
     if device is None:
-        return "no CUDA device is here"
-    return device if request.is_plain else f"torch's own {request.kind} runs it"
+        return Declined("no CUDA device is here")
+    return device if request.is_plain else Declined(f"torch's own {request.kind} runs it")
+
+
+def found_for_floats(request: GemmRequest) -> Capability | Declined:
+    """The same of a request for fp32 sums."""
+    if request.spec.accumulator.is_integer or request.spec.is_identity:
+        return Declined()
+    found = found_for(request)
+    if isinstance(found, Capability) and request.spec.accumulator != FP32_SUMS:
+        return Declined(f"it sums in fp32, not {request.sum_text}")
+    return found
 
 
 def current_capability() -> Capability | None:
@@ -186,3 +182,7 @@ def multiply_int8(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     a = pad(a_MK, (0, -k % 8, 0, max(17 - m, 0))).contiguous()
     b = pad(b_KN.t(), (0, -k % 8, 0, -n % 8)).contiguous().t()
     return torch._int_mm(a, b).narrow(0, 0, m).narrow(1, 0, n).float()
+
+
+_UNITS = {"fp16": (7, 0), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
+"""CUDA C++ Programming Guide, "Compute Capabilities", table of matrix units; int8 from 7.2, which no card has."""

@@ -87,14 +87,18 @@ class AbstractKernel(ABC):
     """Whether a layer without scales may run as torch's own op of the layer instead, on the same operands."""
     is_matrix_only: bool = False
     """Whether a convolution is laid out as matrices for it."""
+    is_exact: bool = False
+    """Whether its products are those of the reference, bit for bit."""
 
     @abstractmethod
     def consider(self, request: GemmRequest) -> Choice | Declined:
         """Whether it runs this GEMM, how exactly, and why; asked once per site and role."""
 
-    @abstractmethod
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
-        """(..., M, K) x (..., K, N) of what `load` gave -> (..., M, N); `key` is for stochastic sums."""
+        """(..., M, K) x (..., K, N) of what `load` gave -> (..., M, N), by torch unless a kernel has its own; `key` is
+        for stochastic sums.
+        """
+        return torch.matmul(lhs, rhs)
 
     def load(self, grid: Tensor) -> Tensor:
         """Grid values in a dtype that it multiplies; exact."""
@@ -105,10 +109,10 @@ class AbstractKernel(ABC):
         return epilogue.after(self.multiply(lhs, rhs, spec, key))
 
     def num_units(self, request: GemmRequest, num_k: int) -> float | None:
-        """By how many 2^-24 sum|a b| a product of grid values may differ from the exact one, for the self-test; 0:
-        the kernel rounds as the reference does; None: it needs no test.
+        """By how many 2^-24 sum|a b| a product of grid values may differ from the exact one, for the self-test; 0: it
+        is the reference's; None: it needs no test.
         """
-        return num_k
+        return 0 if self.is_exact else num_k
 
     def accepts(self, fidelity: Fidelity, reason: str) -> Choice:
         return Choice(self.backend, self.name, fidelity, reason)

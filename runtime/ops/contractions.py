@@ -10,10 +10,10 @@ M is the product of the leading dims. Each kind also says along which axis of an
 and still come out of the sum: runtime/numerics/free_axes.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,32 +41,36 @@ class ConvGeometry:
         return bool(self.output_padding)
 
 
-class AbstractContraction(Protocol):
+class AbstractContraction(ABC):
     """How one kind of layer lays out its three GEMMs. `multiply(a, b)` is a backend's product of (..., M, K) and
     (..., K, N).
     """
 
-    @property
-    def free_axis(self) -> dict[tuple[Role, Side], Axis]: ...
+    kind: str
+    """A row of runtime/numerics/free_axes.py."""
+    grad_rows: Side = "rhs"
+    """Which operand of GRAD, dy (lhs) or x (rhs), gives the rows of dw."""
 
     @property
-    def grad_rows(self) -> Side:
-        """Which operand of GRAD, dy (lhs) or x (rhs), gives the rows of dw."""
-        ...
+    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
+        return FREE_AXES[self.kind]
 
+    @abstractmethod
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """FWD with torch's own op, in the operands' dtype: what the uncompiled model runs."""
-        ...
 
+    @abstractmethod
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor: ...
 
+    @abstractmethod
     def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor: ...
 
+    @abstractmethod
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor: ...
 
+    @abstractmethod
     def bias_grad(self, dy: Tensor) -> Tensor:
         """What sums to the gradient of the bias in the bias's shape (`sum_to_size`)."""
-        ...
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -74,16 +78,11 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(AbstractContraction):
     """y = x w^T, w_NK (nn.Linear)."""
 
-    @property
-    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return FREE_AXES["linear"]
-
-    @property
-    def grad_rows(self) -> Side:
-        return "lhs"
+    kind = "linear"
+    grad_rows = "lhs"
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         # the builtin, because DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear in the whole process
@@ -103,16 +102,10 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class LinearKN:
+class LinearKN(AbstractContraction):
     """y = x w, w_KN (transformers' Conv1D)."""
 
-    @property
-    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return FREE_AXES["linear_kn"]
-
-    @property
-    def grad_rows(self) -> Side:
-        return "rhs"
+    kind = "linear_kn"
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         y_MN = _matrix(lhs) @ rhs if bias is None else torch.addmm(bias, _matrix(lhs), rhs)
@@ -132,18 +125,12 @@ class LinearKN:
 
 
 @dataclass(frozen=True)
-class Matmul:
+class Matmul(AbstractContraction):
     """y = a b with broadcast batch dims; both operands have at least two dims. With a bias, which is of any shape that
     broadcasts to y, they have two or three dims, equal ones.
     """
 
-    @property
-    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return FREE_AXES["matmul"]
-
-    @property
-    def grad_rows(self) -> Side:
-        return "rhs"
+    kind = "matmul"
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
@@ -166,7 +153,7 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(AbstractContraction):
     """y = x * w, 1-D to 3-D, grouped, depthwise and transposed; x is (B, C, ...), or (C, ...) for B = 1. A transposed
     one is the BWD of a convolution applied to x; its weight is (C_in, C_out / groups, ...).
 
@@ -177,11 +164,11 @@ class Conv:
     geometry: ConvGeometry
 
     @property
-    def free_axis(self) -> dict[tuple[Role, Side], Axis]:
-        return FREE_AXES["conv_transposed" if self.geometry.is_transposed else "conv"]
+    def kind(self) -> str:  # type: ignore[override]
+        return "conv_transposed" if self.geometry.is_transposed else "conv"
 
     @property
-    def grad_rows(self) -> Side:
+    def grad_rows(self) -> Side:  # type: ignore[override]
         return "rhs" if self.geometry.is_transposed else "lhs"
 
     def native(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:

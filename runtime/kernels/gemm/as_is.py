@@ -1,12 +1,7 @@
 """as_is: where no operand is cast, the op that the uncompiled model runs, in the tensors' dtype."""
 
-import torch
-from torch import Tensor
-
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import GemmRequest
-from runtime.numerics.reference_gemm import NO_KEY, RandomKey
-from runtime.numerics.specs import GemmSpec
 
 
 class AsIs(AbstractKernel):
@@ -18,9 +13,6 @@ class AsIs(AbstractKernel):
         if not request.spec.is_identity:
             return Declined()
         return self.accepts("format-exact", f"no operand is cast; {request.order_bound}")
-
-    def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
-        return torch.matmul(lhs, rhs)
 
     def num_units(self, request: GemmRequest, num_k: int) -> None:
         return None

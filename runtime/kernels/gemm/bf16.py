@@ -3,13 +3,11 @@ is cast to bf16 and a part of torch's op, as under autocast.
 """
 
 import torch
-from torch import Tensor
 
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import GemmRequest
 from runtime.numerics.embedding import embeds
-from runtime.numerics.reference_gemm import NO_KEY, RandomKey
-from runtime.numerics.specs import FP32_SUMS, GemmSpec
+from runtime.numerics.specs import FP32_SUMS
 
 
 class Bf16(AbstractKernel):
@@ -31,9 +29,6 @@ class Bf16(AbstractKernel):
             f"bf16 GEMM, fp32 sums rounded once to bf16{parts if request.device == 'cuda' else ''}; subnormal bf16 "
             f"operands may count as 0; {request.order_bound}",
         )
-
-    def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
-        return torch.matmul(lhs, rhs)
 
     def num_units(self, request: GemmRequest, num_k: int) -> float:
         return num_k + 2.0**16 * (1 + num_k / 4 if request.device == "cuda" else 1)

@@ -11,7 +11,7 @@ from runtime.numerics.specs import GemmSpec
 
 class CpuAccumulate(AbstractKernel):
     name, backend, device = "cpu_accumulate", "cpu_emulation", "cpu"
-    is_matrix_only = True
+    is_matrix_only = is_exact = True
 
     def consider(self, request: GemmRequest) -> Choice | Declined:
         if reason := accumulate.declines(request.spec):
@@ -21,9 +21,6 @@ class CpuAccumulate(AbstractKernel):
 
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
         return accumulate.multiply(lhs, rhs, spec, key)
-
-    def num_units(self, request: GemmRequest, num_k: int) -> float:
-        return 0
 
 
 register(CpuAccumulate(), 130)

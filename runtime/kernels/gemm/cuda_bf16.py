@@ -1,44 +1,21 @@
 """cuda_bf16: products on a GPU's bf16 units with fp32 results, from compute capability 8.0 and mm(out_dtype=)."""
 
 import torch
-from torch import Tensor
 
-from runtime.kernels import cuda
-from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
+from runtime.kernels.cuda_half import AbstractCudaHalf
+from runtime.kernels.registry import register
 from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
-from runtime.numerics.embedding import embeds
-from runtime.numerics.reference_gemm import NO_KEY, RandomKey
-from runtime.numerics.specs import FP32_SUMS, GemmSpec
 
 
-class CudaBf16(AbstractKernel):
-    name, backend, device = "cuda_bf16", "cuda", "cuda"
+class CudaBf16(AbstractCudaHalf):
+    name, unit = "cuda_bf16", "bf16"
     dtype = torch.bfloat16
 
-    def consider(self, request: GemmRequest) -> Choice | Declined:
-        if request.spec.accumulator.is_integer or request.spec.is_identity:
-            return Declined()
-        found = cuda.found_for(request)
-        if isinstance(found, str):
-            return Declined(found)
-        if request.spec.accumulator != FP32_SUMS:
-            return Declined(f"it sums in fp32, not {request.sum_text}")
-        if not found.has_bf16 or not all(embeds(row, "bf16") for row in request.rows):
-            return Declined(f"{found.device} has no bf16 unit that holds both operands")
+    def why_not(self, request: GemmRequest) -> str:
         if request.leaves_grid:
-            return Declined(f"{SCALE_IN_SUM}, which leave bf16")
-        if request.spec.out == "bf16" and not (request.spec.lhs.has_scale or request.spec.rhs.has_scale):
-            return Declined("torch's own bf16 GEMM has this output")
-        if not found.has_mm_out_dtype:
-            return Declined("this torch rounds bf16 sums to bf16: its mm has no out_dtype")
-        how = f"both embed in bf16, whose unit cuts sums, {cuda.product_bound(23)}"
-        return self.accepts("bounded", how + found.casts_text)
-
-    def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
-        return cuda.multiply_half(lhs, rhs)
-
-    def num_units(self, request: GemmRequest, num_k: int) -> float:
-        return 4 * (num_k + 1)
+            return f"{SCALE_IN_SUM}, which leave bf16"
+        is_bare = request.spec.out == "bf16" and not (request.spec.lhs.has_scale or request.spec.rhs.has_scale)
+        return "torch's own bf16 GEMM has this output" if is_bare else ""
 
 
 register(CudaBf16(), 30)

@@ -8,7 +8,7 @@ from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
-from runtime.numerics.specs import FP32_SUMS, GemmSpec
+from runtime.numerics.specs import GemmSpec
 
 
 class CudaFp8(AbstractKernel):
@@ -17,17 +17,13 @@ class CudaFp8(AbstractKernel):
     """Narrowed by `multiply`; exact in both."""
 
     def consider(self, request: GemmRequest) -> Choice | Declined:
-        if request.spec.accumulator.is_integer or request.spec.is_identity:
-            return Declined()
-        found = cuda.found_for(request)
-        if isinstance(found, str):
-            return Declined(found)
-        if request.spec.accumulator != FP32_SUMS:
-            return Declined(f"it sums in fp32, not {request.sum_text}")
+        found = cuda.found_for_floats(request)
+        if isinstance(found, Declined):
+            return found
         containers = cuda.fp8_containers(*request.rows)
         if containers is None:
             return Declined(f"no FP8 pair holds {request.operands}")
-        if not found.has_fp8:
+        if not found.has_unit("fp8"):
             return Declined(f"{found.device} has no FP8 units")
         if request.has_scale_in_sum():
             return Declined(f"{SCALE_IN_SUM}, which leave FP8")

@@ -19,7 +19,7 @@ from runtime.numerics.specs import GemmSpec
 class ExactInt(AbstractKernel):
     name, backend = "exact_int", "torch_native"
     dtype = torch.float64
-    is_matrix_only = True
+    is_matrix_only = is_exact = True
 
     def consider(self, request: GemmRequest) -> Choice | Declined:
         if request.spec.accumulator != INT32:
@@ -36,9 +36,6 @@ class ExactInt(AbstractKernel):
         if lhs.shape[-1] * left * right >= 2.0**31:
             return reference_gemm.multiply(lhs, rhs, spec, key)
         return torch.matmul(lhs, rhs).float()
-
-    def num_units(self, request: GemmRequest, num_k: int) -> float:
-        return 0
 
 
 register(ExactInt(), 110)

@@ -3,15 +3,11 @@
 On a GPU torch may be told to round operands to tf32 (allow_tf32); what embeds there runs so, with the unit's bound.
 """
 
-import torch
-from torch import Tensor
-
 from runtime.kernels import cuda
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import SCALE_IN_SUM, GemmRequest
 from runtime.numerics.embedding import embeds
-from runtime.numerics.reference_gemm import NO_KEY, RandomKey
-from runtime.numerics.specs import FP32_SUMS, GemmSpec
+from runtime.numerics.specs import FP32_SUMS
 
 
 class Fp32(AbstractKernel):
@@ -39,9 +35,6 @@ class Fp32(AbstractKernel):
         return self.accepts(
             "format-exact", f"{spec.lhs.format} and {spec.rhs.format} embed in fp32; {request.order_bound}"
         )
-
-    def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
-        return torch.matmul(lhs, rhs)
 
     def num_units(self, request: GemmRequest, num_k: int) -> float:
         return 4 * (num_k + 1) if _may_use_tf32(request) else num_k
