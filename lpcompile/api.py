@@ -29,7 +29,7 @@ from lpcompile.frontends.install import RECORD, install, uninstall
 from lpcompile.frontends.intercept.install import find_writers, install_scopes, possible_sites
 from lpcompile.frontends.intercept.look import Seen, look_at
 from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
-from lpcompile.frontends.leaves.find import Leaf, Unreached, find_leaves, leaf_forward
+from lpcompile.frontends.leaves.find import Leaf, find_leaves, leaf_forward
 from lpcompile.frontends.leaves.leaf_forward import LeafForward, is_kept_weight, leaf_products
 from lpcompile.plan import PhaseCode, Sight, count_casts, expecting
 from lpcompile.policy.file import load_policy
@@ -188,7 +188,7 @@ def _compile_products(
     parameter = next(model.parameters(), None)
     device = "cpu" if parameter is None else parameter.device.type
     phases = [PhaseCode.of(from_step, each, device) for from_step, each in policy.phases]
-    unreached += [Unreached(path, reason) for path, reason in (seen.asides if seen else {}).items()]
+    unreached |= seen.asides if seen else {}
     called = None if seen is None else frozenset(seen.calls)
     compiled = Compiled(policy, state, [], phases, leaves, unreached, mode, strict, called)
     sights = [sight_of(model, leaf, seen) for leaf in leaves]
@@ -337,7 +337,7 @@ def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Find
     Of a policy with a schedule, ask each phase. How long GRAD's sums are, only a recorded call says.
     """
     leaves, _ = find_leaves(model)
-    compiled = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, "cpu")], leaves, [], "train", False)
+    compiled = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, "cpu")], leaves, {}, "train", False)
     compiled.add_all(model, [sight_of(model, leaf, None) for leaf in leaves])
     phase = compiled.phase
     found = check_policy(model, leaves, compiled.sites, policy, phase.resolution)

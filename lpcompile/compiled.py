@@ -15,7 +15,7 @@ from torch import nn
 from lpcompile.errors import LoweringError, LoweringWarning
 from lpcompile.frontends.graph_code import dumps, loads
 from lpcompile.frontends.joint.captured import Captured
-from lpcompile.frontends.leaves.find import Leaf, Unreached
+from lpcompile.frontends.leaves.find import Leaf
 from lpcompile.plan import PhaseCode, Sight, number_found, number_sites
 from lpcompile.policy.describe import classes_of, describe
 from lpcompile.policy.patterns import count_layers, layer_of
@@ -38,7 +38,8 @@ class Compiled:
     sites: list[Site]
     phases: list[PhaseCode]
     leaves: list[Leaf]
-    unreached: list[Unreached]
+    unreached: dict[str, str]
+    """Path of a module that multiplies matrices where nothing of ours sees it -> why."""
     mode: str
     strict: bool
     called: frozenset[str] | None = None

@@ -62,7 +62,7 @@ def program_of(
         units, shown = {ROOT: Unit("", exported.graph, "module")}, sights_of(exported)
     parameter = next(model.parameters(), None)
     device = "cpu" if parameter is None else parameter.device.type
-    plan = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, device)], leaves, [], "infer", False)
+    plan = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, device)], leaves, {}, "infer", False)
     plan.add_all(model, _all_sights(model, leaves, shown))
     known = plan.phase.program
     return Program(units, known.specs, device=device, decisions=known.decisions, findings=known.findings)

@@ -1,5 +1,6 @@
 """Conv geometry: stride, padding, dilation and groups of a convolution as it is called, padding by name resolved."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,16 +10,17 @@ from runtime.ops.contractions import ConvGeometry
 
 
 def read_geometry(
-    x: Tensor, weight: Tensor, num_dims: int, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int
 ) -> tuple[Tensor, ConvGeometry]:
     """What torch.nn.functional.convNd is given -> the input, padded where one side of a dim gets more than the other,
-    and the geometry of what is left to do.
+    and the geometry of what is left to do. `kernel`: the sizes of the window.
     """
+    num_dims = len(kernel)
     stride, dilation = per_dim(stride, num_dims), per_dim(dilation, num_dims)
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        totals = [step * (taps - 1) for step, taps in zip(dilation, weight.shape[2:])]
+        totals = [step * (taps - 1) for step, taps in zip(dilation, kernel)]
         padding = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):  # torch pads the one more at the end, before it convolves
             x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])

@@ -127,7 +127,7 @@ def report(model: nn.Module) -> Report:
         left_alone=[site.name for site in compiled.sites if phase.resolution.specs.get(site.name) is None],
         unmatched_rules=[f"{each.where} {each.what}" for each in findings if each.code == "rule-matches-nothing"],
         warnings=findings,
-        unreached={item.path: item.reason for item in compiled.unreached},
+        unreached=compiled.unreached,
         uncalled=uncalled,
         unseen=unseen_products(root, compiled),
         unserved=unserved,

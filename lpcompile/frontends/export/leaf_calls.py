@@ -21,7 +21,7 @@ from torch.library import Library
 from torch.utils import _pytree as pytree
 
 from lpcompile.errors import NotSupported
-from lpcompile.frontends.leaves.find import Leaf, composite_forward, has_tensor, part_graph
+from lpcompile.frontends.leaves.find import Leaf, leaf_graph
 from lpcompile.frontends.leaves.recurrent import recurrent_like
 from passes.ir.gemm_nodes import read_gemm
 from passes.ir.program import SITE
@@ -106,9 +106,9 @@ def inline_leaves(graph: fx.Graph, calls: Sequence[LeafCall], leaves: Sequence[L
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.lp.leaf_call.default)):
         tensors, number = node.args
         call = calls[number]
-        (leaf, *more), is_composite = parts[call.path], composite_forward(call.module) is not None
+        leaf = parts[call.path][0]
         with graph.inserting_before(node):
-            if is_composite and (more or leaf.part):
+            if leaf.part:
                 _call_module(graph, node, call, tensors)
             else:
                 if len(call.given.plain) != 1:
@@ -118,20 +118,15 @@ def inline_leaves(graph: fx.Graph, calls: Sequence[LeafCall], leaves: Sequence[L
 
 
 def _copy_graph(graph: fx.Graph, opaque: fx.Node, leaf: Leaf, module: nn.Module, x: fx.Node) -> None:
-    own = part_graph(module, leaf)
+    own = leaf_graph(module)
     images: dict[fx.Node, fx.Node] = {}
     for node in own.nodes:
-        if node.op == "output":
-            break
-        if node.op == "placeholder" and not images:
+        if node.op == "placeholder":
             images[node] = x
-        elif node.op in ("placeholder", "get_attr"):  # the operands of a composite's product have its parameters' names
-            target = f"{leaf.path}.{node.target}".lstrip(".")
-            if node.op == "get_attr" or has_tensor(module, str(node.target)):
-                images[node] = graph.get_attr(target)
-                images[node].meta |= node.meta
-        else:
-            node.args = tuple(arg if not isinstance(arg, fx.Node) or arg in images else None for arg in node.args)
+        elif node.op == "get_attr":
+            images[node] = graph.get_attr(f"{leaf.path}.{node.target}".lstrip("."))
+            images[node].meta |= node.meta
+        elif node.op != "output":
             images[node] = graph.node_copy(node, images.__getitem__)
             if read_gemm(node) is not None:
                 images[node].meta[SITE] = leaf.name

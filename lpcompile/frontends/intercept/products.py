@@ -106,7 +106,7 @@ def _run_conv(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwargs, nu
         _argument(args, kwargs, 5, "dilation", default=1),
         _argument(args, kwargs, 6, "groups", default=1),
     )
-    padded, geometry = read_geometry(x, weight, num_dims, stride, padding, dilation, groups)
+    padded, geometry = read_geometry(x, weight.shape[2:], stride, padding, dilation, groups)
     sizes = (weight.shape[0], math.prod(weight.shape[1:]))
     product = frame.scope.product(name, op, "conv", padded, weight, sizes, geometry)
     if product is None:

@@ -35,13 +35,13 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "down_proj"))
 
 
-def expert_weights(module: Any) -> dict[str, tuple[int, int, int]]:
-    """Name -> (experts, n, k) of each product; ZeRO-3 keeps the shape of a weight that it has partitioned."""
+def expert_weights(module: Any) -> dict[str, tuple[int, int]]:
+    """Name -> (n, k) of each product; ZeRO-3 keeps the shape of a weight that it has partitioned."""
     shapes = {}
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
         weight = getattr(module, name)
-        experts, rows, columns = getattr(weight, "ds_shape", weight.shape)
-        shapes[name] = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+        _, rows, columns = getattr(weight, "ds_shape", weight.shape)
+        shapes[name] = (columns, rows) if module.is_transposed else (rows, columns)
     return shapes
 
 

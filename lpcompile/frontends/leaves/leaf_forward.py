@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile.frontends.intercept.scope import shielded
-from lpcompile.frontends.leaves.find import CompositeForward, Leaf
+from lpcompile.frontends.leaves.find import Leaf, LeafRun
 from runtime.ops.product import Product
 from runtime.state import RunState
 
@@ -24,7 +24,7 @@ Products = Mapping[str, Callable[..., Tensor]]
 class LeafForward:
     """The record of a leaf."""
 
-    forward: CompositeForward
+    forward: LeafRun
     phases: list[Products | None]
     state: RunState
 
