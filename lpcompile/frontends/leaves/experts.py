@@ -11,6 +11,7 @@ A product of one token per matrix would cast a weight for every token, so those 
 the identity runs is the function that the model called, on the operands that it gave.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from lpcompile.frontends.install import original_forward
-from lpcompile.frontends.intercept.scope import RUNNERS
+from lpcompile.frontends.intercept.scope import FUNCTION_APPLY, RUNNERS
 from runtime.compile_marks import outside_of_graphs
 from runtime.ops.grouped import join_groups, split_groups
 
@@ -85,6 +86,8 @@ class _ExpertWeights(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_in_a_function():  # which has a gradient of its own, as ZeRO-3's linear
+            return func(*args, **kwargs)
         if func in _INDEXING or func in _TURNING or func in _CONVERTING:
             return self._follow(func, args, kwargs)
         if func in _GROUPED or func is getattr(torch.ops.transformers, "grouped_mm_fallback", None):
@@ -204,6 +207,16 @@ class _ExpertWeights(TorchFunctionMode):
             elif isinstance(index, Tensor) and index.dim() == 1 and not index.is_floating_point():
                 views[:] = [view._replace(tensor=y, indices=index)]
         return y
+
+
+def _is_in_a_function() -> bool:
+    """Whether the operation is one of an autograd.Function that the implementation calls."""
+    frame = sys._getframe(2)
+    while frame.f_code is not experts.__code__ and frame.f_back is not None:
+        if frame.f_code is FUNCTION_APPLY:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _INDEXING = {Tensor.__getitem__, Tensor.select, torch.select, Tensor.index_select, torch.index_select}

@@ -527,6 +527,36 @@ def test_experts_call_the_function_that_the_model_would_call(monkeypatch: pytest
     assert [row.counts for row in report(module).gemms if row.role == "fwd"] == ["4 of 4 calls"] * 2
 
 
+class _Multiply(torch.autograd.Function):
+    """A product with a gradient of its own, as ZeRO-3 has it for F.linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return dy @ w, dy.mT @ x
+
+
+def test_products_of_experts_in_a_function_with_its_own_gradient_are_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def own(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        gate, up = _Multiply.apply(x, module.gate_up_proj[0]).chunk(2, -1)
+        return F.linear(gate * up, module.down_proj[0])
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "own", own)
+    module, inputs = lpcompile(_Choosing("own"), "int8"), (_randn(5, 16), _randn(5, 2))
+    with pytest.warns(LoweringWarning, match="nothing sees the implementation own multiply by gate_up_proj"):
+        module(*inputs)
+    assert [row.counts for row in report(module).gemms if row.role == "fwd"] == ["0 of 1 calls", "1 of 1 calls"]
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_experts_whose_products_nothing_sees_are_told(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
