@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 STAMP := $(VENV)/.installed
 TRAIN_FLAGS ?=
+# one process a core, and the files of a test folder stay together; OpenMP's threads of one do not spin on the other's core
+TESTS := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint format bench clean
@@ -31,10 +33,10 @@ train: $(STAMP) ## train the default GPT with hfp8 on 2 DeepSpeed workers, then 
 	$(BIN)/python -m launch train --policy hfp8 --engine deepspeed --nproc 2 --compare fp32 $(TRAIN_FLAGS)
 
 test: lint ## lint, then every test but the slow ones (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: lint ## lint, then every test
-	$(BIN)/python -m pytest -q --timeout 1800
+	$(TESTS) --timeout 1800
 
 lint: $(STAMP) ## ruff, mypy --strict, and the four floors
 	$(BIN)/ruff check .

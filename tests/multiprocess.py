@@ -5,8 +5,10 @@
 The function is named by its module, so it stands at the top level of a test file; arguments and results are pickled.
 """
 
+import itertools
 import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -49,6 +51,22 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, timeout_s: 
                 process.join(5)
                 if process.is_alive():
                     process.kill()
+
+
+def free_port() -> int:
+    """A port that nothing listens at, below those that the kernel hands out, and of this test process alone."""
+    first = 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in _NEXT_PORT:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", first + port % 1000))
+            except OSError:
+                continue
+            return first + port % 1000
+    raise AssertionError("unreachable")
+
+
+_NEXT_PORT = itertools.count(os.getpid() % 1000)
 
 
 def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:

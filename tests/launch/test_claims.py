@@ -8,7 +8,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+
+from tests.multiprocess import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 GAP = 0.01  # of fp32's validation loss
@@ -146,9 +147,7 @@ def test_a_broken_run_fails_the_check(train: Train, engine: str, control: str) -
 
 
 def _run_pair(folder: Path, engine: str, variants: list[str]) -> list[Outcome]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     script = Path(__file__).with_name("claims_worker.py")
     shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
               "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from launch.cli import run
+from tests.multiprocess import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -107,9 +107,7 @@ def test_resume_is_bit_exact(
 
 
 def overflow(folder: Path, *engines: str) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     script = Path(__file__).with_name("overflow_worker.py")
     workers = [
         subprocess.Popen(

@@ -158,14 +158,22 @@ def _cast_by_oracle(
 ) -> tuple[Tensor, Tensor | int]:
     cast = partial(to_grid, x.contiguous(), spec, scale, **draw._asdict())
     grid = cast().contiguous()
-    held = grid if dtype == torch.float32 else grid.to(dtype)
+    held = _held(grid, dtype)
     if not is_checked:
         return held, 0
     row, unbounded = get_format(spec.format), cast(overflow="unbounded")
-    said = (~((unbounded >= row.min) & (unbounded <= row.max)).all()).to(torch.uint8)
+    said = ~((unbounded >= row.min) & (unbounded <= row.max)).all()
     if dtype == torch.int8:
         said = said | SAID_NARROW * grid.isnan().any()
-    return held, said
+    return held, said.to(torch.uint8)
+
+
+def _held(grid: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, with its signs: what torch makes of a NaN in bfloat16 is negative on some CPUs."""
+    if dtype == torch.float32:
+        return grid
+    held = grid.to(dtype)
+    return held.copysign(torch.where(grid.signbit(), -1.0, 1.0).to(dtype)) if dtype.is_floating_point else held
 
 
 def _cast_blocks(
@@ -180,7 +188,7 @@ def _cast_blocks(
     if fast is not None:
         return fast.values.view(x.shape), fast.said if dtype == torch.bfloat16 else fast.said & SAID_OVERFLOW
     grid = to_grid(x, spec, None, **draw._asdict()).contiguous()
-    held = grid if dtype == torch.float32 else grid.to(dtype)
+    held = _held(grid, dtype)
     is_bad = grid.isnan()
     said = is_bad.any() * SAID_OVERFLOW
     return held, (said | SAID_NARROW * ~((held == grid) | is_bad).all() if is_checked else said).to(torch.uint8)

@@ -226,13 +226,13 @@ def _encode(
         random = random_plan(seed, step, stream, offset) if mode == "stochastic" else None
         factors, tile = (None, (1, 1)) if scale is None else tiles(scale, x.shape)
         return encode_cast(x.contiguous(), format, mode, factors, tile, random)
-    return codes_on_grid(on_grid(x, format, mode, scale, seed, step, stream, offset, overflow), format)
+    return codes_on_grid(on_grid(x, format, mode, scale, seed, step, stream, offset, overflow), format).contiguous()
 
 
 def _decode(codes: Tensor, format: str) -> Tensor:
     if can_decode(codes, format):
         return decode_codes(codes, format)
-    return grid_of_codes(codes, get_format(format))
+    return grid_of_codes(codes, get_format(format)).contiguous()
 
 
 def _codes_shape(

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -204,7 +205,8 @@ def _read_mutations(count: int, seed: int) -> int:
     return num_read
 
 
-def test_mutated_texts_raise_no_other_error() -> None:
+def test_mutated_texts_raise_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     before = set(sys.modules), os.getcwd(), sorted(os.listdir())
     _read_mutations(400, seed=0)
     assert (set(sys.modules) & {"this", "antigravity"}, os.getcwd(), sorted(os.listdir())) == (set(), *before[1:])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from runtime.kernels.cast import grid as cast
+from runtime.kernels.cast import public
 from runtime.kernels.cast.grid import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu import build
@@ -72,6 +73,31 @@ def hard_values(name: str) -> Tensor:
         * torch.exp2(torch.randint(-3, 30, (3000,), generator=generator).float())
     )
     return torch.cat([at, -at, patterns, spread, -spread])
+
+
+@pytest.mark.parametrize(("text", "dtype"), [("int8", torch.int8), ("e4m3", torch.bfloat16), ("bf16", torch.bfloat16)])
+def test_without_the_kernel_signs_and_what_is_said_are_the_same(
+    text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own conversion to bfloat16 makes negative NaNs on CPUs with a unit for it."""
+    monkeypatch.setattr(cast, "_is_served", lambda *_: False)
+    x = torch.tensor([1.0, -2.0, 0.0, -0.0, math.inf, math.nan] * 8)
+    call = (x, None, QuantSpec(text).text, dtype, 0, 0, 0, 0)
+    grid, said = torch.ops.lp.to_grid_checked(*call)
+    assert (grid.dtype, said.dtype) == (dtype, torch.uint8)
+    assert int(said) == cast.SAID_OVERFLOW | (cast.SAID_NARROW if dtype == torch.int8 else 0)
+    assert dtype == torch.int8 or torch.equal(grid.signbit(), x.signbit())
+    assert torch.equal(torch.ops.lp.to_grid(*call).signbit(), grid.signbit())
+
+
+def test_without_the_kernel_codes_are_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the fake kernel says, whatever the strides of what they are made of."""
+    for name in ("can_encode", "can_decode"):
+        monkeypatch.setattr(public, name, lambda *_: False)
+    x = torch.randn(4, 3).t()
+    codes = torch.ops.lp.encode(x, None, "e4m3", None, 0, 0, 0, 0, "saturate")
+    assert codes.stride() == (4, 1)
+    assert torch.ops.lp.decode(codes.t(), "e4m3").stride() == (3, 1)
 
 
 @needs_kernel

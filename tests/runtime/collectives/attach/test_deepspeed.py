@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO over the compressed wire in real processes: losses, bytes, padding, tampering, refusals."""
 
 import os
-import socket
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from runtime.collectives.counter import WireCounter
 from runtime.collectives.exchange import Tamper
 from runtime.collectives.process_group import init_process_group_safely, set_group_timeouts
 from runtime.errors import WireError
-from tests.multiprocess import run_ranks
+from tests.multiprocess import free_port, run_ranks
 from tests.runtime.collectives.attach.test_ddp import TinyGPT, batch, fingerprint, loss_of, rotate_layers
 
 pytestmark = pytest.mark.skipif(
@@ -229,10 +228,7 @@ def _sentence(call: Any, *arguments: Any) -> str:
 
 @pytest.fixture(scope="module")
 def lives() -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return run_ranks(life_cycle, 2, port)
+    return run_ranks(life_cycle, 2, free_port())
 
 
 def test_engines_side_by_side_keep_their_own_wire(lives: list[dict[str, Any]]) -> None:
