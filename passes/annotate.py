@@ -72,7 +72,7 @@ def refused(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> dict[R
     if isinstance(gemm, Unreadable):
         return gemm.reason
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):
-        return "an operand is not a tensor of the graph"
+        return "an operand is not a tensor"
     for dtype in (_dtype_of(gemm.lhs), _dtype_of(gemm.rhs)):
         if not spec.is_identity and dtype is not None and not dtype.is_floating_point:
             return f"an operand is {dtype}, and only real numbers are cast"

@@ -22,7 +22,6 @@ from passes.ir.program import SITE, SPEC, WEIGHT, Program
 from passes.ir.types import META
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
-from runtime.ops.plan import parse_geometry
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def _path(norm: fx.Node) -> str:
 def _why_not(epoch_of: dict[fx.Node, int], norm: fx.Node, layer: fx.Node, gemm: GemmNode, is_after: bool) -> str | None:
     """What keeps a batch norm from being folded into the layer that it is next to."""
     first, second = (layer, norm) if is_after else (norm, layer)
-    site, geometry, seen = layer.meta[SITE], parse_geometry(gemm.geometry), first.meta.get(META)
+    site, geometry, seen = layer.meta[SITE], gemm.geometry, first.meta.get(META)
     if norm.args[3] is None or norm.args[5]:
         return "it has no running statistics: it norms with those of the batch"
     fwd = layer.meta[SPEC].fwd  # a scale that was learned is of what is cast without a batch norm in it
@@ -94,7 +93,7 @@ def _why_not(epoch_of: dict[fx.Node, int], norm: fx.Node, layer: fx.Node, gemm: 
 
 def _rewrite(graph: fx.Graph, norm: fx.Node, layer: fx.Node, gemm: GemmNode, is_after: bool) -> None:
     x, gamma, beta, mean, var, _, _, eps = norm.args[:8]
-    geometry = parse_geometry(gemm.geometry)
+    geometry = gemm.geometry
     is_in_first = gemm.kind == "linear_kn" or (geometry is not None and geometry.is_transposed)
     axis, groups = int(is_in_first == is_after), 1 if geometry is None else geometry.groups
     along: dict[str, Any] = {"axis": axis, "groups": groups}

@@ -22,6 +22,7 @@ from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, quantizer_name
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OPS
+from runtime.ops.plan import print_geometry
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
             grad_lhs = _cast(graph, gemm.lhs, spec.grad.rhs, state, number, 3)[1]
         attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "methods": ",,", "site": number}
         if gemm.geometry:
-            attributes["geometry"] = gemm.geometry
+            attributes["geometry"] = print_geometry(gemm.geometry)
         operands: dict[str, fx.Node | None] = {"lhs": lhs, "rhs": rhs, "bias": gemm.bias, "state": state}
         casts = {"fwd_lhs": fwd_lhs, "fwd_rhs": fwd_rhs, "bwd_rhs": bwd_rhs, "grad_lhs": grad_lhs}
         for name, (grid, scale) in casts.items():

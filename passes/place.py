@@ -11,7 +11,8 @@ from runtime.kernels.registry import Choice, choose
 from runtime.kernels.request import GemmRequest
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, QuantSpec, Role
-from runtime.ops.plan import contraction_of, parse_geometry
+from runtime.ops.contractions import ConvGeometry
+from runtime.ops.plan import contraction_of
 from runtime.ops.sum_scales import slot_name, why_not_scaled
 
 
@@ -33,7 +34,7 @@ class Placed:
 def place(kind: str, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None) -> Placed | str:
     """How the GEMMs of a site run, or why none of them can. Of a convolution's geometry only matters whether it is
     transposed. `lengths`: of their sums, where they are known."""
-    geometry = (_TRANSPOSED if "transpose" in op else _PLAIN) if kind == "conv" else ""
+    geometry = (_TRANSPOSED if "transpose" in op else _PLAIN) if kind == "conv" else None
     refused = refused_roles(kind, geometry, op, spec_as_stored(kind, geometry, spec), device, lengths)
     if isinstance(refused, str):
         return refused
@@ -52,7 +53,7 @@ def refusals(kind: str, refused: Mapping[Role, str], device: str) -> dict[Role, 
 
 
 def refused_roles(
-    kind: str, geometry: str, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None
+    kind: str, geometry: ConvGeometry | None, op: str, spec: LayerSpec, device: str, lengths: Lengths | None = None
 ) -> dict[Role, str] | str:
     """The roles of a GEMM that nothing runs as `spec`, which is for the operands as stored, says, with the reason; or
     why nothing of it can be run so.
@@ -70,9 +71,9 @@ def refused_roles(
 
 
 def _why_refused(
-    kind: str, geometry: str, op: str, role: Role, numbers: GemmSpec, device: str, length: int | None
+    kind: str, geometry: ConvGeometry | None, op: str, role: Role, numbers: GemmSpec, device: str, length: int | None
 ) -> str:
-    contraction = contraction_of(kind, parse_geometry(geometry))
+    contraction = contraction_of(kind, geometry)
     operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", numbers.lhs), ("rhs", numbers.rhs))
     for side, operand in operands:
         if operand.is_block and kind == "conv":
@@ -103,5 +104,4 @@ def _why_not_learned(spec: LayerSpec) -> str:
     return ""
 
 
-_PLAIN = "stride=1 padding=0 dilation=1 groups=1"
-_TRANSPOSED = f"{_PLAIN} output_padding=0"
+_PLAIN, _TRANSPOSED = ConvGeometry((1,), (0,), (1,)), ConvGeometry((1,), (0,), (1,), output_padding=(0,))

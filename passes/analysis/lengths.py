@@ -18,7 +18,6 @@ from passes.ir.program import REPEATED, SITE, Program
 from passes.ir.types import META
 from runtime.numerics.specs import ROLES, Role
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.plan import parse_geometry
 
 Lengths = dict[Role, int]
 
@@ -41,7 +40,7 @@ def _lengths_of(node: fx.Node) -> dict[str, Lengths]:
     """By the part of the site: an attention holds two products."""
     gemm = read_gemm(node)
     if isinstance(gemm, GemmNode):
-        return {"": lengths_of(gemm.kind, _shape(gemm.lhs), _shape(gemm.rhs), parse_geometry(gemm.geometry))}
+        return {"": lengths_of(gemm.kind, _shape(gemm.lhs), _shape(gemm.rhs), gemm.geometry)}
     if isinstance(gemm, Composite) and gemm.stem == "sdpa":
         q, k, v = (_shape(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
         if q and k and v:

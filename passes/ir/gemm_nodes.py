@@ -1,40 +1,45 @@
-"""GEMM nodes: which nodes of a graph multiply matrices, and how to read them. The table at the end is the whole
-knowledge.
+"""GEMM nodes: which calls of torch multiply matrices, and how to read them: nodes of a graph, and calls as they happen.
+The table at the end is the whole knowledge.
 
     GemmNode     one product, as runtime.ops.layer.KINDS lays it out
     Composite    products among other operations (attention, einsum, grouped): a pass writes them as GEMM nodes
     Unreadable   a product that has no lp form, and why
 
-A node's site is named `STEM_NUMBER` after the function, counted in program order, and `.PART` where it holds several:
+A site is named `STEM_NUMBER` after the function, counted in program order, and `.PART` where it holds several:
 matmul_1, einsum_0, sdpa_0.qk, sdpa_0.pv. What a policy's `op` matches is the op (here matmul) and not the stem.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
+from passes.ir.conv_geometry import per_dim, read_geometry
 from passes.ir.program import WEIGHT
 from runtime.ops.contractions import ConvGeometry, linear_kn
 from runtime.ops.einsum import why_no_product
-from runtime.ops.plan import print_geometry
 
 
 @dataclass(frozen=True)
 class GemmNode:
-    """A node read as y = lhs . rhs + bias. `kind` is a row of runtime.ops.layer.KINDS, or conv with its geometry."""
+    """A call read as y = alpha (lhs . rhs) + beta bias. `kind` is a row of runtime.ops.layer.KINDS, or conv with its
+    geometry. Operands are nodes, or tensors where the call is happening.
+    """
 
     op: str
     kind: str
-    lhs: fx.Node
-    rhs: fx.Node
-    bias: fx.Node | None = None
-    geometry: str = ""
+    lhs: Any
+    rhs: Any
+    bias: Any = None
+    geometry: ConvGeometry | None = None
     stem: str = ""
     """What the names of such sites begin with, where it is not the op."""
+    alpha: float = 1
+    beta: float = 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Unreadable:
 
     op: str
     reason: str
+    stem: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ Reading = GemmNode | Composite | Unreadable
 
 def stem_of(gemm: Reading) -> str:
     """What the names of a node's sites begin with."""
-    return gemm.op if isinstance(gemm, Unreadable) else gemm.stem or gemm.op
+    return gemm.stem or gemm.op
 
 
 def site_names(gemm: Reading, name: str) -> list[str]:
@@ -70,204 +76,187 @@ def site_names(gemm: Reading, name: str) -> list[str]:
     return [name + part for part in gemm.parts] if isinstance(gemm, Composite) else [name]
 
 
-def is_gemm(function: Any) -> bool:
-    """Whether a function may multiply matrices."""
-    return function in _READERS
+def gemm_functions() -> Iterable[Any]:
+    """Every function that may multiply matrices."""
+    return _READERS
 
 
-def unreadable_functions() -> dict[Any, Unreadable]:
-    """The functions that multiply matrices in a way that has no lp form, whatever they are given."""
-    return {function: read.reading for function, read in _READERS.items() if isinstance(read, _Always)}
+def read_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading | None:
+    """What a call multiplies; None for one that multiplies no matrices."""
+    reader = _READERS.get(function)
+    return None if reader is None else reader(args, kwargs)
 
 
 def read_gemm(node: fx.Node) -> Reading | None:
     """What a node multiplies; None for a node that multiplies no matrices."""
-    if node.op != "call_function" or not is_gemm(node.target):
-        return None
-    return _READERS[node.target](node)
+    gemm = read_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
+    if isinstance(gemm, GemmNode) and (gemm.alpha, gemm.beta) != (1, 1):
+        return Unreadable(gemm.op, "alpha and beta other than 1 have no lp form", gemm.stem)
+    return gemm
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    return given(node.args, node.kwargs, position, name, default=default)
 
 
-def _read_linear(node: fx.Node) -> GemmNode | Unreadable:
-    lhs, rhs, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-    if _has_vector(rhs):
-        return Unreadable("linear", _VECTOR)
-    return GemmNode("linear", "linear", lhs, rhs, bias)
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, *names: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by one of its names."""
+    if len(args) > position:
+        return args[position]
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return default
 
 
-def _has_vector(*operands: object) -> bool:
-    """Whether one of them is known to have fewer than two dims."""
-    metas = [operand.meta.get("tensor_meta") for operand in operands if isinstance(operand, fx.Node)]
-    return any(meta is not None and len(meta.shape) < 2 for meta in metas)
+_Args = tuple[Any, ...]
+_Kwargs = Mapping[str, Any]
+_OPERAND = (fx.Node, Tensor)
 
 
-def _read_linear_kn(node: fx.Node) -> GemmNode | Unreadable:
-    lhs, rhs, bias = (argument(node, i, name) for i, name in enumerate(("x", "weight_KN", "bias")))
-    return GemmNode("linear", "linear_kn", lhs, rhs, bias)
+def _num_dims(x: Any) -> int | None:
+    """Of an operand, where it is known."""
+    if isinstance(x, Tensor):
+        return x.dim()
+    meta = x.meta.get("tensor_meta")
+    return None if meta is None else len(meta.shape)
 
 
-def _read_matmul(node: fx.Node) -> GemmNode | Unreadable:
-    lhs, rhs = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2"))
-    if not isinstance(lhs, fx.Node) or not isinstance(rhs, fx.Node):
-        return Unreadable("matmul", "an operand is not a tensor of the graph")
-    if node.kwargs.get("out") is not None:
-        return Unreadable("matmul", "a product that is written into out= has no lp form")
-    if _has_vector(lhs, rhs):
-        return Unreadable("matmul", _VECTOR)
-    return GemmNode("matmul", "matmul", lhs, rhs)
+def _why_no_matrices(*operands: Any) -> str:
+    """What keeps operands from being matrices, as far as it is known."""
+    if not all(isinstance(each, _OPERAND) for each in operands):
+        return "an operand is not a tensor"
+    dims = map(_num_dims, operands)
+    return _VECTOR if any(each is not None and each < 2 for each in dims) else ""
 
 
-def _read_conv(num_dims: int) -> Callable[[fx.Node], GemmNode | Unreadable]:
+def _read_linear(args: _Args, kwargs: _Kwargs, kind: str = "linear") -> GemmNode | Unreadable:
+    lhs, rhs = given(args, kwargs, 0, "input", "x"), given(args, kwargs, 1, "weight", "weight_KN")
+    if reason := _why_no_matrices(rhs):
+        return Unreadable("linear", reason)
+    return GemmNode("linear", kind, lhs, rhs, given(args, kwargs, 2, "bias"))
+
+
+def _read_matmul(args: _Args, kwargs: _Kwargs, is_swapped: bool = False) -> GemmNode | Unreadable:
+    """`is_swapped`: w.__rmatmul__(x) is x @ w."""
+    lhs, rhs = given(args, kwargs, 0, "input", "self"), given(args, kwargs, 1, "other", "mat2", "tensor2")
+    reason = "a product that is written into out= has no lp form" if kwargs.get("out") is not None else ""
+    if reason := reason or _why_no_matrices(lhs, rhs):
+        return Unreadable("matmul", reason)
+    return GemmNode("matmul", "matmul", rhs, lhs) if is_swapped else GemmNode("matmul", "matmul", lhs, rhs)
+
+
+def _read_addmm(args: _Args, kwargs: _Kwargs, stem: str, names: tuple[str, str]) -> GemmNode | Unreadable:
+    """beta input + alpha (mat1 . mat2)"""
+    added = given(args, kwargs, 0, "input", "self")
+    lhs, rhs = given(args, kwargs, 1, names[0]), given(args, kwargs, 2, names[1])
+    reason = "out=, or factors by position, have no lp form" if kwargs.get("out") is not None or len(args) > 3 else ""
+    if reason := reason or _why_no_matrices(lhs, rhs):
+        return Unreadable("matmul", reason, stem)
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    return GemmNode("matmul", "matmul", lhs, rhs, added, stem=stem, alpha=alpha, beta=beta)
+
+
+def _read_conv(args: _Args, kwargs: _Kwargs, num_dims: int) -> GemmNode | Unreadable:
     op = f"conv{num_dims}d"
-
-    def read(node: fx.Node) -> GemmNode | Unreadable:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        lhs, rhs, bias = (argument(node, i, name) for i, name in enumerate(names[:3]))
-        stride, padding, dilation = (
-            argument(node, i + 3, name, default) for i, (name, default) in enumerate(_CONV_DEFAULTS)
-        )
-        stride, dilation = _per_dim(stride, num_dims), _per_dim(dilation, num_dims)
-        if isinstance(padding, str):
-            padding = _same_padding(node, padding, dilation)
-            if padding is None:
-                return Unreadable(op, 'padding="same" of this window pads one side more, or the window is no parameter')
-        geometry = ConvGeometry(stride, _per_dim(padding, num_dims), dilation, argument(node, 6, "groups", 1))
-        return GemmNode(op, "conv", lhs, rhs, bias, print_geometry(geometry))
-
-    return read
-
-
-def _read_matmul_swapped(node: fx.Node) -> GemmNode | Unreadable:
-    """w.__rmatmul__(x) is x @ w."""
-    gemm = _read_matmul(node)
-    return replace(gemm, lhs=gemm.rhs, rhs=gemm.lhs) if isinstance(gemm, GemmNode) else gemm
+    lhs, rhs, bias = (given(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    options = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+    stride, padding, dilation, groups = (
+        given(args, kwargs, i, name, default=value) for i, (name, value) in enumerate(options, 3)
+    )
+    kernel: Any = (1,) * num_dims
+    if isinstance(rhs, Tensor):
+        kernel = rhs.shape[2:]
+    elif padding == "same" and rhs.op == "get_attr" and "tensor_meta" in rhs.meta:
+        kernel = rhs.meta["tensor_meta"].shape[2:]
+    elif padding == "same":  # the window of another call may be another
+        return Unreadable(op, 'padding="same" of a window that is no parameter')
+    before, geometry = read_geometry(kernel, stride, padding, dilation, groups)
+    if before and not isinstance(lhs, Tensor):
+        return Unreadable(op, 'padding="same" of this window pads one side more')
+    return GemmNode(op, "conv", F.pad(lhs, before) if before else lhs, rhs, bias, geometry)
 
 
-def _read_convolution(node: fx.Node) -> GemmNode | Unreadable:
+def _read_conv_transpose(args: _Args, kwargs: _Kwargs, num_dims: int) -> GemmNode | Unreadable:
+    lhs, rhs, bias = (given(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    options = (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
+    stride, padding, more, groups, dilation = (
+        given(args, kwargs, i, name, default=value) for i, (name, value) in enumerate(options, 3)
+    )
+    stride, padding, dilation, more = (per_dim(value, num_dims) for value in (stride, padding, dilation, more))
+    geometry = ConvGeometry(stride, padding, dilation, groups, more)
+    return GemmNode(f"conv_transpose{num_dims}d", "conv", lhs, rhs, bias, geometry)
+
+
+def _read_convolution(args: _Args, kwargs: _Kwargs) -> GemmNode | Unreadable:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
     lhs, rhs, bias, stride, padding, dilation, is_transposed, more, groups = (
-        argument(node, i, name) for i, name in enumerate(names)
+        given(args, kwargs, i, name) for i, name in enumerate(names)
     )
     if not all(isinstance(value, tuple | list) for value in (stride, padding, dilation, more)):
         return Unreadable("convolution", "its stride, padding or dilation is no list of numbers")
     num_dims = len(stride)
-    stride, padding, dilation, more = (_per_dim(value, num_dims) for value in (stride, padding, dilation, more))
+    stride, padding, dilation, more = (per_dim(value, num_dims) for value in (stride, padding, dilation, more))
     geometry = ConvGeometry(stride, padding, dilation, groups, more if is_transposed else ())
-    op = f"conv{'_transpose' if is_transposed else ''}{num_dims}d"
-    return GemmNode(op, "conv", lhs, rhs, bias, print_geometry(geometry))
+    return GemmNode(f"conv{'_transpose' if is_transposed else ''}{num_dims}d", "conv", lhs, rhs, bias, geometry)
 
 
-def _read_einsum(node: fx.Node) -> Composite | Unreadable:
-    operands = node.args[1:]
+def _read_einsum(args: _Args, kwargs: _Kwargs) -> Composite | Unreadable:
+    equation, operands = given(args, kwargs, 0, "equation"), args[1:]
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
-    equation = argument(node, 0, "equation")
     if not isinstance(equation, str) or len(operands) != 2:
         return Unreadable("einsum", "only an equation of two operands is one matrix product")
     reason = why_no_product(equation)
     return Unreadable("einsum", reason) if reason else Composite("matmul", "einsum", "decompose-products")
 
 
-def _read_addmm(stem: str, names: tuple[str, str]) -> Callable[[fx.Node], GemmNode | Unreadable]:
-    def read(node: fx.Node) -> GemmNode | Unreadable:
-        factors = (node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1))
-        if len(node.args) > 3 or factors != (1, 1) or node.kwargs.get("out") is not None:
-            return Unreadable(stem, "alpha and beta other than 1, or out=, have no lp form")
-        added, lhs, rhs = (argument(node, i, name) for i, name in enumerate(("input", *names)))
-        if not (isinstance(added, fx.Node) and isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)):
-            return Unreadable(stem, "an operand is not a tensor of the graph")
-        return GemmNode("matmul", "matmul", lhs, rhs, added, stem=stem)
-
-    return read
-
-
-def _read_grouped(node: fx.Node) -> Composite | Unreadable:
+def _read_grouped(args: _Args, kwargs: _Kwargs) -> Composite | Unreadable:
     """x_SK in groups of rows that end at offs_G, times w_GKN."""
-    weight = argument(node, 1, "mat_b")
-    meta = weight.meta.get("tensor_meta") if isinstance(weight, fx.Node) else None
-    if meta is None or len(meta.shape) != 3 or argument(node, 2, "offs") is None:
-        return Unreadable("grouped_mm", "only rows in groups times one matrix per group, x_SK w_GKN, is read")
-    if not isinstance(argument(node, 0, "mat_a"), fx.Node):
-        return Unreadable("grouped_mm", "an operand is not a tensor of the graph")
+    x, weight, offs, bias, out_dtype = (
+        given(args, kwargs, i, name) for i, name in enumerate(("mat_a", "mat_b", "offs", "bias", "out_dtype"))
+    )
+    are_tensors = isinstance(x, _OPERAND) and isinstance(weight, _OPERAND) and offs is not None
+    reason = ""
+    if not are_tensors or _num_dims(weight) != 3 or _num_dims(x) not in (None, 2):
+        reason = "only rows in groups times one matrix per group, x_SK w_GKN, is read"
+    elif isinstance(weight, fx.Node) and not _is_parameter(weight):
+        reason = "the matrices are no parameter, and another call may have another number of them"
+    elif bias is not None or out_dtype not in (None, getattr(x, "dtype", None)):
+        reason = "a grouped product with a bias or an output dtype has no lp form"
+    return Unreadable("linear", reason, "grouped_mm") if reason else _GROUPED
+
+
+def _is_parameter(weight: fx.Node) -> bool:
     root = weight.args[0] if weight.op == "call_function" else weight
-    if not isinstance(root, fx.Node) or not (root.op == "get_attr" or root.meta.get(WEIGHT)):
-        return Unreadable(
-            "grouped_mm", "the matrices are no parameter, and another call may have another number of them"
-        )
-    if argument(node, 3, "bias") is not None or argument(node, 4, "out_dtype") is not None:
-        return Unreadable("grouped_mm", "a grouped product with a bias or an output dtype has no lp form")
-    return Composite("linear", "grouped_mm", "decompose-products")
+    return isinstance(root, fx.Node) and (root.op == "get_attr" or bool(root.meta.get(WEIGHT)))
 
 
-def _read_attention(node: fx.Node) -> Composite:
-    return Composite("matmul", "sdpa", "decompose-attention", (".qk", ".pv"))
+def _always(reading: Composite | Unreadable) -> "_Reader":
+    return lambda args, kwargs: reading
 
 
-def _read_conv_transpose(num_dims: int) -> Callable[[fx.Node], GemmNode | Unreadable]:
-    op = f"conv_transpose{num_dims}d"
-
-    def read(node: fx.Node) -> GemmNode | Unreadable:
-        lhs, rhs, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-        names = (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
-        stride, padding, more, groups, dilation = (
-            argument(node, i + 3, name, default) for i, (name, default) in enumerate(names)
-        )
-        stride, padding, dilation, more = (_per_dim(value, num_dims) for value in (stride, padding, dilation, more))
-        geometry = ConvGeometry(stride, padding, dilation, groups, more)
-        return GemmNode(op, "conv", lhs, rhs, bias, print_geometry(geometry))
-
-    return read
-
-
-@dataclass(frozen=True)
-class _Always:
-    """The reader of a function that is never read."""
-
-    reading: Unreadable
-
-    def __call__(self, node: fx.Node) -> Unreadable:
-        return self.reading
-
-
-def _unreadable(stem: str, reason: str = "") -> _Always:
+def _unreadable(stem: str, reason: str = "") -> "_Reader":
     told = f"{stem}: {reason}" if reason else f"{stem} has no lp form; write it as matmul or linear"
-    return _Always(Unreadable(stem, told))
+    return _always(Unreadable(stem, told))
 
 
-def _per_dim(value: Any, num_dims: int) -> tuple[int, ...]:
-    """One number for every spatial dim; torch takes one number or a sequence of one for all."""
-    values = tuple(value) if isinstance(value, tuple | list) else (value,)
-    return values * num_dims if len(values) == 1 else values
-
-
-def _same_padding(node: fx.Node, padding: str, dilation: Sequence[int]) -> tuple[int, ...] | None:
-    """Padding by name as numbers; None where one side gets more than the other, or the window is not known."""
-    if padding == "valid":
-        return (0,) * len(dilation)
-    weight = argument(node, 1, "weight")
-    meta = weight.meta.get("tensor_meta") if isinstance(weight, fx.Node) else None
-    if meta is None or weight.op != "get_attr":  # the window of another call may be another
-        return None
-    both = [d * (extent - 1) for d, extent in zip(dilation, meta.shape[2:])]
-    return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
-
-
+_Reader = Callable[[_Args, _Kwargs], Reading]
+_GROUPED = Composite("linear", "grouped_mm", "decompose-products")
 _VECTOR = "a product with a vector is no GEMM"
 _NO_SUM = "an outer product has no sum and is no GEMM"
 _IN_PLACE = "a product that is added in place has no lp form"
 _CELL = "the products of a cell as one function have no lp form; call its module, or write them as linear"
-_CONV_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
+_read_addmm_2d = partial(_read_addmm, stem="addmm", names=("mat1", "mat2"))
+_read_addmm_3d = partial(_read_addmm, stem="baddbmm", names=("batch1", "batch2"))
 
-_READERS: dict[Any, Callable[[fx.Node], Reading]] = {
+_READERS: dict[Any, _Reader] = {
     torch._C._nn.linear: _read_linear,  # F.linear, by the name that ZeRO-3 does not replace in the whole process
-    linear_kn: _read_linear_kn,
-    F.conv1d: _read_conv(1),
-    F.conv2d: _read_conv(2),
-    F.conv3d: _read_conv(3),
+    linear_kn: partial(_read_linear, kind="linear_kn"),
+    F.conv1d: partial(_read_conv, num_dims=1),
+    F.conv2d: partial(_read_conv, num_dims=2),
+    F.conv3d: partial(_read_conv, num_dims=3),
     torch.matmul: _read_matmul,
     torch.Tensor.matmul: _read_matmul,
     torch.Tensor.__matmul__: _read_matmul,
@@ -275,19 +264,19 @@ _READERS: dict[Any, Callable[[fx.Node], Reading]] = {
     torch.Tensor.bmm: _read_matmul,
     torch.mm: _read_matmul,
     torch.Tensor.mm: _read_matmul,
-    F.scaled_dot_product_attention: _read_attention,
+    F.scaled_dot_product_attention: _always(Composite("matmul", "sdpa", "decompose-attention", (".qk", ".pv"))),
     torch.einsum: _read_einsum,
-    torch.addmm: _read_addmm("addmm", ("mat1", "mat2")),
-    torch.Tensor.addmm: _read_addmm("addmm", ("mat1", "mat2")),
-    torch.baddbmm: _read_addmm("baddbmm", ("batch1", "batch2")),
-    torch.Tensor.baddbmm: _read_addmm("baddbmm", ("batch1", "batch2")),
+    torch.addmm: _read_addmm_2d,
+    torch.Tensor.addmm: _read_addmm_2d,
+    torch.baddbmm: _read_addmm_3d,
+    torch.Tensor.baddbmm: _read_addmm_3d,
     torch.nn.functional.grouped_mm: _read_grouped,
     torch._grouped_mm: _read_grouped,
-    F.conv_transpose1d: _read_conv_transpose(1),
-    F.conv_transpose2d: _read_conv_transpose(2),
-    F.conv_transpose3d: _read_conv_transpose(3),
+    F.conv_transpose1d: partial(_read_conv_transpose, num_dims=1),
+    F.conv_transpose2d: partial(_read_conv_transpose, num_dims=2),
+    F.conv_transpose3d: partial(_read_conv_transpose, num_dims=3),
     torch.linalg.matmul: _read_matmul,
-    torch.Tensor.__rmatmul__: _read_matmul_swapped,
+    torch.Tensor.__rmatmul__: partial(_read_matmul, is_swapped=True),
     torch.convolution: _read_convolution,
     torch.Tensor.addmm_: _unreadable("addmm", _IN_PLACE),
     torch.Tensor.baddbmm_: _unreadable("baddbmm", _IN_PLACE),
@@ -337,13 +326,13 @@ _READERS: dict[Any, Callable[[fx.Node], Reading]] = {
     torch.rnn_relu_cell: _unreadable("rnn_relu_cell", _CELL),
 }
 
-_ATEN: dict[str, Callable[[fx.Node], Reading]] = {
+_ATEN: dict[str, _Reader] = {
     "mm": _read_matmul,
     "bmm": _read_matmul,
     "matmul": _read_matmul,
     "linear": _read_linear,
-    "addmm": _read_addmm("addmm", ("mat1", "mat2")),
-    "baddbmm": _read_addmm("baddbmm", ("batch1", "batch2")),
+    "addmm": _read_addmm_2d,
+    "baddbmm": _read_addmm_3d,
     "convolution": _read_convolution,
     **{f"conv{dims}d": _read_conv(dims) for dims in (1, 2, 3)},
     **{f"conv_transpose{dims}d": _read_conv_transpose(dims) for dims in (1, 2, 3)},

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
-from runtime.ops.plan import contraction_of, parse_geometry
+from runtime.ops.contractions import ConvGeometry
+from runtime.ops.plan import contraction_of
 
 
 def without(spec: LayerSpec, roles: Iterable[Role]) -> LayerSpec:
@@ -20,7 +21,7 @@ def without(spec: LayerSpec, roles: Iterable[Role]) -> LayerSpec:
 
 
 @lru_cache(maxsize=4096)
-def spec_as_stored(kind: str, geometry: str, spec: LayerSpec) -> LayerSpec:
+def spec_as_stored(kind: str, geometry: ConvGeometry | None, spec: LayerSpec) -> LayerSpec:
     """Of a GEMM of this kind and geometry, as lp.gemm has them."""
     if kind != "conv":
         free: Granularity = "column" if kind == "matmul" else "row"
@@ -32,9 +33,9 @@ def spec_as_stored(kind: str, geometry: str, spec: LayerSpec) -> LayerSpec:
     return LayerSpec(*(_with_blocks_along_sum(kind, geometry, role, spec.role(role)) for role in ROLES))
 
 
-def _with_blocks_along_sum(kind: str, geometry: str, role: Role, numbers: GemmSpec) -> GemmSpec:
+def _with_blocks_along_sum(kind: str, geometry: ConvGeometry | None, role: Role, numbers: GemmSpec) -> GemmSpec:
     """A scale per row leaves the sum exactly where the sum runs along the row; likewise a column."""
-    free = contraction_of(kind, parse_geometry(geometry)).free_axis
+    free = contraction_of(kind, geometry).free_axis
     down: Along = "batched-column" if kind == "matmul" else "column"
 
     def laid(side: Side, operand: QuantSpec) -> QuantSpec:

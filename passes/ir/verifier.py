@@ -16,6 +16,7 @@ from runtime.errors import VerifyError, nearest_names
 from runtime.numerics.specs import ROLES, LayerSpec
 from runtime.ops.declared import OpDef
 from runtime.ops.dialect import OP_OF, OPS
+from runtime.ops.plan import parse_geometry
 from runtime.ops.types import VALUE, OpType, TensorType, accepts
 
 
@@ -80,7 +81,8 @@ def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, n
         what = "`lp.site` must name a site that the policy names"
         raise VerifyError(what, where=where, got=repr(site), hint=nearest_names(str(site), tuple(program.specs)))
     given = str(node.kwargs["spec"])
-    stored = spec_as_stored(str(node.kwargs["kind"]), str(node.kwargs.get("geometry", "")), program.specs[site])
+    geometry = parse_geometry(str(node.kwargs.get("geometry", "")))
+    stored = spec_as_stored(str(node.kwargs["kind"]), geometry, program.specs[site])
     wanted = without(stored, program.refused_roles(site))
     if LayerSpec.parse(given) != wanted or node.meta.get(SPEC, wanted) != wanted:
         got = given if LayerSpec.parse(given) != wanted else f"lp.spec {node.meta[SPEC]}"

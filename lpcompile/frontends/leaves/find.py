@@ -34,10 +34,10 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils.parametrize import is_parametrized
 
-from lpcompile.frontends.conv_geometry import per_dim, read_geometry
 from lpcompile.frontends.leaves.experts import expert_weights, experts, is_experts
 from lpcompile.frontends.leaves.multihead_attention import multihead_attention
 from lpcompile.frontends.leaves.recurrent import recurrent, recurrent_cell
+from passes.ir.conv_geometry import per_dim, read_geometry
 from runtime.ops.contractions import ConvGeometry, linear_kn
 
 
@@ -181,9 +181,9 @@ def _conv_forward(module: Any, products: Any, input: Tensor) -> Tensor:
     padding = module.padding
     if module.padding_mode != "zeros":
         input, padding = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
-    geometry = module.kernel_size, module.stride, padding, module.dilation, module.groups
-    input, read = read_geometry(input, *geometry)
-    return products[""](input, module.weight, module.bias, geometry=read)
+    before, geometry = read_geometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
+    input = F.pad(input, before) if before else input
+    return products[""](input, module.weight, module.bias, geometry=geometry)
 
 
 def _transposed_forward(module: Any, products: Any, input: Tensor, output_size: Any = None) -> Tensor:

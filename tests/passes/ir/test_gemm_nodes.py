@@ -13,6 +13,7 @@ from lpcompile.frontends.export.trace import export_graph
 from lpcompile.policy.resolve import Policy
 from passes.ir.gemm_nodes import Composite, GemmNode, Reading, Unreadable, read_gemm, site_names, stem_of
 from passes.pipelines import PASSES
+from runtime.ops.contractions import ConvGeometry
 
 _RULE = {"match": {"name": "*"}, "fwd": {"x": "e4m3", "w": "e4m3"}}
 _EVERY = Policy.model_validate({"version": 1, "name": "p", "rules": [_RULE]})
@@ -222,14 +223,14 @@ def test_scaled_addmm_says_why() -> None:
 
 def test_geometry_of_a_convolution() -> None:
     (conv,) = (gemm for gemm in _gemms() if isinstance(gemm, GemmNode) and gemm.kind == "conv")
-    assert conv.geometry == "stride=1 padding=1 dilation=1 groups=1"
+    assert conv.geometry == ConvGeometry((1,), (1,), (1,))
 
 
-@pytest.mark.parametrize(("padding", "kernel", "numbers"), [("same", 3, "2"), ("valid", 3, "0"), ("same", 2, "1")])
-def test_padding_by_name_is_read_as_numbers(padding: str, kernel: int, numbers: str) -> None:
+@pytest.mark.parametrize(("padding", "kernel", "numbers"), [("same", 3, 2), ("valid", 3, 0), ("same", 2, 1)])
+def test_padding_by_name_is_read_as_numbers(padding: str, kernel: int, numbers: int) -> None:
     gemm = _padded_conv(padding, kernel, dilation=2)
     assert isinstance(gemm, GemmNode)
-    assert f"padding={numbers} dilation=2" in gemm.geometry
+    assert gemm.geometry == ConvGeometry((1,), (numbers,), (2,))
 
 
 def test_padding_of_one_side_more_says_why() -> None:
