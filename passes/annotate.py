@@ -34,7 +34,8 @@ class Annotate(Pass):
                     continue
                 gemm = read_gemm(node) or Unreadable(str(node.target), "the compiler does not read this op as a GEMM")
                 assert not isinstance(gemm, Composite)  # by the condition "decomposed"
-                spec = as_stored(gemm, spec)
+                if isinstance(gemm, GemmNode):
+                    spec = spec_as_stored(gemm.kind, gemm.geometry, spec)
                 found = refused(gemm, spec, program.device)
                 roles, reason = ({}, found) if isinstance(found, str) else (found, "")
                 if not reason and node.meta.get(REPEATED) and spec.is_stochastic:
@@ -47,11 +48,6 @@ class Annotate(Pass):
                         program.choices[site] = refusals(gemm.kind, roles, program.device)
                     changed = True
         return changed
-
-
-def as_stored(gemm: GemmNode | Unreadable, spec: LayerSpec) -> LayerSpec:
-    """The spec for the operands as they lie in memory."""
-    return spec_as_stored(gemm.kind, gemm.geometry, spec) if isinstance(gemm, GemmNode) else spec
 
 
 def _dtype_of(node: object) -> torch.dtype | None:
@@ -68,7 +64,9 @@ def _dtype_of(node: object) -> torch.dtype | None:
 
 
 def refused(gemm: GemmNode | Unreadable, spec: LayerSpec, device: str) -> dict[Role, str] | str:
-    """The roles that nothing runs as `spec`, which `as_stored` made, says, with the reason; or why nothing runs any."""
+    """The roles that nothing runs as `spec`, for operands as they lie in memory, says, with the reason; or why nothing
+    runs any.
+    """
     if isinstance(gemm, Unreadable):
         return gemm.reason
     if not all(isinstance(operand, fx.Node) for operand in (gemm.lhs, gemm.rhs)):

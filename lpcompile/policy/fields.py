@@ -13,7 +13,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from lpcompile.errors import FormatError, LpError, NotSupported, PolicyError, did_you_mean, nearest_names
 from lpcompile.policy.names import OPERAND_NAMES, ROLE_NAMES, ambiguity, format_of, key_of, nearest_format, word_of
@@ -32,6 +32,11 @@ def refusal(what: str, *, expected: str = "", got: str = "", hint: str = "", key
     """A PolicyError in the making: pydantic adds the key path, Policy the file and line."""
     parts = {"what": what, "expected": expected, "got": got, "hint": hint, "key": key}
     return PydanticCustomError("policy", "{what}", parts)
+
+
+def as_refusal(error: LpError) -> PydanticCustomError:
+    """What the ground says of a value, as a refusal."""
+    return refusal(error.what, expected=error.expected, got=error.got, hint=error.hint)
 
 
 def not_built(what: str, hint: str, key: str = "") -> PydanticCustomError:
@@ -110,7 +115,7 @@ def _check_operand_format(given: str) -> str:
     try:
         get_block_format(name)
     except FormatError as error:
-        raise refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+        raise as_refusal(error) from None
     return name
 
 
@@ -133,16 +138,6 @@ Count = Annotated[int, Field(strict=True, gt=0)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-def or_text(schema: dict[str, Any], handler: GetJsonSchemaHandler, text: dict[str, Any]) -> dict[str, Any]:
-    """Let the JSON Schema of a section also accept its shorthand."""
-    resolved = handler.resolve_ref_schema(schema)
-    section = dict(resolved)
-    description = section.pop("description", "")
-    resolved.clear()
-    resolved.update({"description": description, "anyOf": [text, section]})
-    return schema
-
-
 class Section(BaseModel):
     """A mapping of the policy file: frozen, and a key it does not know is an error."""
 
@@ -154,11 +149,19 @@ class Section(BaseModel):
     SPELLINGS: ClassVar[Mapping[str, str]] = {}
     """Keys as other systems write them."""
 
+    SHORTHAND: ClassVar[str] = ""
+    """The key that a section which is text stands for; "" where it may not be text."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ()
+    """Such texts."""
+
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, value: Any) -> Any:
         if isinstance(value, cls):
             return value
+        if cls.SHORTHAND and isinstance(value, str):
+            return {cls.SHORTHAND: value}
         if not isinstance(value, Mapping):
             raise refusal("not a mapping", expected=f"the keys {', '.join(cls.keys())}", got=as_written(value))
         known = (*cls.keys(), *(twin for twin, key in cls.TWINS.items() if key in cls.model_fields))
@@ -175,6 +178,18 @@ class Section(BaseModel):
                 raise refusal(what, hint="one of them", key=str(given))
             read[key], names[meant] = item, str(given)
         return read
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A section with a shorthand may also be that."""
+        schema = handler(core_schema)
+        if cls.SHORTHAND:
+            resolved = handler.resolve_ref_schema(schema)
+            section = dict(resolved)
+            text = {"type": "string", **({"examples": list(cls.EXAMPLES)} if cls.EXAMPLES else {})}
+            resolved.clear()
+            resolved.update({"description": section.pop("description", ""), "anyOf": [text, section]})
+        return schema
 
     NOUN: ClassVar[str] = "key"
     """What a key of the section is called."""

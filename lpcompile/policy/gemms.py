@@ -21,10 +21,10 @@ from lpcompile.policy.fields import (
     FormatName,
     OperandFormatName,
     Section,
+    as_refusal,
     as_written,
     not_built,
     one_of,
-    or_text,
     refusal,
 )
 from lpcompile.policy.names import OPERAND_NAMES
@@ -121,6 +121,8 @@ class Quantizer(Section):
 class Operand(Section):
     """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
 
+    SHORTHAND, EXAMPLES = "format", (*FORMATS, *BLOCK_FORMATS)
+
     format: OperandFormatName
     """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`. The blocks of a block
     format lie along the sum of each GEMM."""
@@ -132,11 +134,6 @@ class Operand(Section):
     """What learns the scale. Default: none, the scale is as `scale` says."""
     transform: Any = None
     """Rotation before the cast. Not built in this version: refused."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_name(cls, value: Any) -> Any:
-        return {"format": value} if isinstance(value, str) else value
 
     @field_validator("rounding")
     @classmethod
@@ -162,12 +159,8 @@ class Operand(Section):
         try:
             self.spec()
         except FormatError as error:
-            raise refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+            raise as_refusal(error) from None
         return self
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return or_text(handler(core_schema), handler, {"type": "string", "examples": [*FORMATS, *BLOCK_FORMATS]})
 
     def spec(self) -> QuantSpec:
         assert self.rounding is not None  # filled by _fill_rounding
@@ -193,6 +186,8 @@ _FP32 = Operand(format="fp32")
 class Accumulate(Section):
     """How a GEMM adds. A bare format name means that format after every add."""
 
+    SHORTHAND, EXAMPLES = "format", ("fp32", "int32", "dlfloat16", AUTO)
+
     format: AccumulatorName = "fp32"
     """fp32, another float format, or intB for two integer operands. auto: the fewest mantissa bits under which the
     variance retention ratio of the sum's length foresees no swamping, with 8 bits of exponent."""
@@ -207,11 +202,6 @@ class Accumulate(Section):
     overflow: Annotated[AccumulateOverflow, one_of("rule of overflow", ACCUMULATE_OVERFLOWS)] = "saturate"
     """Of integers: saturate, or wrap as two's complement. Floats saturate."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_name(cls, value: Any) -> Any:
-        return {"format": value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _check_spec(self) -> "Accumulate":
         spec = self.spec()
@@ -224,7 +214,7 @@ class Accumulate(Section):
         try:
             return AccumulateSpec(self.format, self.chunk, self.rounding, self.product, self.model, self.overflow)
         except FormatError as error:
-            raise refusal(error.what, expected=error.expected, got=error.got, hint=error.hint) from None
+            raise as_refusal(error) from None
 
     def plain(self) -> str | dict[str, Any]:
         """As a policy file writes it."""
@@ -238,12 +228,6 @@ class Accumulate(Section):
     def __str__(self) -> str:
         words = str(self.spec()).split(" ")[1:]
         return " ".join([self.format + (f" in chunks of {self.chunk}" if self.chunk else ""), *words])
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return or_text(
-            handler(core_schema), handler, {"type": "string", "examples": ["fp32", "int32", "dlfloat16", AUTO]}
-        )
 
 
 class Gemm(Section):
@@ -291,7 +275,7 @@ class Gemm(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler(core_schema)
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
         properties = handler.resolve_ref_schema(schema)["properties"]
         properties.update({twin: properties[key] for twin, key in cls.TWINS.items() if key in properties})
         return schema

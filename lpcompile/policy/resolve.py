@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema
 
 from lpcompile.errors import PolicyError, WireError, nearest_names
 from lpcompile.policy.fields import (
@@ -38,7 +36,6 @@ from lpcompile.policy.fields import (
     key_path,
     not_built,
     one_of,
-    or_text,
     path_in,
     refusal,
     words,
@@ -157,19 +154,12 @@ class Wire(Section):
 class PhasePolicy(Section):
     """The rules of a phase: a name, and once loaded the rules behind it."""
 
+    SHORTHAND = "name"
+
     name: str
     """A shipped name, or a path relative to the file."""
     rules: tuple[Rule, ...] | None = None
     """Its rules, filled when the policy is loaded."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return or_text(handler(core_schema), handler, {"type": "string"})
 
 
 class Phase(Section):

@@ -6,9 +6,8 @@
     key                identity and version: casts are shared, kept and left out by it, never by text
     observe(x)         what a quantizer learns by looking
 
-Without state there are two, which are their spec: dynamic (runtime/quantize/dynamic.py), whose scale is computed from
-the largest magnitude, and block (runtime/quantize/block.py), whose format makes its own scales. With state they are
-modules in the model (runtime/quantize/learned/).
+Without state it is its spec (runtime/quantize/stateless.py). With state it is a module in the model
+(runtime/quantize/learned/).
 """
 
 from abc import ABC, abstractmethod
