@@ -64,8 +64,8 @@ def lower_joint(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]
 
 
 def _lower(casts: "_Casts", node: fx.Node, role: Role) -> None:
-    lhs, rhs, rest, kind, spec, methods, site, geometry, is_weight, name, clock, key, dtype = node.args
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)  # type: ignore[arg-type]
+    lhs, rhs, rest, text, is_weight, name, clock, key, dtype = node.args
+    plan = GemmPlan.read(str(text))
     casts.done.roles.setdefault(str(name), set()).add(role)
     casts.done.num_products += 1
     node.meta[SITE] = (name, role)
@@ -89,7 +89,7 @@ def _multiply(
     operands: tuple[Any, ...] = (*a, *b, rest)
     if is_free:
         operands = (a[0], None, b[0], None, None if role == "fwd" else rest)
-    args = (*operands, *plan.attributes, clock, torch.float32 if is_free else dtype)
+    args = (*operands, plan.text, clock, torch.float32 if is_free else dtype)
     node = casts.call(at, op, *args)
     for name in (SITE, "custom", "seq_nr", "partitioner_tag", "autograd_backward", "nn_module_stack", "stack_trace"):
         if name in at.meta:  # what a partitioner and a reader of the graph look at

@@ -9,8 +9,6 @@ from runtime.numerics.specs import ROLES, LayerSpec, Role
 from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Linear, LinearKN, Matmul
 from runtime.ops.im2col import as_matrices
 
-Attributes = tuple[str, str, str, int, str]
-"""Those of an lp.gemm node: kind, spec, methods, site, geometry."""
 KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": LinearKN(), "matmul": Matmul()}
 
 
@@ -53,10 +51,16 @@ class GemmPlan:
         return frozenset(role for role in ROLES if self.spec.role(role).accumulator.mode == "stochastic")
 
     @cached_property
-    def attributes(self) -> Attributes:
-        """What `parse` reads."""
+    def text(self) -> str:
+        """What `read` reads, and torch ops take for a plan."""
         geometry = print_geometry(self.geometry) if self.geometry else ""
-        return self.kind, str(self.spec), ",".join(self.methods), self.site, geometry
+        return plan_text(self.kind, str(self.spec), ",".join(self.methods), self.site, geometry)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def read(text: str) -> "GemmPlan":
+        kind, spec, methods, site, geometry = text.split("|")
+        return GemmPlan.parse(kind, spec, methods, int(site), geometry)
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -64,6 +68,11 @@ class GemmPlan:
         """From the attributes of an lp.gemm node. A geometry reads `stride=1,1 padding=0,0 dilation=1,1 groups=1`."""
         fwd, bwd, grad = methods.split(",")
         return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry), lifetime)
+
+
+def plan_text(kind: str, spec: str, methods: str, site: int, geometry: str) -> str:
+    """`GemmPlan.text`, of the attributes of an lp.gemm node."""
+    return f"{kind}|{spec}|{methods}|{site}|{geometry}"
 
 
 def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:

@@ -22,7 +22,7 @@ from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import dialect
 from runtime.ops.contractions import ConvGeometry
 from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result_dtype, run_gemm, under_autocast
-from runtime.ops.plan import GemmPlan, print_geometry
+from runtime.ops.plan import GemmPlan, plan_text, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.ops.site_products import is_lowered_late, site_product
 from runtime.quantize.cast_memo import MEMO
@@ -198,7 +198,15 @@ class TracedProduct:
         if self.state.is_joint and is_lowered_late(self.spec):
             dtype = result_dtype(lhs)
             return site_product(
-                lhs, rhs, bias, self.state, dtype, self.kind, self.spec, self.methods, site, text, is_weight, self.name
+                lhs,
+                rhs,
+                bias,
+                self.state,
+                dtype,
+                plan_text(self.kind, self.spec, self.methods, site, text),
+                _draws(self.spec),
+                is_weight,
+                self.name,
             )
         left, fwd_lhs = self._cast(lhs, 0, site, "x")
         right, fwd_rhs = self._cast(rhs, 1, site, "w")

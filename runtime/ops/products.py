@@ -34,7 +34,7 @@ from runtime.numerics.scaling import expand_scale
 from runtime.numerics.specs import ROLES, GemmSpec, QuantSpec, Role
 from runtime.ops.activations import add_and_relu, overwrite_with
 from runtime.ops.contractions import ConvGeometry, Multiply
-from runtime.ops.plan import GemmPlan, parse_geometry
+from runtime.ops.plan import GemmPlan
 from runtime.ops.sum_scales import varies_along_sum
 from runtime.quantize.qtensor import QTensor
 from runtime.quantize.storage import storage_dtype
@@ -50,7 +50,7 @@ def multiply(
     random bits of its sums.
     """
     plan, clock = _drawing(plan, role, turn)
-    call = (*a.pair, *b.pair, rest, *plan.attributes, clock, dtype)
+    call = (*a.pair, *b.pair, rest, plan.text, clock, dtype)
     if role != "fwd":
         gradient: Tensor = _CALLS[role](*call)
         return gradient
@@ -261,23 +261,19 @@ def _key(plan: GemmPlan, role: Role, clock: Sequence[int]) -> RandomKey:
 
 
 def _operands(
-    role: Role, tensors: Sequence[Tensor | None], kind: str, spec: str, methods: str, site: int, geometry: str
-) -> tuple[GemmPlan, QTensor, QTensor]:
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
+    role: Role, plan: GemmPlan, a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None
+) -> tuple[QTensor, QTensor]:
     numbers = plan.spec.role(role)
-    a, a_scale, b, b_scale = tensors
-    assert a is not None
-    assert b is not None
-    return plan, QTensor(a, a_scale, numbers.lhs), QTensor(b, b_scale, numbers.rhs)
+    return QTensor(a, a_scale, numbers.lhs), QTensor(b, b_scale, numbers.rhs)
 
 
 def _fwd(
-    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-    residual: Tensor | None = None, activation: str = "",
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, plan: str,
+    clock: Sequence[int], dtype: torch.dtype, residual: Tensor | None = None, activation: str = "",
 ) -> Tensor:  # fmt: skip
-    plan, a, b = _operands("fwd", (x, x_scale, w, w_scale), kind, spec, methods, site, geometry)
-    return _forward(plan, a, b, bias, clock, dtype, residual, activation)
+    parsed = GemmPlan.read(plan)
+    operands = _operands("fwd", parsed, x, x_scale, w, w_scale)
+    return _forward(parsed, *operands, bias, clock, dtype, residual, activation)
 
 
 def _forward(
@@ -293,39 +289,39 @@ def _forward(
 
 
 def _fwd_shape(
-    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None,
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
-    residual: Tensor | None = None, activation: str = "",
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, bias: Tensor | None, plan: str,
+    clock: Sequence[int], dtype: torch.dtype, residual: Tensor | None = None, activation: str = "",
 ) -> Tensor:  # fmt: skip
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    y = plan.contraction.native(x.to(dtype), w.to(dtype), None)
-    return _new(x, y.shape, dtype, layout_of(plan, x, w))
+    parsed = GemmPlan.read(plan)
+    y = parsed.contraction.native(x.to(dtype), w.to(dtype), None)
+    return _new(x, y.shape, dtype, layout_of(parsed, x, w))
 
 
 def _bwd(
-    dy: Tensor, dy_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+    dy: Tensor, dy_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, shape: Sequence[int], plan: str,
+    clock: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    plan, a, b = _operands("bwd", (dy, dy_scale, w, w_scale), kind, spec, methods, site, geometry)
-    dx = multiply_bwd(plan, a, b, torch.Size(shape), _key(plan, "bwd", clock)).to(dtype)
-    return laid_out(dx, layout_of(plan, dy, w))
+    parsed = GemmPlan.read(plan)
+    operands = _operands("bwd", parsed, dy, dy_scale, w, w_scale)
+    dx = multiply_bwd(parsed, *operands, torch.Size(shape), _key(parsed, "bwd", clock)).to(dtype)
+    return laid_out(dx, layout_of(parsed, dy, w))
 
 
 def _grad(
-    dy: Tensor, dy_scale: Tensor | None, x: Tensor, x_scale: Tensor | None, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+    dy: Tensor, dy_scale: Tensor | None, x: Tensor, x_scale: Tensor | None, shape: Sequence[int], plan: str,
+    clock: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    plan, a, b = _operands("grad", (dy, dy_scale, x, x_scale), kind, spec, methods, site, geometry)
-    dw = multiply_grad(plan, a, b, torch.Size(shape), _key(plan, "grad", clock)).to(dtype)
-    return laid_out(dw, layout_of(plan, dy, x))
+    parsed = GemmPlan.read(plan)
+    operands = _operands("grad", parsed, dy, dy_scale, x, x_scale)
+    dw = multiply_grad(parsed, *operands, torch.Size(shape), _key(parsed, "grad", clock)).to(dtype)
+    return laid_out(dw, layout_of(parsed, dy, x))
 
 
 def _shape_of_gradient(
-    dy: Tensor, dy_scale: Tensor | None, other: Tensor, other_scale: Tensor | None, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Sequence[int], dtype: torch.dtype,
+    dy: Tensor, dy_scale: Tensor | None, other: Tensor, other_scale: Tensor | None, shape: Sequence[int], plan: str,
+    clock: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    return _new(dy, shape, dtype, layout_of(plan, dy, other))
+    return _new(dy, shape, dtype, layout_of(GemmPlan.read(plan), dy, other))
 
 
 def layout_of(plan: GemmPlan, a: Tensor, b: Tensor) -> torch.memory_format:
@@ -347,32 +343,24 @@ def _new(like: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: torch.m
 
 
 def _fwd_flops(
-    x: Sequence[int], x_scale: Any, w: Sequence[int], w_scale: Any, bias: Any,
-    kind: str, spec: str, methods: str, site: int, geometry: str, clock: Any, dtype: Any,
-    residual: Any = None, activation: str = "", *, out_shape: Sequence[int],
-) -> int:  # fmt: skip
-    return _flops(geometry, x, w, out_shape)
+    x: Sequence[int], _x: Any, w: Any, _w: Any, _b: Any, plan: str, *_: Any, out_shape: Any, **__: Any
+) -> int:
+    return _flops(plan, x, w, out_shape)
 
 
-def _bwd_flops(
-    dy: Sequence[int], dy_scale: Any, w: Sequence[int], w_scale: Any, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, *_: Any, out_shape: Sequence[int],
-) -> int:  # fmt: skip
-    return _flops(geometry, shape, w, dy)
+def _bwd_flops(dy: Any, _dy: Any, w: Any, _w: Any, shape: Any, plan: str, *_: Any, out_shape: Any) -> int:
+    return _flops(plan, shape, w, dy)
 
 
-def _grad_flops(
-    dy: Sequence[int], dy_scale: Any, x: Sequence[int], x_scale: Any, shape: Sequence[int],
-    kind: str, spec: str, methods: str, site: int, geometry: str, *_: Any, out_shape: Sequence[int],
-) -> int:  # fmt: skip
-    return _flops(geometry, x, shape, dy)
+def _grad_flops(dy: Any, _dy: Any, x: Any, _x: Any, shape: Any, plan: str, *_: Any, out_shape: Any) -> int:
+    return _flops(plan, x, shape, dy)
 
 
-def _flops(geometry: str, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> int:
-    """Of one role, 2 a multiply-add: all three have the same. A convolution has one of w at every position of y, a
-    transposed one at every position of x.
+def _flops(plan: str, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> int:
+    """Of one role, 2 a multiply-add, from shapes: all three have the same. A convolution has one of w at every position
+    of y, a transposed one at every position of x.
     """
-    conv = parse_geometry(geometry)
+    conv = GemmPlan.read(plan).geometry
     if conv is None:
         return 2 * math.prod(y) * x[-1]
     positions, num_dims = x if conv.is_transposed else y, len(conv.stride)
@@ -382,7 +370,7 @@ def _flops(geometry: str, x: Sequence[int], w: Sequence[int], y: Sequence[int]) 
 
 _ACCUMULATE: dict[Role, int] = {"fwd": 7, "bwd": 8, "grad": 9}
 """Slots of the random streams; those of casts are below."""
-_ROLE = "str kind, str spec, str methods, int site, str geometry, SymInt[] clock, ScalarType dtype"
+_ROLE = "str plan, SymInt[] clock, ScalarType dtype"
 declare(
     f"fwd(Tensor x, Tensor? x_scale, Tensor w, Tensor? w_scale, Tensor? bias, {_ROLE}, Tensor? residual=None, "
     'str activation="") -> Tensor',

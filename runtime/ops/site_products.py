@@ -25,7 +25,7 @@ from runtime.numerics.specs import LayerSpec, QuantSpec, Role
 from runtime.ops.layer import DY_BWD, DY_GRAD, WEIGHT_BWD
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import laid_out, layout_of
-from runtime.ops.traced import cast_result, cast_shape, find_clock, layer_draws
+from runtime.ops.traced import cast_result, cast_shape, find_clock
 from runtime.quantize.qtensor import CastKey
 from runtime.state import RunState
 from runtime.streams import NO_CLOCK
@@ -60,12 +60,13 @@ def operands_of(plan: GemmPlan, role: Role, is_weight: bool) -> tuple[Operand, O
 
 def site_product(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, state: RunState, dtype: torch.dtype,
-    kind: str, spec: str, methods: str, site: int, geometry: str, is_weight: bool, name: str,
+    plan: str, draws: bool, is_weight: bool, name: str,
 ) -> Tensor:  # fmt: skip
-    """FWD of a site in code that is traced. `name` is the site's, for who reads the graph."""
+    """FWD of a site in code that is traced. `draws`: whether some of it is stochastic; `name` is the site's, for who
+    reads the graph.
+    """
     key = int(state.key_text) if state.watch_overflow else -1
-    attributes = (kind, spec, methods, site, geometry, is_weight, name)
-    y: Tensor = lp.site_fwd(lhs, rhs, bias, *attributes, find_clock(state, layer_draws(spec)), key, dtype)
+    y: Tensor = lp.site_fwd(lhs, rhs, bias, plan, is_weight, name, find_clock(state, draws), key, dtype)
     return y
 
 
@@ -79,45 +80,37 @@ def is_lowered_late(spec: str) -> bool:
 
 
 def _fwd(
-    lhs: Tensor, rhs: Tensor, bias: Tensor | None, kind: str, spec: str, methods: str, site: int, geometry: str,
-    is_weight: bool, name: str, clock: Sequence[int], key: int, dtype: torch.dtype,
+    lhs: Tensor, rhs: Tensor, bias: Tensor | None, plan: str, is_weight: bool, name: str, clock: Sequence[int],
+    key: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    if plan.kernel("fwd").is_own_op:
-        return laid_out(plan.contraction.native(lhs, rhs, bias).to(dtype), layout_of(plan, lhs, rhs))
-    return _run("fwd", plan, lhs, rhs, bias, is_weight, clock, key, dtype)
+    return _run("fwd", GemmPlan.read(plan), lhs, rhs, bias, is_weight, clock, key, dtype)
 
 
-def _bwd(
-    dy: Tensor, rhs: Tensor, shape: Sequence[int], kind: str, spec: str, methods: str, site: int, geometry: str,
-    is_weight: bool, name: str, clock: Sequence[int], key: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    if plan.kernel("bwd").is_own_op:
-        dx = plan.contraction.bwd(dy, rhs, torch.Size(shape), torch.matmul).to(dtype)
-        return laid_out(dx, layout_of(plan, dy, rhs))
-    return _run("bwd", plan, dy, rhs, shape, is_weight, clock, key, dtype)
+def _gradient_of(role: Role) -> Any:
+    def run(
+        dy: Tensor, other: Tensor, shape: Sequence[int], plan: str, is_weight: bool, name: str, clock: Sequence[int],
+        key: int, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        return _run(role, GemmPlan.read(plan), dy, other, shape, is_weight, clock, key, dtype)
 
-
-def _grad(
-    dy: Tensor, lhs: Tensor, shape: Sequence[int], kind: str, spec: str, methods: str, site: int, geometry: str,
-    is_weight: bool, name: str, clock: Sequence[int], key: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    if plan.kernel("grad").is_own_op:
-        dw = plan.contraction.grad(dy, lhs, torch.Size(shape), torch.matmul).to(dtype)
-        return laid_out(dw, layout_of(plan, dy, lhs))
-    return _run("grad", plan, dy, lhs, shape, is_weight, clock, key, dtype)
+    return run
 
 
 def _run(
     role: Role, plan: GemmPlan, a: Tensor, b: Tensor, rest: Any, is_weight: bool, clock: Sequence[int], key: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    if plan.kernel(role).is_own_op:
+        if role == "fwd":
+            own = plan.contraction.native(a, b, rest)
+        else:
+            multiply = plan.contraction.bwd if role == "bwd" else plan.contraction.grad
+            own = multiply(a, b, torch.Size(rest), torch.matmul)
+        return laid_out(own.to(dtype), layout_of(plan, a, b))
     casts: list[Tensor | None] = []
     for x, operand in zip((a, b), operands_of(plan, role, is_weight)):
         casts += _cast_operand(x, operand, clock, key, plan.site)
-    y: Tensor = getattr(lp, role)(*casts, rest, *plan.attributes, sums_clock(plan, role, clock), dtype)
+    y: Tensor = getattr(lp, role)(*casts, rest, plan.text, sums_clock(plan, role, clock), dtype)
     return y
 
 
@@ -153,30 +146,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     lhs, rhs = ctx.saved_tensors
-    *attributes, _ = ctx.attributes
+    plan, *attributes, _ = ctx.attributes
     needs_lhs, needs_rhs, needs_bias = ctx.needs_input_grad[:3]
-    dx = lp.site_bwd(dy, rhs, lhs.shape, *attributes, lhs.dtype) if needs_lhs else None
-    dw = lp.site_grad(dy, lhs, rhs.shape, *attributes, rhs.dtype) if needs_rhs else None
+    dx = lp.site_bwd(dy, rhs, lhs.shape, plan, *attributes, lhs.dtype) if needs_lhs else None
+    dw = lp.site_grad(dy, lhs, rhs.shape, plan, *attributes, rhs.dtype) if needs_rhs else None
     db = None
     if needs_bias:
         shape, dtype = ctx.bias
-        db = GemmPlan.parse(*attributes[:5]).contraction.bias_grad(dy).sum_to_size(shape).to(dtype)
+        db = GemmPlan.read(plan).contraction.bias_grad(dy).sum_to_size(shape).to(dtype)
     return dx, dw, db, *(None,) * len(ctx.attributes)
 
 
-def _fwd_shape(lhs: Tensor, rhs: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    kind, spec, methods, site, geometry, *_, clock, _key, dtype = rest
-    attributes = (kind, spec, methods, site, geometry)
-    y: Tensor = lp.fwd(lhs, None, rhs, None, bias, *attributes, clock, dtype)
-    return y
-
-
-def _shape_like(role: Role) -> Any:
-    def fake(dy: Tensor, other: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
-        kind, spec, methods, site, geometry, *_, clock, _key, dtype = rest
-        attributes = (kind, spec, methods, site, geometry)
-        gradient: Tensor = getattr(lp, role)(dy, None, other, None, shape, *attributes, clock, dtype)
-        return gradient
+def _shape_of(role: Role) -> Any:
+    def fake(a: Tensor, b: Tensor, rest: Any, plan: str, is_weight: bool, name: str, clock: Any, *more: Any) -> Tensor:
+        result: Tensor = getattr(lp, role)(a, None, b, None, rest, plan, clock, more[-1])
+        return result
 
     return fake
 
@@ -185,15 +169,16 @@ def _cast(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int) -> t
     return cast_result(x, spec, clock, site, slot)
 
 
-_SITE = "str kind, str spec, str methods, int site, str geometry, bool is_weight, str name"
-_REST = f"{_SITE}, SymInt[] clock, int key, ScalarType dtype"
+_REST = "str plan, bool is_weight, str name, SymInt[] clock, int key, ScalarType dtype"
 declare(
     "cast(Tensor x, str spec, SymInt[] clock, int site, int slot) -> (Tensor, Tensor)", _cast,
     fake=lambda x, spec, clock, site, slot: cast_shape(x, spec),
 )  # fmt: skip
 declare(
     f"site_fwd(Tensor lhs, Tensor rhs, Tensor? bias, {_REST}) -> Tensor",
-    _fwd, fake=_fwd_shape, setup_context=_setup, backward=_backward,
+    _fwd, fake=_shape_of("fwd"), setup_context=_setup, backward=_backward,
 )  # fmt: skip
-declare(f"site_bwd(Tensor dy, Tensor rhs, SymInt[] shape, {_REST}) -> Tensor", _bwd, fake=_shape_like("bwd"))
-declare(f"site_grad(Tensor dy, Tensor lhs, SymInt[] shape, {_REST}) -> Tensor", _grad, fake=_shape_like("grad"))
+_ROLES: tuple[Role, Role] = ("bwd", "grad")
+for _role in _ROLES:
+    _schema = f"site_{_role}(Tensor dy, Tensor other, SymInt[] shape, {_REST}) -> Tensor"
+    declare(_schema, _gradient_of(_role), fake=_shape_of(_role))

@@ -29,7 +29,7 @@ from runtime.kernels.torch_ops import declare
 from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import layer as gemms
 from runtime.ops.layer import CAST_NAMES
-from runtime.ops.plan import GemmPlan
+from runtime.ops.plan import GemmPlan, plan_text
 from runtime.quantize.qtensor import QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.quantize.storage import storage_dtype
@@ -55,22 +55,8 @@ def gemm(
 ) -> Tensor:  # fmt: skip
     """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
     key = int(state.key_text) if state.watch_overflow else -1
-    result: Tensor = torch.ops.lp.gemm(
-        lhs,
-        rhs,
-        bias,
-        list(casts),
-        find_clock(state, layer_draws(spec)),
-        key,
-        kind,
-        spec,
-        methods,
-        site,
-        geometry,
-        residual,
-        activation,
-        _code(),
-    )
+    clock, plan = find_clock(state, layer_draws(spec)), plan_text(kind, spec, methods, site, geometry)
+    result: Tensor = torch.ops.lp.gemm(lhs, rhs, bias, list(casts), clock, key, plan, residual, activation, _code())
     return result
 
 
@@ -125,16 +111,16 @@ def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site
 
 def _gemm(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, flat: Sequence[Tensor | None], clock: Sequence[int], key: int,
-    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str, code: str,
+    plan: str, residual: Tensor | None, activation: str, code: str,
 ) -> Tensor:  # fmt: skip
-    layer = LayerSpec.parse(spec)
+    parsed = GemmPlan.read(plan)
+    layer = parsed.spec
     specs = (layer.fwd.lhs, layer.fwd.rhs, layer.bwd.rhs, layer.grad.rhs)
     casts: dict[str, QTensor | None] = {}
     for number, (name, cast) in enumerate(zip(CAST_NAMES, specs)):
         grid = flat[2 * number]
         casts[name] = None if grid is None else QTensor(grid, flat[2 * number + 1], cast)
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry)
-    return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), plan, residual, activation)
+    return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), parsed, residual, activation)
 
 
 def _cast_gradient(
@@ -175,14 +161,13 @@ def _roomy_dtype(spec: QuantSpec) -> torch.dtype:
     return roomy_dtype(spec, storage_dtype(spec.format))
 
 
-_SITE = "str kind, str spec, str methods, int site, str geometry"
 declare("scale(Tensor x, str spec, str code) -> Tensor", _scale, fake=None)
 declare(
     "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor",
     _quantize, fake=None,
 )  # fmt: skip
 declare(
-    f"gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, {_SITE}, Tensor? residual, "
+    "gemm(Tensor lhs, Tensor rhs, Tensor? bias, Tensor?[] casts, SymInt[] clock, int key, str plan, Tensor? residual, "
     "str activation, str code) -> Tensor",
     _gemm,
     fake=None,

@@ -11,6 +11,7 @@ import lpcompile
 from runtime.kernels.cast import public
 from runtime.kernels.torch_ops import OPS
 from runtime.ops import matrix_product, site_products, traced
+from runtime.ops.plan import plan_text
 from runtime.quantize.learned import lsq
 
 X = torch.linspace(-3.0, 4.0, 4 * 8 * 16).view(4, 8, 16)
@@ -28,7 +29,8 @@ def _layer(cast: str, sums: str = "fp32", out: str = "fp32") -> str:
 
 
 def _plan(kind: str, cast: str, method: str, sums: str = "fp32", out: str = "fp32", geometry: str = "") -> Any:
-    return kind, _layer(cast, sums, out), ",".join([method] * 3), 0, geometry, (0, 0, 0, 0), torch.float32
+    plan = plan_text(kind, _layer(cast, sums, out), ",".join([method] * 3), 0, geometry)
+    return plan, (0, 0, 0, 0), torch.float32
 
 
 DRAW = (7, 1, 2, 3)
@@ -67,14 +69,14 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (X, "mxfp8 nearest_even row", (0, 0, 0, 0), 0, 0),
     ],
     "site_fwd": [
-        (X, W, W[:, 0], *PLAIN[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32),
-        (X, X.transpose(1, 2), None, *_plan("matmul", f"{E4M3} tensor/amax", "fp32")[:5], False, "qk",
+        (X, W, W[:, 0], PLAIN[0], True, "layer", (0, 0, 0, 0), -1, torch.float32),
+        (X, X.transpose(1, 2), None, _plan("matmul", f"{E4M3} tensor/amax", "fp32")[0], False, "qk",
          (0, 0, 0, 0), -1, torch.float32),
-        (X, W, None, *_plan("linear", "fp32", "as_is")[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32),
-        (IMAGE, FILTER, FILTER[:, 0, 0, 0], *CONVOLVED[:5], True, "conv", (0, 0, 0, 0), -1, torch.float32),
+        (X, W, None, _plan("linear", "fp32", "as_is")[0], True, "layer", (0, 0, 0, 0), -1, torch.float32),
+        (IMAGE, FILTER, FILTER[:, 0, 0, 0], CONVOLVED[0], True, "conv", (0, 0, 0, 0), -1, torch.float32),
     ],
-    "site_bwd": [(DY, W, X.shape, *PLAIN[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
-    "site_grad": [(DY, X, W.shape, *PLAIN[:5], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
+    "site_bwd": [(DY, W, X.shape, PLAIN[0], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
+    "site_grad": [(DY, X, W.shape, PLAIN[0], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
     "fwd": [
         (X, None, W, None, None, *PLAIN), (X, ROWS, W, None, W[:, 0], *PLAIN, DY, "relu"),
         (X.bfloat16(), None, W, None, None, *NARROW[:-1], torch.bfloat16, None, "gelu"),
@@ -105,7 +107,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2"), (torch.arange(16).view(4, 4).t(), "nf4")],
     "scale": [(X, f"{E4M3} row/amax", "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
-    "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, *PLAIN[:5], None, "", "")],
+    "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, PLAIN[0], None, "", "")],
 }  # fmt: skip
 
 
