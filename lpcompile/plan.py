@@ -100,7 +100,7 @@ class PhaseCode:
         self.program.choices[sight.name] = placed.choices
         stride = 1 if number >= _FIRST_FOUND else len(numbers)
         self.products[sight.name] = Product(
-            sight.name, sight.kind, placed.spec, placed.methods, number, state, group_stride=stride
+            sight.name, sight.kind, placed.spec, placed.kernels, number, state, group_stride=stride
         )
 
 

@@ -60,7 +60,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
         grad_lhs = fwd_lhs
         if spec.grad.rhs != spec.fwd.lhs:
             grad_lhs = _cast(graph, gemm.lhs, spec.grad.rhs, state, number, 3)[1]
-        attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "methods": ",,", "site": number}
+        attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "kernels": ",,", "site": number}
         if gemm.geometry:
             attributes["geometry"] = print_geometry(gemm.geometry)
         operands: dict[str, fx.Node | None] = {"lhs": lhs, "rhs": rhs, "bias": gemm.bias, "state": state}

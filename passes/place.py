@@ -26,8 +26,8 @@ class Placed:
     choices: dict[Role, Choice]
 
     @property
-    def methods(self) -> tuple[str, str, str]:
-        fwd, bwd, grad = (self.choices[role].method for role in ROLES)
+    def kernels(self) -> tuple[str, str, str]:
+        fwd, bwd, grad = (self.choices[role].kernel for role in ROLES)
         return fwd, bwd, grad
 
 

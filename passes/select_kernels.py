@@ -16,7 +16,7 @@ from runtime.ops.dialect import OPS
 
 @dataclass(frozen=True)
 class SelectKernels(Pass):
-    """Writes the attribute `methods` and `program.choices`."""
+    """Writes the attribute `kernels` and `program.choices`."""
 
     name: ClassVar[str] = "select-kernels"
     requires: ClassVar[tuple[str, ...]] = ("annotated", "cast")
@@ -34,8 +34,8 @@ class SelectKernels(Pass):
                     role: kept.get(role) or choose(GemmRequest(kind, role, spec.role(role), program.device))
                     for role in ROLES
                 }
-                methods = ",".join(choices[role].method for role in ROLES)
+                kernels = ",".join(choices[role].kernel for role in ROLES)
                 program.choices[site] = choices
-                changed |= methods != node.kwargs["methods"]
-                node.kwargs = {**node.kwargs, "methods": methods}
+                changed |= kernels != node.kwargs["kernels"]
+                node.kwargs = {**node.kwargs, "kernels": kernels}
         return changed

@@ -160,6 +160,7 @@ class _ProgramReader:
         self._program.passes = split_items(values["passes"])
 
     def _site(self, op: OpText, values: dict[str, Any]) -> None:
+        values = {key: _renamed(value) if key in ROLES else value for key, value in values.items()}
         name, program = values["name"], self._program
         if "spec" in values:
             program.specs[name] = self._check.parsed(LayerSpec, values["spec"], op.attributes["spec"].place)
@@ -257,6 +258,7 @@ class _GraphReader:
     def _lp(self, op: OpText, declared: OpDef) -> None:
         if len(op.results) != 1:
             self._check.fail(op.place, f"{op.name} has one result", got=str(len(op.results)))
+        op.attributes = _renamed(op.attributes)
         required = {each.name: each.kind for each in declared.attributes if not each.is_optional}
         optional = {each.name: each.kind for each in declared.attributes if each.is_optional}
         values = self._check.attributes(op, required, optional)
@@ -348,6 +350,11 @@ class _GraphReader:
         return node
 
 
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """With names as they are now, of a text that was written when some were others."""
+    return {_OLD_NAMES.get(key, key): value for key, value in values.items()}
+
+
 def _is_name(text: str) -> bool:
     return len(text) <= _LONGEST_NAME and text.isidentifier() and not keyword.iskeyword(text)
 
@@ -357,6 +364,7 @@ def _is_path(text: str) -> bool:
     return all(part and part.isprintable() and not set(part) & set("\"'\\") for part in text.split("."))
 
 
+_OLD_NAMES = {"method": "kernel", "methods": "kernels"}
 _LONGEST_NAME = 500
 _A_NAME = f"a name that Python can have, of at most {_LONGEST_NAME} characters"
 _NODE_OPS = ("torch.get_attr", "torch.call_module", "torch.call_method", "torch.call_function", "torch.return")

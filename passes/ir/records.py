@@ -36,7 +36,7 @@ def wrong_choice(choice: Mapping[str, Any]) -> str:
         return ", ".join(Choice.__dataclass_fields__)
     known = {
         "backend": sorted({kernel.backend for kernel in kernels()}),
-        "method": [kernel.name for kernel in kernels()],
+        "kernel": [kernel.name for kernel in kernels()],
         "fidelity": get_args(Fidelity),
     }
     for field, values in known.items():

@@ -94,10 +94,10 @@ def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, n
         raise VerifyError(what, where=where, expected=str(number), got=got)
     choices = program.choices.get(site)
     if choices and set(choices) == {*ROLES}:
-        methods = ",".join(choices[role].method for role in ROLES)
-        if node.kwargs["methods"] != methods:
-            what, got = "`methods` must be those of the backends chosen for its site", str(node.kwargs["methods"])
-            raise VerifyError(what, where=where, expected=methods, got=got)
+        kernels = ",".join(choices[role].kernel for role in ROLES)
+        if node.kwargs["kernels"] != kernels:
+            what, got = "`kernels` must be those of the backends chosen for its site", str(node.kwargs["kernels"])
+            raise VerifyError(what, where=where, expected=kernels, got=got)
 
 
 def _verify_quantizers(where: str, gemm: fx.Node, site: str) -> None:

@@ -31,10 +31,10 @@ Fidelity = Literal["bitwise", "format-exact", "bounded", "emulated", "refused"]
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel that accepted: `method` is its name, `backend` the family that reports count it under."""
+    """A kernel that accepted: `kernel` is its name, `backend` the family that reports count it under."""
 
     backend: str
-    method: str
+    kernel: str
     fidelity: Fidelity
     reason: str
 
@@ -153,7 +153,7 @@ def choose(request: GemmRequest) -> Choice:
         fault = fault_of(kernel, request) if isinstance(answer, Choice) else answer.reason
         if isinstance(answer, Choice) and not fault:
             notes = "".join(f"; {note}" for note in declined)
-            return Choice(answer.backend, answer.method, answer.fidelity, answer.reason + notes)
+            return Choice(answer.backend, answer.kernel, answer.fidelity, answer.reason + notes)
         if fault:
             declined.append(f"{kernel.name} declined: {fault}")
     numbers = f"{request.kind} {request.role} as `{request.spec}`"

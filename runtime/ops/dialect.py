@@ -156,7 +156,7 @@ def gemm(
     *,
     kind: str,
     spec: str,
-    methods: str,
+    kernels: str,
     site: int,
     geometry: str = "",
     lifetime: str = "",
@@ -169,8 +169,8 @@ def gemm(
     """
     if torch.compiler.is_compiling():
         operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
-        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, methods, site, geometry, residual, activation)
-    plan = GemmPlan.parse(kind, spec, methods, site, geometry, lifetime)
+        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, kernels, site, geometry, residual, activation)
+    plan = GemmPlan.parse(kind, spec, kernels, site, geometry, lifetime)
     layer = plan.spec
     casts = {
         "fwd_lhs": QTensor(fwd_lhs, fwd_lhs_scale, layer.fwd.lhs),
@@ -290,10 +290,10 @@ _GEMM_RULES = (
         "a scale that varies along the sum must be a power of two, or, per block or channel, in a GEMM with fp32 sums",
         _scales_leave_the_sum,
     ),
-    Rule("`methods` must name one method per role, fwd,bwd,grad", lambda a: len(a["methods"].split(",")) == 3),
+    Rule("`kernels` must name one kernel per role, fwd,bwd,grad", lambda a: len(a["kernels"].split(",")) == 3),
     Rule(
-        "`methods` must be empty before they are chosen, else each the name of a kernel",
-        lambda a: a["methods"] == ",," or set(a["methods"].split(",")) <= {kernel.name for kernel in kernels()},
+        "`kernels` must be empty before they are chosen, else each the name of a kernel",
+        lambda a: a["kernels"] == ",," or set(a["kernels"].split(",")) <= {kernel.name for kernel in kernels()},
     ),
     _LIFETIME,
     Rule(

@@ -14,13 +14,13 @@ KINDS: dict[str, AbstractContraction] = {"linear": Linear(), "linear_kn": Linear
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """Everything about one site that does not change from call to call. `methods` names the chosen kernels
+    """Everything about one site that does not change from call to call. `kernels` names the chosen kernels
     of runtime/kernels/registry.py, by role.
     """
 
     kind: str
     spec: LayerSpec
-    methods: tuple[str, str, str]
+    kernels: tuple[str, str, str]
     site: int
     geometry: ConvGeometry | None = None
     lifetime: str = ""
@@ -39,7 +39,7 @@ class GemmPlan:
         return self.contraction
 
     def kernel(self, role: Role) -> AbstractKernel:
-        return get_kernel(self.methods[ROLES.index(role)])
+        return get_kernel(self.kernels[ROLES.index(role)])
 
     def at(self, site: int) -> "GemmPlan":
         """This plan, whose random bits are those of `site`."""
@@ -54,25 +54,25 @@ class GemmPlan:
     def text(self) -> str:
         """What `read` reads, and torch ops take for a plan."""
         geometry = print_geometry(self.geometry) if self.geometry else ""
-        return plan_text(self.kind, str(self.spec), ",".join(self.methods), self.site, geometry)
+        return plan_text(self.kind, str(self.spec), ",".join(self.kernels), self.site, geometry)
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def read(text: str) -> "GemmPlan":
-        kind, spec, methods, site, geometry = text.split("|")
-        return GemmPlan.parse(kind, spec, methods, int(site), geometry)
+        kind, spec, kernels, site, geometry = text.split("|")
+        return GemmPlan.parse(kind, spec, kernels, int(site), geometry)
 
     @staticmethod
     @lru_cache(maxsize=4096)
-    def parse(kind: str, spec: str, methods: str, site: int, geometry: str, lifetime: str = "") -> "GemmPlan":
+    def parse(kind: str, spec: str, kernels: str, site: int, geometry: str, lifetime: str = "") -> "GemmPlan":
         """From the attributes of an lp.gemm node. A geometry reads `stride=1,1 padding=0,0 dilation=1,1 groups=1`."""
-        fwd, bwd, grad = methods.split(",")
+        fwd, bwd, grad = kernels.split(",")
         return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry), lifetime)
 
 
-def plan_text(kind: str, spec: str, methods: str, site: int, geometry: str) -> str:
+def plan_text(kind: str, spec: str, kernels: str, site: int, geometry: str) -> str:
     """`GemmPlan.text`, of the attributes of an lp.gemm node."""
-    return f"{kind}|{spec}|{methods}|{site}|{geometry}"
+    return f"{kind}|{spec}|{kernels}|{site}|{geometry}"
 
 
 def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:

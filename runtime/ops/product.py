@@ -36,13 +36,13 @@ from runtime.streams import SITE_BITS, Turn
 @dataclass
 class Product:
     """A site that runs. `kind` is a row of runtime.ops.plan.KINDS or conv; `spec` says the operands as they lie in
-    memory, `methods` how each role runs; `site` keys its random streams, and `site + g group_stride` those of group g.
+    memory, `kernels` how each role runs; `site` keys its random streams, and `site + g group_stride` those of group g.
     """
 
     name: str
     kind: str
     spec: LayerSpec
-    methods: tuple[str, str, str]
+    kernels: tuple[str, str, str]
     site: int
     state: RunState
     lifetime: Lifetime = "step"
@@ -123,7 +123,7 @@ class Product:
     def _plan(self, geometry: ConvGeometry | None, group: int) -> GemmPlan:
         site = self.site + group * self.group_stride
         lifetime = self.lifetime if _is_worth_keeping(self.spec.bwd.rhs) else ""
-        plan = GemmPlan(self.kind, self.spec, self.methods, site, geometry, lifetime, self.name)
+        plan = GemmPlan(self.kind, self.spec, self.kernels, site, geometry, lifetime, self.name)
         self._plans[geometry, group] = plan
         return plan
 
@@ -165,7 +165,7 @@ class TracedProduct:
 
     def __init__(self, text: str, state: RunState) -> None:
         parts = text.split("|")
-        self.kind, self.spec, self.methods, self.site, self.name = *parts[:3], int(parts[3]), parts[4]
+        self.kind, self.spec, self.kernels, self.site, self.name = *parts[:3], int(parts[3]), parts[4]
         self.casts = parts[5:]
         self.state = state
 
@@ -177,7 +177,7 @@ class TracedProduct:
         spec = product.spec
         casts = (spec.fwd.lhs, spec.fwd.rhs, spec.bwd.rhs, spec.grad.rhs)
         marked = [f"{each}{'~' if each.quantizer else '' if each.has_scale else '!'}" for each in casts]
-        return "|".join((product.kind, str(spec), ",".join(product.methods), str(product.site), product.name, *marked))
+        return "|".join((product.kind, str(spec), ",".join(product.kernels), str(product.site), product.name, *marked))
 
     def __call__(
         self,
@@ -203,7 +203,7 @@ class TracedProduct:
                 bias,
                 self.state,
                 dtype,
-                plan_text(self.kind, self.spec, self.methods, site, text),
+                plan_text(self.kind, self.spec, self.kernels, site, text),
                 _draws(self.spec),
                 is_weight,
                 self.name,
@@ -217,7 +217,7 @@ class TracedProduct:
             bwd_rhs = self._cast(rhs, 2, site)[1]
         grad_lhs = fwd_lhs if of[3] == of[0] else self._cast(lhs, 3, site)[1]
         operands = (left, right, bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, self.state)
-        return dialect.gemm(*operands, kind=self.kind, spec=self.spec, methods=self.methods, site=site, geometry=text)
+        return dialect.gemm(*operands, kind=self.kind, spec=self.spec, kernels=self.kernels, site=site, geometry=text)
 
     def _cast(self, x: Tensor, slot: int, site: int, operand: str = "") -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """What carries the gradient of x; grid and scale."""

@@ -51,11 +51,11 @@ def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, sit
 
 def gemm(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: Sequence[Tensor | None], state: RunState,
-    kind: str, spec: str, methods: str, site: int, geometry: str, residual: Tensor | None, activation: str,
+    kind: str, spec: str, kernels: str, site: int, geometry: str, residual: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
     """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
     key = int(state.key_text) if state.watch_overflow else -1
-    clock, plan = find_clock(state, layer_draws(spec)), plan_text(kind, spec, methods, site, geometry)
+    clock, plan = find_clock(state, layer_draws(spec)), plan_text(kind, spec, kernels, site, geometry)
     result: Tensor = torch.ops.lp.gemm(lhs, rhs, bias, list(casts), clock, key, plan, residual, activation, _code())
     return result
 

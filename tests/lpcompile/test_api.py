@@ -90,7 +90,7 @@ def test_perturbing_one_cast_changes_the_loss() -> None:
     leaf = model.model.layers[1].mlp.down_proj
     planned = vars(leaf)["_lp_captured"].phases[0][""].func
     planned.spec = LayerSpec(fwd=GemmSpec(lhs=QuantSpec("1-8-8")))
-    planned.is_identity, planned.methods = False, ("fp32", "fp32", "fp32")
+    planned.is_identity, planned.kernels = False, ("fp32", "fp32", "fp32")
     planned._plans.clear()
     after, grads_after = _loss_and_grads(model, call)
     assert not torch.equal(before, after)

@@ -87,7 +87,7 @@ def test_insert_casts_feeds_the_gemm_with_scaled_casts() -> None:
 // CHECK-NEXT: [[SG:%[a-z0-9_]+]] = "lp.scale"(%x) {spec = "e4m3 nearest_even column/amax"} : (tensor<8x4xf32>) -> tensor<1x4xf32>
 // CHECK-NEXT: [[QG:%[a-z0-9_]+]] = "lp.quantize"(%x, [[SG]]) {{.*}}slot = 3{{.*}} -> !lp.quant<"e4m3", "column", 0, tensor<8x4xbf16>>
 // CHECK-NEXT: [[Y:%[a-z0-9_]+]] = "lp.gemm"(%x, %w, %b, [[QX]], [[SX]], [[QW]], [[SW]], [[QG]], [[SG]], %_lp_state)
-// CHECK-SAME: {kind = "linear", {{.*}}methods = ",,"
+// CHECK-SAME: {kind = "linear", {{.*}}kernels = ",,"
 // CHECK-SAME: operands = ["lhs", "rhs", "bias", "fwd_lhs", "fwd_lhs_scale", "fwd_rhs", "fwd_rhs_scale", "grad_lhs", "grad_lhs_scale", "state"]
 // CHECK-SAME: -> tensor<8x16xf32>
 // CHECK-NEXT: "torch.return"([[Y]])
@@ -139,8 +139,8 @@ def test_select_kernels_names_a_method_per_role_and_keeps_the_choice() -> None:
     check(
         run(linear(layer(E4M3)), "annotate,insert-casts,select-kernels"),
         """
-// CHECK: "lp.site"() {name = "fc", {{.*}}fwd = {backend = "{{[a-z_]+}}", method = "[[METHOD:[a-z0-9_]+]]", fidelity = "
-// CHECK: "lp.gemm"({{.*}}methods = "[[METHOD]],
+// CHECK: "lp.site"() {name = "fc", {{.*}}fwd = {backend = "{{[a-z_]+}}", kernel = "[[METHOD:[a-z0-9_]+]]", fidelity = "
+// CHECK: "lp.gemm"({{.*}}kernels = "[[METHOD]],
 """,
     )
 

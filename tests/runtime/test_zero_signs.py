@@ -40,8 +40,8 @@ def _operands(kind: str, m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("sums", ["fp32 -> fp32", "fp32 -> bf16", "dlfloat16/64 -> fp32", "1-6-9 toward_zero -> fp32"])
 def test_zeros_of_either_sign_give_the_same_bits(kind: str, cast: str, sums: str) -> None:
     spec = "; ".join(f"{role}: {cast} * {cast} -> {sums}" for role in ROLES)
-    method = choose(GemmRequest(kind, "fwd", LayerSpec.parse(spec).fwd, "cpu")).method
-    attributes = {"kind": kind, "spec": spec, "methods": f"{method},{method},{method}", "site": 0}
+    method = choose(GemmRequest(kind, "fwd", LayerSpec.parse(spec).fwd, "cpu")).kernel
+    attributes = {"kind": kind, "spec": spec, "kernels": f"{method},{method},{method}", "site": 0}
     if kind == "conv":
         attributes["geometry"] = _GEOMETRY
     for k, m, n in itertools.product((2, 3, 16, 70), (1, 5), (1, 32)):

@@ -35,11 +35,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         'spec = "e5m2 nearest_even row/amax"',
         "has another type",
     ),
-    "half a spec": (r'methods = "[^"]*"', 'methods = "fp32"', "`methods` must name one method per role"),
-    "methods that are none": (
-        r'methods = "[^"]*"',
-        'methods = "a,b,c"',
-        "`methods` must be empty before they are chosen",
+    "half a spec": (r'kernels = "[^"]*"', 'kernels = "fp32"', "`kernels` must name one kernel per role"),
+    "kernels that are none": (
+        r'kernels = "[^"]*"',
+        'kernels = "a,b,c"',
+        "`kernels` must be empty before they are chosen",
     ),
     "slot that is none": (r"slot = 0", "slot = 4", "`slot` must be 0 or 1 of FWD's operands"),
     "backend that is none": (r'backend = "[a-z_]*"', 'backend = "tpu"', "not a choice. Expected backend cpu or"),
@@ -48,7 +48,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         'fidelity = "perfect"',
         "not a choice. Expected fidelity bitwise",
     ),
-    "half a choice": (r'backend = "[a-z_]*", ', "", "not a choice. Expected backend, method, fidelity, reason"),
+    "half a choice": (r'backend = "[a-z_]*", ', "", "not a choice. Expected backend, kernel, fidelity, reason"),
     "pass that is none": (r'passes = "[^"]*"', 'passes = "nosuch"', 'not passes. Expected .* "nosuch" is not a pass'),
     "option that is none": (r"place-regions{carriers=", "place-regions{carrier=", 'has no option "carrier"'),
     "device that is none": (r'device = "cpu"', 'device = "tpu"', "not device. Expected a type of device, such as cpu"),
@@ -84,6 +84,13 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
+def test_a_text_that_names_kernels_as_methods_is_read() -> None:
+    text = run(two_layers(), PIPELINES["train"])
+    old = text.replace("kernels = ", "methods = ").replace(', kernel = "', ', method = "')
+    assert old != text
+    assert print_program(parse_program(old)) == text
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_every_mutation_is_rejected_twice(name: str) -> None:
     pattern, new, sentence = MUTATIONS[name]
@@ -110,7 +117,7 @@ SITE_MUTATIONS: dict[str, tuple[str, str | Callable[[re.Match[str]], str], str]]
     ),
     "another lp.spec": (r'(lp\.spec = "[^"]*bwd: )e4m3', r"\1e5m2", "must be that of its site. .* Got lp.spec fwd"),
     "site number of a GEMM": (
-        r'(methods = "[^"]*", site = )0',
+        r'(kernels = "[^"]*", site = )0',
         r"\g<1>3",
         "must be those of a GEMM .* Expected site 3 slot 0",
     ),
@@ -137,10 +144,10 @@ SITE_MUTATIONS: dict[str, tuple[str, str | Callable[[re.Match[str]], str], str]]
         r'\1, refusal = ""',
         "that the policy names. Got 'fc'",
     ),
-    "methods that were not chosen": (
-        r'(kind = "linear".*methods = )"[^"]*"',
+    "kernels that were not chosen": (
+        r'(kind = "linear".*kernels = )"[^"]*"',
         r'\1"as_is,as_is,as_is"',
-        "`methods` must be those of the backends chosen for its site",
+        "`kernels` must be those of the backends chosen for its site",
     ),
 }
 

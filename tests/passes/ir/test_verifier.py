@@ -83,7 +83,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[fx.Node], None], str]] = {
     ),
     "convolution without geometry": ("lp.gemm", _attribute("kind", "conv"), "has a `geometry`"),
     "half a spec": ("lp.gemm", _attribute("spec", _SPEC.split("; bwd")[0]), "must hold the three GEMMs"),
-    "two methods": ("lp.gemm", _attribute("methods", "fp32,fp32"), "one method per role"),
+    "two kernels": ("lp.gemm", _attribute("kernels", "fp32,fp32"), "one kernel per role"),
     "a scale inside the sum": ("lp.gemm", _attribute("spec", _SPEC.replace("column", "row")), "must be a power of two"),
     "swapped casts": (
         "lp.gemm",

@@ -67,7 +67,7 @@ def test_choices_by_device_and_formats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     choice = _choose(monkeypatch, device, lhs, rhs)
-    assert (choice.method, choice.fidelity) == (method, fidelity)
+    assert (choice.kernel, choice.fidelity) == (method, fidelity)
     assert says in choice.reason
 
 
@@ -85,7 +85,7 @@ def test_a_scale_inside_the_sum_leaves_fp8(
 ) -> None:
     for device, free in ((H100, "cuda_fp8"), (V100, "cuda_fp16")):
         choice = _choose(monkeypatch, device, lhs, rhs, kind=kind, role=role)
-        assert choice.method == (("cuda_bf16" if device is H100 else "fp32") if folds else free)
+        assert choice.kernel == (("cuda_bf16" if device is H100 else "fp32") if folds else free)
     assert ("multiplied into the values, which leave FP8" in _choose(
         monkeypatch, H100, lhs, rhs, kind=kind, role=role).reason) == folds  # fmt: skip
     int8 = [text.replace("e4m3", "int8") for text in (lhs, rhs)]
@@ -96,26 +96,26 @@ def test_a_scale_inside_the_sum_leaves_fp8(
             with pytest.raises(Exception, match="leaves the integers"):
                 choose(GemmRequest(kind, role, spec, device_type))
     else:
-        assert _choose(monkeypatch, H100, *int8, "int32", kind=kind, role=role).method == "cuda_int8"
+        assert _choose(monkeypatch, H100, *int8, "int32", kind=kind, role=role).kernel == "cuda_int8"
 
 
 def test_other_facts_decide_too(monkeypatch: pytest.MonkeyPatch) -> None:
     old = replace(H100, has_mm_out_dtype=False)
     choice = _choose(monkeypatch, old, "bf16", "bf16")
-    assert (choice.method, "its mm has no out_dtype" in choice.reason) == ("fp32", True)
-    assert _choose(monkeypatch, old, "e4m3", "e4m3").method == "cuda_fp8"
+    assert (choice.kernel, "its mm has no out_dtype" in choice.reason) == ("fp32", True)
+    assert _choose(monkeypatch, old, "e4m3", "e4m3").kernel == "cuda_fp8"
     assert "triton is not installed" in _choose(monkeypatch, replace(H100, has_triton=False), "e4m3", "e4m3").reason
     assert _choose(monkeypatch, T4, "int8", "int8", "int32").fidelity == "bitwise"
     choice = _choose(monkeypatch, V100, "int8", "int8", "int32")
-    assert (choice.method, "V100 has no int8 units" in choice.reason) == ("exact_int", True)
+    assert (choice.kernel, "V100 has no int8 units" in choice.reason) == ("exact_int", True)
 
 
 def test_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8 sums are rounded once to any output; of bf16 operands torch's own GEMM gives bf16, and says how it adds."""
-    assert _choose(monkeypatch, H100, "e4m3", "e4m3", out="bf16").method == "cuda_fp8"
+    assert _choose(monkeypatch, H100, "e4m3", "e4m3", out="bf16").kernel == "cuda_fp8"
     choice = _choose(monkeypatch, H100, "bf16", "bf16", out="bf16")
-    assert (choice.method, choice.fidelity, "splits K" in choice.reason) == ("bf16", "bounded", True)
-    assert _choose(monkeypatch, H100, "bf16", "bf16", out="fp16").method == "cuda_bf16"
+    assert (choice.kernel, choice.fidelity, "splits K" in choice.reason) == ("bf16", "bounded", True)
+    assert _choose(monkeypatch, H100, "bf16", "bf16", out="fp16").kernel == "cuda_bf16"
 
 
 def test_what_is_not_a_plain_matrix_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +127,10 @@ def test_what_is_not_a_plain_matrix_goes_elsewhere(monkeypatch: pytest.MonkeyPat
 def test_tf32_is_told_or_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     tf32 = replace(A100, allows_tf32=(False, True))
     conv = _choose(monkeypatch, tf32, "e4m3", "e5m2", kind="conv")
-    assert (conv.method, conv.fidelity, "embed in tf32" in conv.reason) == ("fp32", "bounded", True)
+    assert (conv.kernel, conv.fidelity, "embed in tf32" in conv.reason) == ("fp32", "bounded", True)
     assert _choose(monkeypatch, tf32, "e4m3", "e5m2", kind="matmul").fidelity == "format-exact"
     wide = _choose(monkeypatch, tf32, "1-8-15", "e5m2", kind="conv")
-    assert (wide.method, "may round fp32 operands to tf32" in wide.reason) == ("sequential", True)
+    assert (wide.kernel, "may round fp32 operands to tf32" in wide.reason) == ("sequential", True)
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2", "hfp8-143", "1-4-3:bias=11,top=nan", "fp4-radix4", "e2m1", "e3m2",

@@ -95,7 +95,7 @@ def test_the_gemms_of_a_layer_stay_on_cuda_and_wait_for_nothing(
     monkeypatch.setattr(cuda, "current_capability", lambda: Capability("H100", (9, 0)))
     monkeypatch.setattr(Tensor, "contiguous", lambda x: x.clone(memory_format=torch.contiguous_format))
     layer = LayerSpec.parse(text)
-    methods = [choose(GemmRequest(kind, role, layer.role(role), "cuda")).method for role in ROLES]
+    methods = [choose(GemmRequest(kind, role, layer.role(role), "cuda")).kernel for role in ROLES]
     if kind != "matmul":
         assert set(methods) == {method}
     else:  # torch's bf16 product rounds before scales could be multiplied in

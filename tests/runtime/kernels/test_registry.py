@@ -49,7 +49,7 @@ def _no_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidelity: str) -> None:
     choice = choose(request_)
-    assert (choice.method, choice.fidelity) == (method, fidelity)
+    assert (choice.kernel, choice.fidelity) == (method, fidelity)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_choice_with_the_cpu_kernel(
     monkeypatch.setattr(cpu_accumulate, "accumulate_library", object)
     monkeypatch.setattr(registry, "fault_of", lambda *_: "")
     choice = choose(request_)
-    assert (choice.backend, choice.method, choice.fidelity) == (backend, method, fidelity)
+    assert (choice.backend, choice.kernel, choice.fidelity) == (backend, method, fidelity)
 
 
 @pytest.mark.usefixtures("_no_cpu_kernel")
@@ -111,7 +111,7 @@ def test_convolutions_have_kernels_for_matrices_too() -> None:
     assert choose(_request("e4m3", "e4m3", "dlfloat16", kind="conv")).fidelity == "emulated"
     for kind, formats in (("conv", ("int8", "int8")), ("matmul", ("int8", "int4")), ("linear", ("uint8", "int4"))):
         choice = choose(_request(*formats, "int32", kind=kind))
-        assert (choice.method, choice.fidelity) == ("exact_int", "bitwise")
+        assert (choice.kernel, choice.fidelity) == ("exact_int", "bitwise")
 
 
 class Toy(AbstractKernel):

@@ -48,7 +48,7 @@ def test_a_wrong_kernel_declines_and_the_next_serves(
     monkeypatch.setattr(torch, "_int_mm", break_it)
     choice = choose(GemmRequest("linear", "fwd", INT8))
     self_test._fault.cache_clear()
-    assert (choice.method, choice.fidelity) == ("exact_int", "bitwise")
+    assert (choice.kernel, choice.fidelity) == ("exact_int", "bitwise")
     assert "int8 declined: on this machine its product of" in choice.reason
 
 

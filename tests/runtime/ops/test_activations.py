@@ -35,7 +35,7 @@ def _operands(name: str, layer: LayerSpec, dtype: torch.dtype) -> tuple[Any, ...
     x, w, b = (torch.randn(shape).to(dtype).requires_grad_() for shape in (x_shape, w_shape, b_shape))
     residual = torch.randn(operation(x, w, b).shape).to(dtype).requires_grad_()
     kind = "conv" if geometry else name
-    methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).method for role in ROLES)
+    methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).kernel for role in ROLES)
     plan = GemmPlan(kind, layer, methods, 0, geometry)  # type: ignore[arg-type]
     casts = {
         "fwd_lhs": cast(x, layer.fwd.lhs, None, 0, 0),

@@ -115,7 +115,7 @@ def _run(name: str, layer: LayerSpec, seed: int = 0) -> tuple[dict[str, Tensor],
     b = torch.randn(b_shape, generator=generator, requires_grad=True) if b_shape else None
     dy = torch.randn(operation(x, w, b).shape, generator=generator)
     kind = "conv" if geometry else name.split("_broadcast")[0].split("_folded")[0].split("_plus")[0]
-    methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).method for role in ROLES)
+    methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).kernel for role in ROLES)
     state = RunState(watch_overflow=True)
     plan = GemmPlan(kind, layer, methods, 0, geometry)  # type: ignore[arg-type]
     is_weight = not name.startswith("matmul")
@@ -295,7 +295,7 @@ def test_what_a_gemm_gives_may_be_written_in_place(name: str, how: str) -> None:
         x, w = torch.randn(x_shape, requires_grad=True), torch.randn(w_shape, requires_grad=True)
         b = torch.randn(b_shape, requires_grad=True) if has_bias else None
         kind = "conv" if geometry else name.split("_broadcast")[0].split("_folded")[0].split("_plus")[0]
-        methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).method for role in ROLES)
+        methods = tuple(choose(GemmRequest(kind, role, layer.role(role))).kernel for role in ROLES)
         plan = GemmPlan(kind, layer, methods, 0, geometry)  # type: ignore[arg-type]
         names = {"fwd_lhs": (x, layer.fwd.lhs), "fwd_rhs": (w, layer.fwd.rhs), "grad_lhs": (x, layer.grad.rhs)}
         casts = {key: cast(value, spec, None, 0, 0) for key, (value, spec) in names.items()}
