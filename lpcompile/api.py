@@ -33,12 +33,10 @@ from lpcompile.frontends.leaves.find import Leaf, find_leaves, leaf_forward
 from lpcompile.frontends.leaves.leaf_forward import LeafForward, is_kept_weight, leaf_products
 from lpcompile.plan import PhaseCode, Sight, count_casts, expecting
 from lpcompile.policy.file import load_policy
-from lpcompile.policy.resolution import Resolution
 from lpcompile.policy.resolve import Policy
 from lpcompile.quantizers import install_quantizers, take_quantizers
 from lpcompile.reporting.checks import check_policy
 from lpcompile.reporting.trouble import tell_trouble
-from passes.finding import Finding
 from passes.ir.program import STATE
 from runtime.ops.dialect import OP_OF
 from runtime.quantize.learned.quantizer import Learned
@@ -329,19 +327,6 @@ def run_state(model: nn.Module) -> RunState | None:
 def original_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state_dict with the keys of the uncompiled model: what a policy appended under `_lp.` is left out."""
     return {key: value for key, value in model.state_dict().items() if "_lp." not in key}
-
-
-def check_model(model: nn.Module, policy: Policy) -> tuple[Resolution, list[Finding]]:
-    """What a policy means for the leaves of a model, and what of it does not fit them; nothing is run or changed.
-
-    Of a policy with a schedule, ask each phase. How long GRAD's sums are, only a recorded call says.
-    """
-    leaves, _ = find_leaves(model)
-    compiled = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, "cpu")], leaves, {}, "train", False)
-    compiled.add_all(model, [sight_of(model, leaf, None) for leaf in leaves])
-    phase = compiled.phase
-    found = check_policy(model, leaves, compiled.sites, policy, phase.resolution)
-    return phase.resolution, found + phase.program.findings
 
 
 @dataclass(frozen=True)

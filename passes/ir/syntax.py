@@ -78,11 +78,6 @@ def read_op(source: Source) -> OpText:
     return op
 
 
-def read_type(text: str) -> OpType:
-    """One type, as it prints. Raises ParseError."""
-    return _Reader(Source(text, "<type>")).type()
-
-
 def write_op(op: OpText, indent: str = "") -> Iterator[str]:
     """The lines of an operation; places are not looked at."""
     results = ", ".join(f"%{each.name}" for each in op.results)

@@ -56,27 +56,6 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     return torch.where(torch.isfinite(amax) & (amax > 0), scale, torch.ones_like(scale))
 
 
-def affine_of_range(low: float, high: float, bits: int = 8) -> tuple[float, str]:
-    """(scale, format) of the affine quantizer of [low, high], made to hold 0: value = (code - zero) scale, 0 exact.
-
-    scale = (high - low) / (2^bits - 1), zero = round(-low / scale), nearest-even; both ends move by less than a
-    scale / 2, and a range without positive numbers gets one step of them. [0, 0] and a range that is not finite give
-    scale 1. quantize(x, format, scale=scale) is the cast; the format is a row as any other, for policies and GEMMs
-    too.
-    Source: Jacob et al., arXiv 1712.05877, section 2.1 (integer zero point; not a real offset).
-    """
-    if not 2 <= bits <= 16:
-        raise FormatError(
-            "an affine quantizer has a code for 0 and one on each side", expected="2 to 16 bits", got=str(bits)
-        )
-    low, high, steps = min(low, 0.0), max(high, 0.0), 2**bits - 1
-    scale = max((high - low) / steps, -low / (steps - 1))
-    if not 0 < scale < MAX_SCALE:
-        return 1.0, f"uint{bits}"
-    zero = min(round(-low / scale), steps - 1)
-    return scale, f"uint{bits}:zero={zero}" if zero else f"uint{bits}"
-
-
 def _amax_scale(amax: Tensor, largest: float) -> Tensor:
     """The scale in few operations, since a compiler repeats them for every element. On the CPU alone, where compiled
     code divides as IEEE 754 says, and so rounds at once as float64 does in two steps.

@@ -285,9 +285,7 @@ _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 _CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 _KINDS = (
-    _Kind(
-        _is_as_torch_wrote_it(nn.Linear), lambda m: _product("linear", m.out_features, m.in_features), _linear_forward
-    ),
+    _Kind(_is_as_torch_wrote_it(nn.Linear), _linear_parts, _linear_forward),
     _Kind(_is_as_torch_wrote_it(*_CONVS), _conv_parts, _conv_forward),
     _Kind(_is_transformers_conv1d, lambda m: _product("linear", m.nf, m.nx, kind="linear_kn"), _conv1d_forward),
     _Kind(_is_as_torch_wrote_it(*_TRANSPOSED_CONVS), _conv_parts, _transposed_forward),

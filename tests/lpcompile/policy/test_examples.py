@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lpcompile import load_policy, lpcompile, report
-from lpcompile.api import check_model
 from lpcompile.compiled import get_compiled
 from runtime.numerics.specs import LayerSpec
+from tests.lpcompile.checked import check_model
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples" / "policies").glob("*.yaml"))

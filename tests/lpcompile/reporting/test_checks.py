@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lpcompile import Policy, lpcompile, report
-from lpcompile.api import check_model
 from lpcompile.errors import LoweringError
 from passes.finding import Finding, names_of
 from runtime.numerics import quantize
+from tests.lpcompile.checked import check_model
 
 
 def _policy(*rules: dict) -> Policy:  # type: ignore[type-arg]

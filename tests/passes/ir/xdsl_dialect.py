@@ -12,7 +12,7 @@ from passes.ir.printer import meta_attribute
 from passes.ir.program import NODE_META, STATE
 from passes.ir.records import wrong_choice, wrong_device, wrong_passes
 from passes.ir.structure import STRUCTURES, Structure
-from passes.ir.syntax import read_type
+from passes.ir.syntax import Source, _Reader
 from passes.ir.targets import find_target
 from runtime.errors import LpError, NotSupported, VerifyError
 from runtime.numerics.block_formats import is_block_format
@@ -91,7 +91,7 @@ class QuantAttribute(ParametrizedAttribute, TypeAttribute):
         try:
             if not is_block_format(self.format.data):
                 get_format(self.format.data)
-            kind = read_type(str(self))
+            kind = _read_type(str(self))
         except LpError as error:
             raise VerifyException(str(error)) from error
         axis = {"row": 1, "column": 0, "batched-column": 0}.get(self.granularity.data)
@@ -113,9 +113,13 @@ class ValueAttribute(ParametrizedAttribute, TypeAttribute):
     name = "torch.value"
 
 
+def _read_type(text: str) -> OpType:
+    return _Reader(Source(text, "<type>")).type()
+
+
 def _type(attribute: Attribute) -> OpType:
     try:
-        return read_type(str(attribute))
+        return _read_type(str(attribute))
     except LpError as error:
         raise VerifyException(f"{attribute} is no type of a value") from error
 
