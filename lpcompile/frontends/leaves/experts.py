@@ -127,7 +127,7 @@ class _ExpertWeights(TorchFunctionMode):
             return None
         is_turned, group = view.is_nk is self.module.is_transposed, int(view.index)
 
-        def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, is_weight: bool = True) -> Tensor:
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
             y: Tensor = product(x, weight.mT if is_turned else weight, bias, is_weight=True, group=group)
             return y
 
