@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -44,6 +44,7 @@ _VALUES = st.recursive(
 _KEYWORDS = st.dictionaries(st.sampled_from(["dim", "dtype", "_", "keepdim"]), _VALUES, max_size=3)
 
 
+@settings(deadline=None)
 @given(st.lists(_VALUES, max_size=4).map(tuple), _KEYWORDS)
 def test_values_read_back_as_themselves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     text, operands = print_arguments(args, kwargs)
@@ -53,6 +54,7 @@ def test_values_read_back_as_themselves(args: tuple[Any, ...], kwargs: dict[str,
     assert _exactly(read) == _exactly((args, kwargs))
 
 
+@settings(deadline=None)  # the first case imports xdsl
 @given(st.lists(_VALUES, max_size=3))
 def test_values_survive_the_whole_text_and_xdsl(values: list[Any]) -> None:
     graph = fx.Graph()
