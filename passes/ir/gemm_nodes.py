@@ -251,12 +251,14 @@ _CELL = "the products of a cell as one function have no lp form; call its module
 _read_addmm_2d = partial(_read_addmm, stem="addmm", names=("mat1", "mat2"))
 _read_addmm_3d = partial(_read_addmm, stem="baddbmm", names=("batch1", "batch2"))
 
+_CONVS: dict[str, _Reader] = {
+    **{f"conv{dims}d": partial(_read_conv, num_dims=dims) for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": partial(_read_conv_transpose, num_dims=dims) for dims in (1, 2, 3)},
+}
 _READERS: dict[Any, _Reader] = {
     torch._C._nn.linear: _read_linear,  # F.linear, by the name that ZeRO-3 does not replace in the whole process
     linear_kn: partial(_read_linear, kind="linear_kn"),
-    F.conv1d: partial(_read_conv, num_dims=1),
-    F.conv2d: partial(_read_conv, num_dims=2),
-    F.conv3d: partial(_read_conv, num_dims=3),
+    **{getattr(F, name): read for name, read in _CONVS.items()},
     torch.matmul: _read_matmul,
     torch.Tensor.matmul: _read_matmul,
     torch.Tensor.__matmul__: _read_matmul,
@@ -272,9 +274,6 @@ _READERS: dict[Any, _Reader] = {
     torch.Tensor.baddbmm: _read_addmm_3d,
     torch.nn.functional.grouped_mm: _read_grouped,
     torch._grouped_mm: _read_grouped,
-    F.conv_transpose1d: partial(_read_conv_transpose, num_dims=1),
-    F.conv_transpose2d: partial(_read_conv_transpose, num_dims=2),
-    F.conv_transpose3d: partial(_read_conv_transpose, num_dims=3),
     torch.linalg.matmul: _read_matmul,
     torch.Tensor.__rmatmul__: partial(_read_matmul, is_swapped=True),
     torch.convolution: _read_convolution,
@@ -334,8 +333,7 @@ _ATEN: dict[str, _Reader] = {
     "addmm": _read_addmm_2d,
     "baddbmm": _read_addmm_3d,
     "convolution": _read_convolution,
-    **{f"conv{dims}d": _read_conv(dims) for dims in (1, 2, 3)},
-    **{f"conv_transpose{dims}d": _read_conv_transpose(dims) for dims in (1, 2, 3)},
+    **_CONVS,
     "mv": _unreadable("mv", _VECTOR),
     "dot": _unreadable("dot", _VECTOR),
     "outer": _unreadable("outer", _NO_SUM),
