@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks._number_rows import CLIFF, Row, cast_rows, cliffs, gemm_rows
 from benchmarks._peers import cast_peers
-from benchmarks._timing import median_ms, show
+from benchmarks._timing import least_ms, median_ms, show
 from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cpu import accumulate
 from runtime.kernels.cpu.accumulate import accumulate_library
@@ -67,8 +67,8 @@ def _every_cast(size: int, rounds: int, most: int) -> Table:
     out = torch.empty_like(x)
     copies = []
     for calls in cast_rows(size):
-        measured = median_ms({str(row): call for row, call in calls.items()}, rounds, warmups=1)
-        copies.append(median_ms({"copy": lambda: out.copy_(x)}, 2 * rounds)["copy"])
+        measured = least_ms({str(row): call for row, call in calls.items()}, rounds, warmups=1)
+        copies.append(least_ms({"copy": lambda: out.copy_(x)}, 2 * rounds)["copy"])
         times |= {row: measured[str(row)] / copies[-1] for row in calls}
     return _row_table(f"{size} x {size} values, times a copy of fp32 ({min(copies):.2f} ms)", times, most)
 
@@ -76,7 +76,7 @@ def _every_cast(size: int, rounds: int, most: int) -> Table:
 def _every_gemm(rounds: int, most: int, size: int = 256) -> Table:
     a, b = torch.randn(size, size), torch.randn(size, size)
     calls = {str(row): call for row, call in gemm_rows(size).items()} | {"mm": lambda: torch.mm(a, b)}
-    times = median_ms(calls, rounds, warmups=1)
+    times = least_ms(calls, rounds, warmups=1)
     shares = {row: times[str(row)] / times["mm"] for row in gemm_rows(size)}
     return _row_table(f"runtime.gemm {size}^3, times torch.mm in fp32 ({times['mm']:.2f} ms)", shares, most)
 

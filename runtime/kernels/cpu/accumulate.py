@@ -15,7 +15,7 @@ fp32. With s the significant bits of a product (those of the operands, added) an
                      saturates either, Q is two operations
 
 Every other spec takes the general loop of accumulate.cpp: odd sums of exact products for nearest, and sums cut in fp32
-for toward zero (cutting twice is cutting once) and for stochastic, whose random digits the cut sum holds.
+for toward zero (cutting twice is cutting once, to fp32 itself too) and for stochastic, whose digits the cut sum holds.
 
 Why direct is right: a double rounding needs an inexact fp32 sum that lands on a midpoint of the accumulator's grid. The
 accumulated value is on the grid, so the product alone must reach from the midpoint's bit, m + 1, past bit 23:
@@ -91,7 +91,7 @@ def declines(spec: GemmSpec) -> str | None:
     how = spec.accumulator
     if is_plain(spec):
         return None if accumulate_library() else _NO_LIBRARY
-    if row.mantissa > 21 or cast_plan(spec.accumulate, how.mode) is None:
+    if (row.mantissa > 21 and not _is_cut_once(spec)) or cast_plan(spec.accumulate, how.mode) is None:
         return f"{spec.accumulate} leaves no room in fp32 to round to odd"
     if how.mode == "stochastic":
         if row.mantissa > 15:
@@ -104,6 +104,11 @@ def declines(spec: GemmSpec) -> str | None:
 def is_plain(spec: GemmSpec) -> bool:
     """Whether the adder of fp32 itself rounds as asked. A chunk summed in fp32 first is then a chunk."""
     return spec.accumulate == "fp32" and spec.accumulator.mode == "nearest_even"
+
+
+def _is_cut_once(spec: GemmSpec) -> bool:
+    """Whether no sum is rounded but toward zero, which the adder does: then no bit is needed beside the format's."""
+    return spec.accumulator.mode == "toward_zero" and spec.accumulator.model == "per_mac"
 
 
 def is_direct(spec: GemmSpec) -> bool:
@@ -199,8 +204,12 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How)
     a_MK, b_KN = a_MK.float(), b_KN.float()
     check_product(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
+    plan = cast_plan(spec.accumulate, spec.accumulator.mode)
+    if spec.accumulate == "fp32" and plan is not None:  # does not saturate: Inf stays
+        plan = CastPlan.from_buffer_copy(plan)
+        plan.max = math.inf
     library.lp_accumulate(
-        *(cast_plan(spec.accumulate, spec.accumulator.mode), how),
+        *(plan, how),
         *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
         *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),
         *(address(out), m, n, k, spec.chunk or max(k, 1)),

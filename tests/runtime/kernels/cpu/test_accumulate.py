@@ -115,7 +115,7 @@ def test_swamping_and_its_cure() -> None:
     ("spec", "reason"),
     [
         (_spec("e4m3", "e4m3", "1-8-22"), "no room in fp32"),
-        (GemmSpec(accumulator=AccumulateSpec("fp32", rounding="toward_zero")), "no room in fp32"),
+        (GemmSpec(accumulator=AccumulateSpec("fp32", rounding="nearest_away")), "no room in fp32"),
         (GemmSpec(accumulator=AccumulateSpec("1-8-16", rounding="stochastic")), "16 random digits"),
         (_spec("int8", "int8", "int32"), "sums in floats"),
     ],
@@ -194,3 +194,20 @@ def test_a_sum_of_two_values_of_the_accumulator_is_rounded_once(mode: Rounding, 
     assert is_direct(spec)
     expected = round_to_grid(pairs.double().sum(1, keepdim=True), get_format(accumulate), mode).float()
     assert torch.equal(multiply(pairs, torch.ones(2, 1), spec), expected)
+
+
+@pytest.mark.parametrize("accumulate", ["fp32", "1-8-22"])
+@pytest.mark.parametrize("product", ["fma", "rounded"])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_sums_cut_to_fp32_are_the_adders_own(chunk: int | None, product: Product, accumulate: str) -> None:
+    """What is finite stops at the largest value; Inf, NaN and products below 2^-149 are as in the reference."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(9, 40, generator=generator), torch.randn(40, 35, generator=generator)
+    wild = a * torch.exp2(torch.randint(-148, 127, a.shape, generator=generator).float())
+    special = a.clone()
+    special[0, 3], special[1, 5], special[2, 4] = torch.inf, torch.nan, -torch.inf
+    spec = GemmSpec(accumulator=AccumulateSpec(accumulate, chunk, "toward_zero", product))
+    assert declines(spec) is None
+    for left in (a, wild, special, a * 2.0**127):
+        found, wanted = multiply(left, b, spec), reference.multiply(left, b, spec)
+        assert bool(((found.view(torch.int32) == wanted.view(torch.int32)) | (found.isnan() & wanted.isnan())).all())
