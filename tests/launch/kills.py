@@ -50,7 +50,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    return [(step["step"], step["loss"]) for step in metrics(run)]
+    """Of every step; those that a resumed run took again are the resumed run's."""
+    resumed = run.with_name(f"{run.name}-resumed")
+    again = losses(resumed) if resumed.exists() else []
+    return [(step["step"], step["loss"]) for step in metrics(run) if not again or step["step"] < again[0][0]] + again
 
 
 def wait_for(parent: "subprocess.Popen[bytes]", path: Path) -> None:
@@ -67,7 +70,7 @@ def wait_for_end(workers: list[int]) -> None:
 
 
 def run_with_a_kill(folder: Path, run: Path, sizes: list[str], is_last: bool, of_launcher: bool, draw: Any) -> str:
-    """Train in `run`, kill once, and go on to the end. Says what was hit."""
+    """Train in `run`, kill once, and go on to the end, in `run`-resumed after the launcher. Says what was hit."""
     parent = start(folder, *sizes, "--out", run.name, "--max-restarts", "2")
     after = STEPS if is_last else draw.choice(range(EVERY, STEPS - EVERY, EVERY))
     wait_for(parent, run / "checkpoints" / f"step-{after:06d}")
@@ -81,10 +84,10 @@ def run_with_a_kill(folder: Path, run: Path, sizes: list[str], is_last: bool, of
     code = parent.wait()
     if of_launcher and code == -signal.SIGKILL:
         wait_for_end(workers)
-        if not (run / "summary.json").exists():
-            code = start(folder, *sizes, "--resume", run.name).wait()
-    assert code in (0, -signal.SIGKILL), tail(folder)
-    assert (run / "summary.json").exists(), tail(folder)
+        if (run / "summary.json").exists():
+            return "the launcher, the workers had done"
+        code = start(folder, *sizes, "--resume", run.name, "--out", f"{run.name}-resumed").wait()
+    assert code == 0, tail(folder)
     return "the launcher" if of_launcher else "a worker"
 
 
