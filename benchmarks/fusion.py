@@ -27,6 +27,7 @@ from runtime.kernels.cpu import epilogue
 POLICIES = ("hfp8", "int8", "fp8-rowwise")
 """hfp8 has no scales here: its first row shows how far a ratio of equal things wanders."""
 WIDTHS = (512, 768, 1024)
+CHANNELS = (64, 128)
 
 
 class _Up(nn.Module):
@@ -74,7 +75,7 @@ def main() -> None:
                 apart, fused = _pipelines(model, policy, x, "fuse,")
                 _add_row(table, what, policy, f"d {d}", apart, fused, options.rounds)
     for policy in ("hfp8", "int8"):
-        for width in (64, 128):
+        for width in CHANNELS:
             model = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
             x = torch.randn(8, width, 28, 28)
             apart, fused = _pipelines(model, policy, x, "fold-batchnorm,", bound=0.2)

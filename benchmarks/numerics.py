@@ -47,6 +47,8 @@ ACCUMULATORS = (
     "dlfloat16/64 rounded", "1-6-9/64 per_chunk",
     "1-6-9/64 stochastic per_chunk",
 )  # fmt: skip
+SIDE = 4096
+"""Casts are of SIDE x SIDE values."""
 GEMMS = ((512, 512, 512), (1024, 1024, 1024), (2048, 768, 3072))
 
 
@@ -98,7 +100,7 @@ def _row_table(title: str, times: dict[Row, float], most: int) -> Table:
 
 
 def _casts(rounds: int) -> list[Table]:
-    x = torch.randn(4096, 4096)
+    x = torch.randn(SIDE, SIDE)
     out = torch.empty_like(x)
     copy: dict[str, Callable[[], object]] = {"out.copy_(x)": lambda: out.copy_(x)}
     there = copy | {text: _cast_into(x, out, QuantSpec.parse(text)) for text in INTO}
