@@ -100,6 +100,12 @@ class AbstractKernel(ABC):
         """
         return torch.matmul(lhs, rhs)
 
+    def c_function(self) -> object | None:
+        """The C function that multiplies, for products so small that they run without Python in between
+        (kernels/cpu/small.py); None: there is none.
+        """
+        return None
+
     def load(self, grid: Tensor) -> Tensor:
         """Grid values in a dtype that it multiplies; exact."""
         return grid if self.dtype is None else grid.to(self.dtype)

@@ -132,7 +132,7 @@ def note_ran(state: RunState, name: str | None, role: Role) -> None:
         state.calls.ran(name, role)
 
 
-def _note_backward(state: RunState, plan: GemmPlan, role: Role) -> None:
+def note_backward(state: RunState, plan: GemmPlan, role: Role) -> None:
     if plan.name is not None and not torch.compiler.is_compiling():
         state.calls.ran(plan.name, role)
 
@@ -188,7 +188,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
 CAST_NAMES = ("fwd_lhs", "fwd_rhs", "bwd_rhs", "grad_lhs")
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's once_differentiable, with a sentence of ours for who differentiates what backward gives."""
     torchs = once_differentiable(backward)
 
@@ -265,7 +265,7 @@ class _Gemm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, state, turn = ctx.plan, ctx.state, ctx.turn
         rhs, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale, activated = ctx.saved_tensors
@@ -274,7 +274,7 @@ class _Gemm(torch.autograd.Function):
         bwd, grad = plan.spec.bwd, plan.spec.grad
         dx = dw = db = dy_cast = None
         if needs_lhs:
-            _note_backward(state, plan, "bwd")
+            note_backward(state, plan, "bwd")
             dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, DY_BWD, turn)
             w = (
                 QTensor(bwd_rhs, bwd_rhs_scale, bwd.rhs)
@@ -283,7 +283,7 @@ class _Gemm(torch.autograd.Function):
             )
             dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], turn)
         if needs_rhs:
-            _note_backward(state, plan, "grad")
+            note_backward(state, plan, "grad")
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn)
             x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)
@@ -308,6 +308,16 @@ def _finished(
     inside = activation if activation == "relu" or not keeps else ""
     y = multiply("fwd", plan, a, b, bias, dtype, turn, residual, inside)
     return needed_by(activation, y) if keeps else (y, None)
+
+
+def gradient_of(role: Role, plan: GemmPlan, state: RunState, dy: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
+    """BWD from w, or GRAD from x, in fp32, where nothing is cast yet and nothing stochastic."""
+    spec, slot = plan.spec.role(role), DY_BWD if role == "bwd" else DY_GRAD
+    note_backward(state, plan, role)
+    dy_cast = cast_gradient(dy, spec.lhs, state, plan.site, slot)
+    if role == "bwd":
+        return _gradient(role, plan, dy_cast, _cast_weight(other, spec.rhs, state, plan, None), shape, dy.dtype, None)
+    return _gradient(role, plan, dy_cast, cast(other, spec.rhs, None, plan.site, 3), shape, dy.dtype, None)
 
 
 def _native(plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result
 from runtime.ops.plan import GemmPlan, plan_text, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.ops.site_products import is_lowered_late, site_product
+from runtime.ops.small import small_layer
 from runtime.quantize.cast_memo import MEMO
 from runtime.quantize.kept_casts import Lifetime
 from runtime.quantize.qtensor import CastKey, QTensor
@@ -53,6 +54,7 @@ class Product:
         self.is_identity = self.spec.is_identity
         self.is_stochastic = self.spec.is_stochastic
         self.text = TracedProduct.write(self)
+        self._small = small_layer(self.kind, self.spec, self.kernels)
 
     def __call__(
         self,
@@ -72,6 +74,11 @@ class Product:
                 lhs, rhs, bias, geometry=geometry, is_weight=is_weight, group=group * self.group_stride
             )
         plan = self._plans.get((geometry, group)) or self._plan(geometry, group)
+        if self._small is not None and group == 0 and geometry is None:
+            check_transforms(is_identity=False)
+            y = self._small(lhs, rhs, bias, plan, self.state)
+            if y is not None:
+                return y
         if self.is_identity:
             note_call(self.state, plan, "fwd")
             return plan.contraction.native(*under_autocast(lhs, rhs, bias))

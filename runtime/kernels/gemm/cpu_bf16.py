@@ -36,6 +36,10 @@ class CpuBf16(AbstractKernel):
             return self.accepts("bounded", f"{how}; operands, products and sums below 2^-126 count as 0")
         return self.accepts("format-exact", how)
 
+    def c_function(self) -> object | None:
+        library = gemm.gemm_library()
+        return None if library is None else library.lp_gemm
+
     def load(self, grid: Tensor) -> Tensor:
         """It reads fp32 too: block values below bf16's range."""
         return grid if grid.dtype in gemm.DTYPES else grid.bfloat16()

@@ -21,5 +21,9 @@ class CpuInt8(AbstractInt8Kernel):
     def product(self, a_MK: Tensor, b_KN: Tensor) -> Tensor:
         return gemm.multiply_int8(a_MK, b_KN)
 
+    def c_function(self) -> object | None:
+        library = gemm.int8_library()
+        return None if library is None else library.lp_gemm_int8
+
 
 register(CpuInt8(), 50)
