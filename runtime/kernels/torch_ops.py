@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.library import Library, register_autograd, register_fake
 
 from runtime.kernels.flops import register_flops
@@ -32,6 +33,16 @@ class TorchOp:
     @property
     def name(self) -> str:
         return self.schema.partition("(")[0]
+
+
+def is_watched() -> bool:
+    """Whether something sees operations as they run: a dispatch mode, a transform, a tracer, the profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or bool(vars(torch._C)["_are_functorch_transforms_active"]())
+    )
 
 
 OPS: dict[str, TorchOp] = {}

@@ -15,7 +15,7 @@ Invariants: `QuantSpec.parse(str(spec)) == spec`, and the same for GemmSpec and 
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
@@ -325,6 +325,11 @@ class GemmSpec:
     def is_stochastic(self) -> bool:
         """Whether a cast or an addition draws random bits."""
         return self.lhs.is_stochastic or self.rhs.is_stochastic or self.accumulator.rounding == "stochastic"
+
+    @cached_property
+    def swapped(self) -> "GemmSpec":
+        """That of the transposed product."""
+        return replace(self, lhs=self.rhs, rhs=self.lhs)
 
     def __str__(self) -> str:
         return f"{self.lhs} * {self.rhs} -> {self.accumulator} -> {self.out}"

@@ -11,7 +11,7 @@ and still come out of the sum: runtime/numerics/free_axes.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -74,7 +74,13 @@ class AbstractContraction(ABC):
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fresh product in another shape, as no view of it."""
+    shaped: Tensor = y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
+    return shaped
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,10 @@ class Linear(AbstractContraction):
         return torch._C._nn.linear(lhs, rhs, bias)
 
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
-        return multiply(_matrix(lhs), rhs.t()).view(*lhs.shape[:-1], rhs.shape[0])
+        return _shaped(multiply(_matrix(lhs), rhs.t()), (*lhs.shape[:-1], rhs.shape[0]))
 
     def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return multiply(_matrix(dy), rhs).view(lhs_shape)
+        return _shaped(multiply(_matrix(dy), rhs), lhs_shape)
 
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return multiply(_matrix(dy).t(), _matrix(lhs))
@@ -112,10 +118,10 @@ class LinearKN(AbstractContraction):
         return y_MN.view(*lhs.shape[:-1], rhs.shape[1])
 
     def fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
-        return multiply(_matrix(lhs), rhs).view(*lhs.shape[:-1], rhs.shape[1])
+        return _shaped(multiply(_matrix(lhs), rhs), (*lhs.shape[:-1], rhs.shape[1]))
 
     def bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return multiply(_matrix(dy), rhs.t()).view(lhs_shape)
+        return _shaped(multiply(_matrix(dy), rhs.t()), lhs_shape)
 
     def grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
         return multiply(_matrix(lhs).t(), _matrix(dy))

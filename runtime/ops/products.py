@@ -223,7 +223,7 @@ def _product(
     spec, kernel = plan.spec.role(role), plan.kernel(role)
     rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
     if is_swapped:
-        spec = replace(spec, lhs=spec.rhs, rhs=spec.lhs)
+        spec = spec.swapped
     if plan.geometry is not None:
         return partial(kernel.multiply, spec=spec, key=key)  # the result of a conv is scaled
     batched = plan.kind == "matmul"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.kernels.cpu.small import SmallCast, SmallProduct, small_cast, small_product
+from runtime.kernels.torch_ops import is_watched
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
 from runtime.ops import layer
@@ -57,7 +58,7 @@ class SmallLayer:
 
     def __call__(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: GemmPlan, state: RunState) -> Tensor | None:
         """x.w + bias in fp32, differentiable in all three; None where the path of a large product is to run it."""
-        if not (_is_served(x) and _is_served(w) and (bias is None or _is_served(bias))) or _is_watched():
+        if not (_is_served(x) and _is_served(w) and (bias is None or _is_served(bias))) or _is_changed():
             return None
         if w.dim() != 2:
             return None
@@ -134,14 +135,9 @@ def _is_served(x: Tensor) -> bool:
     )
 
 
-def _is_watched() -> bool:
+def _is_changed() -> bool:
     """Whether something sees operations, or changes what they compute."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    )
+    return is_watched() or torch.is_autocast_enabled("cpu")
 
 
 class _SmallGemm(torch.autograd.Function):
@@ -167,7 +163,7 @@ class _SmallGemm(torch.autograd.Function):
         x, w = ctx.saved_tensors
         x_shape, w_shape, bias_shape = ctx.shapes
         dx = dw = db = None
-        is_served = type(dy) is Tensor and dy.dtype is torch.float32 and dy.is_cpu and not _is_watched()
+        is_served = type(dy) is Tensor and dy.dtype is torch.float32 and dy.is_cpu and not _is_changed()
         dy = dy.contiguous() if is_served else dy
         if ctx.needs_input_grad[0]:
             dx = _gradient("bwd", ctx, dy, w, x_shape, is_served)
