@@ -17,6 +17,13 @@ from lpcompile import lpcompile
 from runtime.quantize import quantizer
 from runtime.quantize.cast_memo import CastMemo
 
+
+@pytest.fixture(autouse=True)
+def large_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casts of small layers are not shared: these stand for large ones."""
+    monkeypatch.setattr("runtime.ops.small.LARGEST", 0)
+
+
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 

@@ -27,6 +27,13 @@ from runtime.numerics.specs import QuantSpec
 from runtime.quantize import quantizer as casts
 from tests.zoo.models import ZOO, build, differences, names, run
 
+
+@pytest.fixture(autouse=True)
+def large_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casts of small layers are not kept: these stand for large ones."""
+    monkeypatch.setattr("runtime.ops.small.LARGEST", 0)
+
+
 pytestmark = [
     pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`"),
