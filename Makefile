@@ -7,14 +7,15 @@ BIN := $(VENV)/bin
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 STAMP := $(VENV)/.installed
 TRAIN_FLAGS ?=
+BARE := $(VENV)/no-compiler
 # one process a core, and the files of a test folder stay together; OpenMP's threads of one do not spin on the other's core
 TESTS := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format bench clean
+.PHONY: help train test test-machines test-all lint format bench clean
 
 help: ## show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  VENV_FLAGS=--system-site-packages  use the torch that this machine already has"
 	@echo "  TORCH_INDEX=URL                    take torch from that pip index (see the README)"
@@ -34,6 +35,14 @@ train: $(STAMP) ## train the default GPT with hfp8 on 2 DeepSpeed workers, then 
 
 test: lint ## lint, then every test but the slow ones (under 15 minutes on 2 cores)
 	$(TESTS) -m "not slow"
+
+test-machines: $(STAMP) ## the same tests as other machines run them: one thread, no AVX-512 in oneDNN, no compiler
+	OMP_NUM_THREADS=1 $(TESTS) -m "not slow"
+	ONEDNN_MAX_CPU_ISA=AVX2 $(TESTS) -m "not slow"
+	@# the tools beside the compilers stay on PATH; an empty cache holds no kernel that an earlier run built
+	@rm -rf $(BARE) && mkdir -p $(BARE)/bin $(BARE)/cache && chmod 700 $(BARE)/cache
+	@for tool in sh bash env git nproc uname cat ls; do ln -s $$(command -v $$tool) $(BARE)/bin/; done
+	PATH=$(abspath $(BIN)):$(abspath $(BARE)/bin) XDG_CACHE_HOME=$(abspath $(BARE)/cache) $(TESTS) -m "not slow"
 
 test-all: lint ## lint, then every test
 	$(TESTS) --timeout 1800

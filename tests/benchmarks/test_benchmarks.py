@@ -1,5 +1,6 @@
 """Every benchmark runs at its smallest size, one round, and prints its tables: figures are looked at by people."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import beside_busy
+from benchmarks._number_rows import cast_rows, gemm_rows
 from benchmarks.training_step import Shape
 from launch.commands.bench import find_benchmarks
 
@@ -19,7 +21,17 @@ SMALLEST: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "beside_busy": ([*ONCE, "--steps", "1"], {"_worker": lambda _: 2.0, "_loop": lambda _: 1.0}, "beside one"),
     "compile_scaling": ([*ONCE, "--layers", "1", "2"], {}, "| ms by leaves |"),
     "fusion": ([*ONE_THREAD, "--rows", "4"], {"POLICIES": ("int8",), "WIDTHS": (32,), "CHANNELS": (4,)}, "batch norm"),
-    "numerics": (ONE_THREAD, {"SIDE": 64, "GEMMS": ((32, 64, 32),)}, "casts of"),
+    "numerics": (
+        [*ONE_THREAD, "--size", "16"],
+        {
+            "SIDE": 64,
+            "GEMMS": ((32, 64, 32),),
+            "cast_rows": lambda size: itertools.islice(cast_rows(size), 1),
+            "gemm_rows": lambda size: dict(itertools.islice(gemm_rows(16).items(), 12)),
+        },
+        "casts of",
+    ),
+    "small_calls": ([*ONE_THREAD, "--policies", "hfp8"], {"SIZES": ((2, 8, 8),), "CALLS": 2}, "inference"),
     "torch_compile": ([*TINY_LLAMA, "--only", "op by op"], {}, "joint, op by op"),
     "training_step": (ONE_THREAD, {"SHAPES": (Shape("smallest", 64, 1, 1, 8),)}, "where the time goes"),
     "weight_cache": (
