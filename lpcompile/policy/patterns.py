@@ -8,7 +8,8 @@ re:.*\\.layers\\.(3|7)\\..*                      a regular expression, which mat
 
 import re
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any
 
 from lpcompile.policy.fields import as_written, refusal
@@ -32,11 +33,18 @@ def check_pattern(text: str) -> str:
     return text
 
 
-def matches_path(text: str, path: str) -> bool:
-    """Whether a checked pattern is of this path."""
-    if text.startswith(REGEX):
-        return re.fullmatch(text.removeprefix(REGEX), path) is not None
-    return fnmatchcase(path, text)
+def matches_any(patterns: tuple[str, ...], *paths: str) -> bool:
+    """Whether one of these checked patterns is of one of the paths."""
+    compiled = _compiled(patterns)
+    return any(each.fullmatch(path) for path in paths for each in compiled)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """All globs as one expression, and each that is written as one."""
+    globs = [translate(text) for text in patterns if not text.startswith(REGEX)]
+    others = [text.removeprefix(REGEX) for text in patterns if text.startswith(REGEX)]
+    return tuple(map(re.compile, ["|".join(globs), *others] if globs else others))
 
 
 def _check_regex(text: str) -> str:

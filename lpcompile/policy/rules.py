@@ -21,8 +21,8 @@ from lpcompile.policy.patterns import (
     check_pattern,
     fulfils,
     layer_of,
+    matches_any,
     matches_layers,
-    matches_path,
 )
 from lpcompile.policy.yaml_text import Inline, inline_table
 from runtime.numerics.specs import (
@@ -157,9 +157,9 @@ class Match(Section):
     def matches(self, site: Site) -> bool:
         """Whether a rule with these conditions is for a site."""
         paths = (site.name, site.module)
-        if not _any_of(self.name, *paths) or _any_of(self.not_, *paths) or (self.op and site.op not in self.op):
+        if not matches_any(self.name, *paths) or matches_any(self.not_, *paths) or (self.op and site.op not in self.op):
             return False
-        if self.class_ and not _any_of(self.class_, *site.classes):
+        if self.class_ and not matches_any(self.class_, *site.classes):
             return False
         if self.layers is not None:
             _, layer = layer_of(site.name) or ("", None)
@@ -183,10 +183,6 @@ class Match(Section):
         words = {key: "|".join(value) if isinstance(value, list) else value for key, value in conditions.items()}
         shape = ", ".join(f"{key} {bound}" for key, bound in conditions.get("shape", {}).items())
         return ", ".join(shape if key == "shape" else f"{key} {value}" for key, value in words.items())
-
-
-def _any_of(patterns: tuple[str, ...], *texts: str) -> bool:
-    return any(matches_path(pattern, text) for pattern in patterns for text in texts)
 
 
 class Rule(Section):
