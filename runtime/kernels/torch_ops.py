@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
 from runtime.kernels.flops import register_flops
@@ -36,11 +37,14 @@ class TorchOp:
 
 
 def is_watched() -> bool:
-    """Whether something sees operations as they run: a dispatch mode, a transform, a tracer, the profiler."""
+    """Whether something sees operations as they run: a dispatch mode, a transform, forward-mode differentiation, a
+    tracer, the profiler.
+    """
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or bool(vars(torch._C)["_are_functorch_transforms_active"]())
     )
 

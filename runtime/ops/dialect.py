@@ -61,7 +61,7 @@ def scale(x: Tensor, *, spec: str) -> Tensor | None:
     if torch.compiler.is_compiling():
         return traced.scale(x, spec)
     parsed = QuantSpec.parse(spec)
-    check_transforms(parsed.is_identity)
+    check_transforms(parsed.is_identity, x)
     return compute_scale(x.detach(), parsed)
 
 
@@ -72,7 +72,7 @@ def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: in
     if torch.compiler.is_compiling():
         return traced.scale(x, spec)
     parsed = QuantSpec.parse(spec)
-    check_transforms(parsed.is_identity)
+    check_transforms(parsed.is_identity, x)
     kept = state.constants.find(x, CastKey(parsed), site, slot, lifetime)
     return compute_scale(x.detach(), parsed) if kept is None else kept.scale_or(lambda: compute_scale(x, parsed))
 
@@ -107,7 +107,7 @@ def quantize(
     if torch.compiler.is_compiling():
         return traced.quantize(x, s, state, spec, site, slot)
     parsed = QuantSpec.parse(spec)
-    check_transforms(parsed.is_identity)
+    check_transforms(parsed.is_identity, x)
     if lifetime and state is not None:
         kept = _kept(state, x, s, CastKey(parsed, quantizer), site, slot, lifetime)
         if kept is not None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from runtime.errors import NotSupported
@@ -103,7 +104,7 @@ def run_gemm(
     Where no role rounds anything and the casts are the carriers themselves, it is torch's own op with torch's own
     backward: no bit changes, whatever order of additions the machine's library has for which transposition.
     """
-    check_transforms(plan.spec.is_identity)
+    check_transforms(plan.spec.is_identity, lhs, rhs, bias, residual)
     if plan.spec.is_identity and _are_the_carriers(lhs, rhs, casts):
         if not torch.compiler.is_compiling():
             note_call(state, plan, "fwd")
@@ -159,14 +160,22 @@ def _unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def check_transforms(is_identity: bool) -> None:
-    """Raise NotSupported where a transform of torch.func reaches something that is cast."""
-    if not is_identity and not torch.compiler.is_compiling() and _is_transformed():
-        raise NotSupported(
-            "a transform of torch.func (grad, vmap, jvp) does not go through a product that is cast",
-            where="lpcompile",
-            hint="loss.backward() or torch.autograd.grad, or a policy that does not name these layers",
-        )
+def check_transforms(is_identity: bool, *operands: Tensor | None) -> None:
+    """Raise NotSupported where a transform of torch.func, or a tangent of forward-mode differentiation, reaches
+    something that is cast.
+    """
+    if is_identity or torch.compiler.is_compiling() or not (_is_transformed() or any(map(_has_tangent, operands))):
+        return
+    raise NotSupported(
+        "a transform of torch.func (grad, vmap, jvp), or a tangent, does not go through a product that is cast",
+        where="lpcompile",
+        hint="loss.backward() or torch.autograd.grad, or a policy that does not name these layers",
+    )
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    is_differentiating = forward_ad._current_level >= 0
+    return is_differentiating and x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 def under_autocast(lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

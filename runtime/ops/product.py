@@ -81,7 +81,7 @@ class Product:
         if self.is_identity:
             note_call(self.state, plan, "fwd")
             return plan.contraction.native(*under_autocast(lhs, rhs, bias))
-        check_transforms(is_identity=False)
+        check_transforms(False, lhs, rhs, bias)
         spec, needs_grad = self.spec, torch.is_grad_enabled()
         turn = self.state.turn(plan.site) if self.is_stochastic else None
         x, w = lhs, rhs

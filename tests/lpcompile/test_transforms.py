@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lpcompile import lpcompile
 from lpcompile.errors import NotSupported
@@ -80,3 +81,24 @@ def test_a_second_derivative_of_what_is_cast_is_refused_with_the_reason(policy: 
     (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)  # only a second one is refused
     (plain,) = torch.autograd.grad(model(x).sum(), x)
     assert torch.equal(first, plain)
+
+
+@pytest.mark.parametrize("size", [16, 160])
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("policy", ["hfp8", "bf16", "int8"])
+def test_a_tangent_is_refused_and_never_lost(policy: str, is_trained: bool, size: int) -> None:
+    """Forward-mode differentiation gave no tangent where no weight needed a gradient, and said nothing."""
+    model = lpcompile(nn.Sequential(nn.Linear(size, size)).requires_grad_(is_trained), policy)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(160, size), torch.randn(160, size))
+        with pytest.raises(NotSupported, match="or a tangent"):
+            model(x)
+        model(torch.randn(3, size))  # no tangent, nothing to lose
+
+
+def test_a_tangent_goes_through_the_identity() -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(16, 16)), "fp32-emulated")
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(3, 16), torch.randn(3, 16))
+        tangent = forward_ad.unpack_dual(model(x)).tangent
+    assert tangent.shape == (3, 16)
