@@ -37,16 +37,17 @@ class TorchOp:
 
 
 def is_watched() -> bool:
-    """Whether something sees operations as they run: a dispatch mode, a transform, forward-mode differentiation, a
-    tracer, the profiler.
-    """
+    """Whether something sees operations as they run: a dispatch mode, a tracer, the profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or bool(vars(torch._C)["_are_functorch_transforms_active"]())
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is under way."""
+    return bool(vars(torch._C)["_are_functorch_transforms_active"]()) or forward_ad._current_level >= 0
 
 
 OPS: dict[str, TorchOp] = {}

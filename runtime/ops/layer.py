@@ -319,6 +319,14 @@ def _finished(
     return needed_by(activation, y) if keeps else (y, None)
 
 
+@torch.no_grad()
+def forward_of(plan: GemmPlan, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """FWD in fp32, where nothing is cast yet and nothing stochastic."""
+    spec = plan.spec.fwd
+    a, b = cast(x, spec.lhs, None, plan.site, 0), cast(w, spec.rhs, None, plan.site, 1)
+    return multiply("fwd", plan, a, b, bias, x.dtype, None)
+
+
 def gradient_of(role: Role, plan: GemmPlan, state: RunState, dy: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
     """BWD from w, or GRAD from x, in fp32, where nothing is cast yet and nothing stochastic."""
     spec, slot = plan.spec.role(role), DY_BWD if role == "bwd" else DY_GRAD

@@ -2,11 +2,12 @@
 
     y = x.w + bias     one call of C++ that makes casts and product (runtime/kernels/cpu/small.py), with the bits of the
                        casts and ops that a large layer runs
-    dx, dw             one call each; x and w are saved as torch's own layer saves them, and cast again
+    dx, dw             one call each; x and w are saved as torch's own layer saves them, and cast again: as there, one
+                       that is written before backward raises, where a large layer has its cast of the old values
 
 Casts are not shared between layers, nor kept: to look one up takes longer than to make it. What watches operations (a
-dispatch mode, a transform, autocast, the profiler) finds the ops of products.py instead, as do all but plain fp32
-tensors of the CPU, casts that are stochastic or have state, and kernels without a C function.
+dispatch mode, a tracer, the profiler) finds the ops of products.py instead. All but plain fp32 tensors of the CPU,
+autocast, casts that are stochastic or have state, and kernels without a C function take the path of large layers.
 """
 
 from functools import lru_cache
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.kernels.cpu.small import SmallCast, SmallProduct, small_cast, small_product
-from runtime.kernels.torch_ops import is_watched
+from runtime.kernels.torch_ops import is_transformed, is_watched
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
 from runtime.ops import layer
@@ -57,29 +58,33 @@ class SmallLayer:
         return small_layer, self.key
 
     def __call__(self, x: Tensor, w: Tensor, bias: Tensor | None, plan: GemmPlan, state: RunState) -> Tensor | None:
-        """x.w + bias in fp32, differentiable in all three; None where the path of a large product is to run it."""
-        if not (_is_served(x) and _is_served(w) and (bias is None or _is_served(bias))) or _is_changed():
-            return None
-        if w.dim() != 2:
+        """x.w + bias in fp32, differentiable in all three; None where the path of a large product is to run it. That is
+        decided by the operands alone, so that a checkpoint saves the same tensors whoever watches.
+        """
+        if not (_is_served(x) and _is_served(w) and (bias is None or _is_served(bias))) or w.dim() != 2:
             return None
         num_columns, num_summed = w.shape if plan.kind == "linear" else w.shape[::-1]
-        leading = x.shape[:-1]
         if x.shape[-1:] != (num_summed,) or (bias is not None and bias.shape != (num_columns,)):
             return None
-        y = x.new_empty((*leading, num_columns))
-        if y.numel() > LARGEST:
+        if x.numel() // num_summed * num_columns > LARGEST or torch.is_autocast_enabled("cpu") or is_transformed():
             return None
-        fwd = self.products["fwd"]
-        assert fwd is not None
-        if fwd(x, w, bias, y) and fwd.is_exact_only:
+        operands = (x, w) if bias is None else (x, w, bias)
+        needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
+        if needs_grad and any(each.is_inference() for each in operands):
             return None
-        if not torch.is_grad_enabled() or not (
-            x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            layer.note_call(state, plan, "fwd")
+        y = None if is_watched() else self._multiply(x, w, bias, num_columns)
+        if not needs_grad:
+            if y is not None:
+                layer.note_call(state, plan, "fwd")
             return y
         result: Tensor = _SmallGemm.apply(x, w, bias, [y], self, plan, state)
         return result
+
+    def _multiply(self, x: Tensor, w: Tensor, bias: Tensor | None, num_columns: int) -> Tensor | None:
+        """None where a value has no place in int8."""
+        fwd, y = self.products["fwd"], x.new_empty((*x.shape[:-1], num_columns))
+        assert fwd is not None
+        return None if fwd(x, w, bias, y) and fwd.is_exact_only else y
 
 
 @lru_cache(maxsize=4096)
@@ -116,7 +121,7 @@ def _casts(plan: GemmPlan, role: Role) -> tuple[_Cast, _Cast] | None:
 
 def _cast(x: Tensor, how: _Cast) -> QTensor:
     spec, make = how
-    return QTensor(*((x, None) if make is None else make(x)), spec)
+    return QTensor(*((x, None) if make is None else make(x.contiguous())), spec)
 
 
 def _multiply_in_fp32(role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, shape: torch.Size) -> Tensor:
@@ -126,36 +131,38 @@ def _multiply_in_fp32(role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, s
 
 
 def _is_served(x: Tensor) -> bool:
+    """Whether C++ may read it as it lies: its keys tell plain tensors from lazily negated, zero and batched ones."""
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
         and x.dtype is torch.float32
-        and x.is_cpu
+        and torch._C._dispatch_keys(x).raw_repr() in _PLAIN
         and x.is_contiguous()
         and 0 < x.numel() <= LARGEST
     )
 
 
-def _is_changed() -> bool:
-    """Whether something sees operations, or changes what they compute."""
-    return is_watched() or torch.is_autocast_enabled("cpu")
+def _keys_of(x: Tensor) -> int:
+    return int(torch._C._dispatch_keys(x).raw_repr())
+
+
+with torch.inference_mode():
+    _PLAIN = {_keys_of(torch.empty(1, device="cpu"))}
+_PLAIN.add(_keys_of(torch.empty(1, device="cpu")))
+"""The dispatch keys of tensors on the CPU that have memory and nothing else, inference tensors too."""
 
 
 class _SmallGemm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, made: list[Tensor],
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, made: list[Tensor | None],
         small: SmallLayer, plan: GemmPlan, state: RunState,
     ) -> Tensor:  # fmt: skip
         layer.note_call(state, plan, "fwd")
         needs_x, needs_w = ctx.needs_input_grad[:2]
-        ctx.small, ctx.plan, ctx.state, ctx.shapes = (
-            small,
-            plan,
-            state,
-            (x.shape, w.shape, None if bias is None else bias.shape),
-        )
+        ctx.small, ctx.plan, ctx.state = small, plan, state
+        ctx.shapes = x.shape, w.shape, None if bias is None else bias.shape
         ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
-        return made[0]
+        return layer.forward_of(plan, x, w, bias) if made[0] is None else made[0]
 
     @staticmethod
     @layer.differentiable_once
@@ -163,32 +170,34 @@ class _SmallGemm(torch.autograd.Function):
         x, w = ctx.saved_tensors
         x_shape, w_shape, bias_shape = ctx.shapes
         dx = dw = db = None
-        is_served = type(dy) is Tensor and dy.dtype is torch.float32 and dy.is_cpu and not _is_changed()
-        dy = dy.contiguous() if is_served else dy
         if ctx.needs_input_grad[0]:
-            dx = _gradient("bwd", ctx, dy, w, x_shape, is_served)
+            dx = _gradient("bwd", ctx, dy, w, w_shape, x_shape)
         if ctx.needs_input_grad[1]:
-            dw = _gradient("grad", ctx, dy, x, w_shape, is_served)
+            dw = _gradient("grad", ctx, dy, x, x_shape, w_shape)
         if ctx.needs_input_grad[2]:
             db = ctx.plan.contraction.bias_grad(dy).sum_to_size(bias_shape)
         return dx, dw, db, *(None,) * 4
 
 
-def _gradient(role: Role, ctx: Any, dy: Tensor, other: Tensor, shape: torch.Size, is_served: bool) -> Tensor:
-    """BWD or GRAD; where it has no small form as a large layer runs it."""
-    plan, state, product = ctx.plan, ctx.state, ctx.small.products[role]
-    if product is not None and is_served:
+def _gradient(role: Role, ctx: Any, dy: Tensor, other: Tensor, saved: torch.Size, shape: torch.Size) -> Tensor:
+    """BWD or GRAD, in `shape`; as a large layer runs it where it has no small form, where something watches, or where
+    what comes back is not what was saved, of the shape `saved`.
+    """
+    plan, state, product, casts = ctx.plan, ctx.state, ctx.small.products[role], ctx.small.casts[role]
+    matrix = dy.contiguous()
+    if is_watched() or is_transformed() or other.shape != saved or not (_is_served(matrix) and _is_served(other)):
+        return layer.gradient_of(role, plan, state, dy, other, shape)
+    if product is not None:
         is_swapped = role == "grad" and ctx.small.is_swapped
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
-        left, right = (other, dy) if is_swapped else (dy, other)
+        left, right = (other, matrix) if is_swapped else (matrix, other)
         said = product(left, right, None, out)
         if not (said and product.is_exact_only):
             layer.note_backward(state, plan, role)
             if state.watch_overflow:
                 state.note_overflow(bool(said & (2 if is_swapped else 1)))
             return out
-    casts = ctx.small.casts[role]
-    if casts is not None and is_served and not state.watch_overflow:
+    elif casts is not None and not state.watch_overflow:
         layer.note_backward(state, plan, role)
         return _multiply_in_fp32(role, plan, _cast(dy, casts[0]), _cast(other, casts[1]), shape)
     return layer.gradient_of(role, plan, state, dy, other, shape)

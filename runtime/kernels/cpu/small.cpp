@@ -88,7 +88,7 @@ extern "C" int lp_small(const Product* how, const float* left, int64_t left_rows
   if (!is_scaled && !bias) return said;
   const float* s = a.scales.empty() ? &kUnit : a.scales.data();
   const float* t = b.scales.empty() ? &kUnit : b.scales.data();
-  how->epilogue(out, m, n, s, a.scales.size() > 1, t, 0, b.scales.size() > 1, bias ? bias : &kMinusZero, 0, bias != nullptr,
+  how->epilogue(out, m, n, s, a.scales.size() > 1, t, 0, b.scales.size() > 1, bias ? bias : &kMinusZero, 0, bias && n > 1,
                 nullptr, 0, 1);
   return said;
 }

@@ -1,5 +1,6 @@
 """Small products: the bits of the path that large ones take, whoever watches, and nothing kept of a call."""
 
+import contextlib
 import copy
 import io
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lpcompile import lpcompile
@@ -257,3 +259,89 @@ def test_second_derivatives_are_refused() -> None:
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(NotSupported, match="no second derivative"):
         gradient.sum().backward()
+
+
+def test_an_operand_that_changed_its_form_before_backward(large_path: Callable[[bool], None]) -> None:
+    """What is saved may come back in another dtype, with other strides or of another shape: C++ must not read it so."""
+    for change in (
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
+    ):
+        found = []
+        for is_large in (False, True):
+            torch.manual_seed(0)
+            large_path(is_large)
+            model = lpcompile(nn.Sequential(nn.Linear(32, 24)), "hfp8")
+            x = torch.randn(5, 32, requires_grad=True)
+            y = model(x)
+            change(model)
+            y.sum().backward()
+            found.append(_bits(x.grad))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("shape", [(24, 1 << 20), (3, 4), (0,)])
+def test_a_weight_of_another_shape_before_backward_raises(shape: tuple[int, ...]) -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(32, 24)), "hfp8")
+    y = model(torch.randn(5, 32, requires_grad=True))
+    model[0].weight.data = torch.empty(shape)
+    with pytest.raises((RuntimeError, IndexError)):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("policy", POLICIES[:3])
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+@pytest.mark.parametrize("mode", ["dispatch", "profiler"])
+def test_a_checkpoint_saves_the_same_whoever_watches(policy: str, watched: str, mode: str) -> None:
+    def watching(part: str) -> Any:
+        if part != watched:
+            return contextlib.nullcontext()
+        return _Dispatch() if mode == "dispatch" else torch.profiler.profile()
+
+    model, x = lpcompile(nn.Sequential(nn.Linear(16, 8)), policy), torch.randn(3, 16, requires_grad=True)
+    get_compiled(model).state.is_scaled = True
+    with watching("forward"):
+        y = checkpoint(model, x, use_reentrant=False)
+    with watching("backward"):
+        y.sum().backward()
+    found = _bits(x.grad)
+    assert found == _run(model, x.detach(), torch.ones(3, 8))[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES[:3])
+def test_lazily_negated_and_zero_tensors(policy: str, large_path: Callable[[bool], None]) -> None:
+    model, t = lpcompile(nn.Sequential(nn.Linear(32, 24)), policy), torch.randn(5, 32)
+    get_compiled(model).state.is_scaled = True
+    with torch.no_grad():
+        assert torch.equal(model(torch._neg_view(t)), model(-t))
+    for dy in (torch._neg_view(torch.randn(5, 24)), torch._efficientzerotensor(5, 24)):
+        found = []
+        for is_large in (False, True):
+            large_path(is_large)
+            model.zero_grad()
+            x = t.clone().requires_grad_()
+            model(x).backward(dy)
+            found.append([_bits(x.grad), *(_bits(p.grad) for p in model.parameters())])
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES[:3])
+def test_gradients_that_are_not_contiguous(policy: str, large_path: Callable[[bool], None]) -> None:
+    """Torch sums a bias's gradient in an order that the strides decide."""
+    model = lpcompile(nn.Sequential(nn.Linear(32, 24)), policy)
+    get_compiled(model).state.is_scaled = True
+    x = torch.randn(50, 32)
+    for dy in (torch.full((), 0.1).expand(50, 24), torch.randn(24, 50).t(), torch.randn(50, 48)[:, ::2]):
+        large_path(False)
+        found = _run(model, x, dy)
+        large_path(True)
+        assert found == _run(model, x, dy)
+
+
+def test_an_input_of_inference_mode_trains() -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(16, 8)), "hfp8")
+    with torch.inference_mode():
+        x = torch.randn(3, 16)
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None
