@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import FormatError
@@ -167,6 +167,8 @@ def test_every_code_survives_decode_and_encode(name: str) -> None:
 
 
 @settings(max_examples=400, deadline=None)
+@example("dlfloat16", "nearest_even", 0.0, 0, 0.75)
+@example("dlfloat16", "nearest_away", 0.0, 0, 0.9995)
 @given(
     st.sampled_from([*FORMATS, *WRITTEN]),
     st.sampled_from(ROUNDINGS),
@@ -194,7 +196,7 @@ def _exactly(x: Fraction, row: Format, mode: Rounding, u: Fraction) -> Fraction:
     """The oracle's oracle: one number, no floating point."""
     if isinstance(row, LookupFormat):
         return _exactly_in_table(x, row, mode, u)
-    a, spacing = abs(x), Fraction(1)
+    a, spacing, half = abs(x), Fraction(1), Fraction(1, 2)
     if isinstance(row, FloatFormat):
         k = row.emin
         while a >= Fraction(2) ** (k + 1):
@@ -202,11 +204,13 @@ def _exactly(x: Fraction, row: Format, mode: Rounding, u: Fraction) -> Fraction:
         spacing = Fraction(2) ** (k - row.mantissa)
         if not row.subnormals and a < Fraction(row.tiny):
             spacing = Fraction(row.tiny)
+            if row.zero_exponent_is_normal:  # the code before the smallest value, of 2^emin, is that of 0
+                half = 1 - Fraction(2) ** (row.emin - row.mantissa) / 2 / spacing
     t = a / spacing
     below, rest = math.floor(t), t - math.floor(t)
     up = {
-        "nearest_even": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and below % 2 == 1),
-        "nearest_away": rest >= Fraction(1, 2),
+        "nearest_even": rest > half or (rest == half and below % 2 == 1),
+        "nearest_away": rest >= half,
         "toward_zero": False,
         "stochastic": rest + u >= 1,
     }[mode]
