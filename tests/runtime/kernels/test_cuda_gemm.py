@@ -17,6 +17,7 @@ from runtime.numerics import quantize
 from runtime.numerics.embedding import finite_values, has_value
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec, Role
+from tests.machine_facts import needs_exact_int8, needs_fp8_product
 
 V100, T4, A100, L40 = (
     Capability(n, c) for n, c in (("V100", (7, 0)), ("T4", (7, 5)), ("A100", (8, 0)), ("L40", (8, 9)))
@@ -161,6 +162,7 @@ def _operands(lhs: str, rhs: str, m: int, k: int, n: int) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 33, 17), (16, 32, 48), (3, 0, 2), (0, 4, 4)])
 @pytest.mark.parametrize(("lhs", "rhs"), [("e4m3", "e4m3"), ("e5m2", "e4m3"), ("1-4-3:bias=11,top=nan", "fp4-radix4")])
+@needs_fp8_product
 def test_fp8_product_of_any_size_and_layout(lhs: str, rhs: str, m: int, k: int, n: int) -> None:
     a, b = _operands(lhs, rhs, m, k, n)
     multiply = partial(get_kernel("cuda_fp8").multiply, spec=GemmSpec(QuantSpec.parse(lhs), QuantSpec.parse(rhs)))
@@ -170,12 +172,14 @@ def test_fp8_product_of_any_size_and_layout(lhs: str, rhs: str, m: int, k: int, 
         assert ((got - want).abs() <= (k + 1) * 2.0**-22 * (a.double().abs() @ b.double().abs())).all()
 
 
+@needs_fp8_product
 def test_fp8_holds_nan() -> None:
     a = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
     assert multiply_fp8(a, torch.ones(2, 2)).isnan().tolist() == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 33, 17), (17, 8, 16), (3, 0, 2), (0, 4, 4)])
+@needs_exact_int8
 def test_int8_product_of_any_size_and_layout(m: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     own = torch._int_mm
 

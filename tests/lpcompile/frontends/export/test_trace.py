@@ -135,7 +135,10 @@ def test_a_recurrence_has_every_length(kind: type[nn.RNNBase], batch_first: bool
     for sizes in ((4, 5), (7, 5), (3, 2)):
         x = torch.randn(*sizes, 8)
         found, wanted = (pytree.tree_leaves(each) for each in (_run(exported, model, x), model(x)))
-        assert all(map(torch.equal, found, wanted))
+        if kind is nn.LSTM:  # oneDNN may add its gates in another order than torch's own operations, as the graph does
+            assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+        else:
+            assert all(map(torch.equal, found, wanted))
 
 
 def test_a_model_that_is_one_layer_of_several_products_is_run_by_it() -> None:
