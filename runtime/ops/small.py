@@ -170,26 +170,29 @@ class _SmallGemm(torch.autograd.Function):
         x, w = ctx.saved_tensors
         x_shape, w_shape, bias_shape = ctx.shapes
         dx = dw = db = None
+        matrix = None if is_watched() or is_transformed() else dy.contiguous()
+        matrix = matrix if matrix is not None and _is_served(matrix) else None
         if ctx.needs_input_grad[0]:
-            dx = _gradient("bwd", ctx, dy, w, w_shape, x_shape)
+            dx = _gradient("bwd", ctx, dy, matrix, w, w_shape, x_shape)
         if ctx.needs_input_grad[1]:
-            dw = _gradient("grad", ctx, dy, x, x_shape, w_shape)
+            dw = _gradient("grad", ctx, dy, matrix, x, x_shape, w_shape)
         if ctx.needs_input_grad[2]:
             db = ctx.plan.contraction.bias_grad(dy).sum_to_size(bias_shape)
         return dx, dw, db, *(None,) * 4
 
 
-def _gradient(role: Role, ctx: Any, dy: Tensor, other: Tensor, saved: torch.Size, shape: torch.Size) -> Tensor:
-    """BWD or GRAD, in `shape`; as a large layer runs it where it has no small form, where something watches, or where
-    what comes back is not what was saved, of the shape `saved`.
+def _gradient(
+    role: Role, ctx: Any, dy: Tensor, matrix: Tensor | None, other: Tensor, saved: torch.Size, shape: torch.Size
+) -> Tensor:
+    """BWD or GRAD, in `shape`; as a large layer runs it where it has no small form, where C++ may not read dy (its
+    contiguous `matrix` is None), or where what comes back is not what was saved, of the shape `saved`.
     """
     plan, state, product, casts = ctx.plan, ctx.state, ctx.small.products[role], ctx.small.casts[role]
-    matrix = dy.contiguous()
-    if is_watched() or is_transformed() or other.shape != saved or not (_is_served(matrix) and _is_served(other)):
+    if matrix is None or other.shape != saved or not _is_served(other):
         return layer.gradient_of(role, plan, state, dy, other, shape)
     if product is not None:
         is_swapped = role == "grad" and ctx.small.is_swapped
-        out = torch.empty(shape, dtype=torch.float32, device="cpu")
+        out = matrix.new_empty(shape)
         left, right = (other, matrix) if is_swapped else (matrix, other)
         said = product(left, right, None, out)
         if not (said and product.is_exact_only):
