@@ -65,4 +65,5 @@ def test_attention_products_run_as_said_with_a_cache(name: str, with_examples: b
     assert sites
     for site in sites:
         assert calls.seen(site, "fwd") == calls.as_said(site, "fwd")
-        assert calls.seen(site, "fwd") >= 5 or "encoder" in site
+        is_of_prompt = name == "mamba" and not site.endswith("matmul_0")  # its scan has a product per position
+        assert calls.seen(site, "fwd") >= 5 or "encoder" in site or is_of_prompt
