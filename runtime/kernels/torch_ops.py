@@ -45,9 +45,14 @@ def is_watched() -> bool:
     )
 
 
+def has_transforms() -> bool:
+    """Whether a transform of torch.func runs."""
+    return bool(vars(torch._C)["_are_functorch_transforms_active"]())
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is under way."""
-    return bool(vars(torch._C)["_are_functorch_transforms_active"]()) or forward_ad._current_level >= 0
+    return has_transforms() or forward_ad._current_level >= 0
 
 
 OPS: dict[str, TorchOp] = {}

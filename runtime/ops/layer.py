@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from runtime.errors import NotSupported
 from runtime.kernels.cast.grid import fast_to_grid_checked
 from runtime.kernels.cast.scales import compute_scale
+from runtime.kernels.torch_ops import has_transforms
 from runtime.numerics.specs import QuantSpec, Role
 from runtime.ops.activations import activation_grad, followed_by, needed_by
 from runtime.ops.plan import GemmPlan
@@ -143,13 +144,8 @@ def _are_the_carriers(lhs: Tensor, rhs: Tensor, casts: dict[str, QTensor | None]
         return True  # an identity cast is traced as its input
     carriers = {"fwd_lhs": lhs, "fwd_rhs": rhs, "bwd_rhs": rhs, "grad_lhs": lhs}
     is_alias: Any = vars(torch._C)["_is_alias_of"]
-    look = _unwrapped if _is_transformed() else lambda x: x
+    look = _unwrapped if has_transforms() else lambda x: x
     return all(cast is None or is_alias(look(cast.grid), look(carriers[name])) for name, cast in casts.items())
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func runs."""
-    return bool(vars(torch._C)["_are_functorch_transforms_active"]())
 
 
 def _unwrapped(x: Tensor) -> Tensor:
@@ -164,7 +160,7 @@ def check_transforms(is_identity: bool, *operands: Tensor | None) -> None:
     """Raise NotSupported where a transform of torch.func, or a tangent of forward-mode differentiation, reaches
     something that is cast.
     """
-    if is_identity or torch.compiler.is_compiling() or not (_is_transformed() or any(map(_has_tangent, operands))):
+    if is_identity or torch.compiler.is_compiling() or not (has_transforms() or any(map(_has_tangent, operands))):
         return
     raise NotSupported(
         "a transform of torch.func (grad, vmap, jvp), or a tangent, does not go through a product that is cast",
