@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime import gemm
-from runtime.numerics import decode, encode, quantize
-from runtime.numerics.block_casts import decode_blocks, encode_blocks
+from runtime.numerics import decode, decode_blocks, encode, encode_blocks, quantize
 from runtime.numerics.block_formats import is_block_format
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import QuantSpec, Rounding, ScaleSpec

@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime.errors import FormatError, nearest_names
-from runtime.numerics import decode, encode, quantize
-from runtime.numerics.block_casts import encode_blocks
+from runtime.numerics import decode, encode, encode_blocks, quantize
 from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat, get_block_format, is_block_format
 from runtime.numerics.format_kinds import FloatFormat, Format
 from runtime.numerics.formats import FORMATS, get_format

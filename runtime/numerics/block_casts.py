@@ -109,10 +109,10 @@ def decode_blocks(
 ) -> Tensor:
     """The fp32 values of codes (..., K) with scales (..., B); tensor_scale as encode_blocks gave it."""
     row = get_block_format(format) if isinstance(format, str) else format
-    if scales.shape != _scale_shape(codes, row):
+    if scales.shape != scale_shape(codes, row):
         raise FormatError(
             f"not the scales of {tuple(codes.shape)} codes of {row.name}",
-            expected=str(tuple(_scale_shape(codes, row))),
+            expected=str(tuple(scale_shape(codes, row))),
             got=str(tuple(scales.shape)),
         )
     q, scale = grid_of_codes(codes, get_format(row.element)), grid_of_codes(scales, get_format(row.scale))
@@ -200,6 +200,6 @@ def _per_element(scale: Tensor, x: Tensor, row: BlockFormat) -> Tensor:
     return scale.repeat_interleave(row.block, dim=-1)[..., :width].reshape(x.shape)
 
 
-def _scale_shape(x: Tensor, row: BlockFormat) -> torch.Size:
+def scale_shape(x: Tensor, row: BlockFormat) -> torch.Size:
     shape = x.shape or torch.Size((1,))
     return torch.Size((*shape[:-1], -(-shape[-1] // row.block)))

@@ -56,8 +56,8 @@ _BLOCKS = """
 ## Block formats
 
 Blocks run along the last dim; the last one may be ragged. An MX format takes `:scale=floor|ceil|rceil|even`.
-`quantize()` casts to them, `encode_blocks` and `decode_blocks` of `runtime/numerics/block_casts.py` give and take
-their codes. As operands of a GEMM their blocks lie along its sum, whichever way that runs.
+`quantize()` casts to them, `encode_blocks` and `decode_blocks` of `runtime.numerics` give and take their
+codes. As operands of a GEMM their blocks lie along its sum, whichever way that runs.
 """
 _EXACT = """
 ## What sits exactly in what

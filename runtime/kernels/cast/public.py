@@ -151,7 +151,7 @@ def encode(
     overflow: Overflow = "saturate",
 ) -> Tensor:
     """The codes of quantize's grid values: sign, exponent, fraction from the top bit down; integers two's complement;
-    lookup formats the index in their table. For a block format: `block_casts.encode_blocks`.
+    lookup formats the index in their table. For a block format: `encode_blocks`.
 
     uint8 for formats of up to 8 bits, else int32 up to 31 bits, else int64; unused high bits are zero, so
     0 <= code < 2^bits. decode(encode(v)) == v for every v on the grid, -0 included. NaN takes the one NaN code whose
@@ -184,7 +184,7 @@ def decode(codes: Tensor, format: str | Format) -> Tensor:
 
 def _scalar_name(format: str | Format, instead: str) -> str:
     if isinstance(format, str) and is_block_format(format):
-        raise FormatError(f'"{format}" has codes and scales', hint=f"runtime.numerics.block_casts.{instead}")
+        raise FormatError(f'"{format}" has codes and scales', hint=f"runtime.numerics.{instead}")
     if isinstance(format, str) or torch.compiler.is_compiling():
         return _name_of(format)
     return name_of(format)

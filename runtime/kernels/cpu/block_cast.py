@@ -1,19 +1,23 @@
-"""Block cast: the values of runtime/numerics/block_casts.py, bit for bit, in one pass of C++ (nvfp4: two).
+"""Block cast: the values and codes of runtime/numerics/block_casts.py, bit for bit, in one pass of C++ (nvfp4: two).
 
-On CUDA Triton kernels do the same.
+On CUDA Triton kernels give the same values.
 """
 
-from typing import NamedTuple
+import ctypes
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from runtime.errors import FormatError
 from runtime.kernels.constants import RULE_NUMBERS
 from runtime.kernels.cpu.address import address
-from runtime.kernels.cpu.cast_library import DTYPES, OUT_DTYPES, BlockPlan, cast_library, is_readable, num_threads
+from runtime.kernels.cpu.cast_library import DTYPES, OUT_DTYPES, BlockPlan, RandomPlan, cast_library, is_readable, num_threads
+from runtime.kernels.cpu.codes import CodePlan, code_plan, codes_library
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton
-from runtime.numerics.block_formats import get_block_format
+from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.random import signed_seed
 from runtime.numerics.scaling import divisor_of_amax
 
@@ -53,6 +57,69 @@ def fast_blocks(
         num_threads(x.numel()),
     )  # fmt: skip
     return BlockValues(out, torch.tensor(said, dtype=torch.uint8, device="cpu"))
+
+
+class Encoded(NamedTuple):
+    """What encoding into a block format gives, the scales not encoded yet."""
+
+    codes: Tensor
+    """uint8, the shape of x."""
+    scales: Tensor
+    """fp32, (..., B); NaN for a block that holds NaN or Inf."""
+    divisor: Tensor
+    """fp32, (): S of nvfp4, else 1."""
+
+
+def fast_encode_blocks(
+    x: Tensor, row: BlockFormat, plan: BlockPlan | None, *, is_stochastic: bool, seed: int, step: int, stream: int,
+    offset: int,
+) -> Encoded | None:  # fmt: skip
+    """The codes of what fast_blocks rounds, on the CPU, along the last dim; None if x is not served."""
+    codes, library = code_plan(row.element), cast_library()
+    if plan is None or codes is None or library is None or not is_readable(x):
+        return None
+    x = x.contiguous()
+    divisor = _divisor(x, False) if row.rule == "two_level" else torch.ones(())
+    _, rows, columns = _matrices(x, False)
+    out = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+    scales = torch.empty((*x.shape[:-1], -(-columns // row.block)), dtype=torch.float32, device="cpu")
+    _encoder(library)(
+        plan, codes, address(x), DTYPES.index(x.dtype), address(out), address(scales), rows, columns, divisor.item(),
+        random_plan(signed_seed(seed), step, stream, offset) if is_stochastic else None, num_threads(x.numel()),
+    )  # fmt: skip
+    return Encoded(out, scales, divisor)
+
+
+def fast_decode_blocks(codes: Tensor, scales: Tensor, row: BlockFormat, divisor: Tensor) -> Tensor | None:
+    """The fp32 values of uint8 codes under decoded scales; None if they are not served. FormatError for a number that
+    is no code.
+    """
+    plan, library = code_plan(row.element), codes_library()
+    is_served = codes.is_cpu and codes.dtype == torch.uint8 and codes.layout == torch.strided and codes.numel()
+    if plan is None or library is None or not is_served:
+        return None
+    codes, scales = codes.contiguous(), scales.contiguous()
+    _, rows, columns = _matrices(codes, False)
+    out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+    is_beyond = library.lp_decode_blocks(
+        plan, address(codes), address(scales), address(out), rows, columns, row.block, row.element_unit,
+        divisor.item(), row.rule == "two_level", num_threads(codes.numel()),
+    )  # fmt: skip
+    if is_beyond:
+        raise FormatError(f"not codes of {row.element}", expected=f"0 <= code < 2^{plan.bits}")
+    return out
+
+
+def _encoder(casts: ctypes.CDLL) -> Any:
+    """lp_encode_blocks of the library of casts, declared: a library that was loaded again knows no arguments."""
+    if casts.lp_encode_blocks.argtypes is None:
+        pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        casts.lp_encode_blocks.argtypes = [
+            ctypes.POINTER(BlockPlan), ctypes.POINTER(CodePlan), pointer, integer, pointer, pointer, size, size,
+            ctypes.c_float, ctypes.POINTER(RandomPlan), integer,
+        ]  # fmt: skip
+        casts.lp_encode_blocks.restype = None
+    return casts.lp_encode_blocks
 
 
 def fast_divisor(x: Tensor, is_column: bool = False) -> Tensor | None:

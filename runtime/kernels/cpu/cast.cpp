@@ -527,6 +527,19 @@ inline void cast_block(const BlockPlan& plan, const typename In::Storage* x, flo
   }
 }
 
+// The elements alone, in units of the scale; 0 in a block whose scale is NaN.
+template <class In, Chance C>
+inline void elements_of_block(const BlockPlan& plan, const typename In::Storage* x, float* out, int64_t count,
+                              float factor, const uint32_t* __restrict words) {
+  const CastPlan p = plan.element;
+  const float per_unit = 1.0f / plan.unit;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float q = rounded<C>(p, In::load(x[i]) * factor * per_unit, C != kFixed ? words[i] : 0);
+    out[i] = q != q ? 0.0f : saturated(q, p.min, p.max) + p.zero;
+  }
+}
+
 template <class In>
 inline float block_amax(const typename In::Storage* __restrict x, int64_t count) {
   uint32_t top = 0;
@@ -550,13 +563,13 @@ inline void column_amax(const typename In::Storage* __restrict x, int64_t height
   }
 }
 
-// Blocks [begin, end) along the columns, counted row by row.
+// Blocks [begin, end) along the columns, counted row by row. `scales`: where one goes for each block; given with codes alone.
 template <class In, int Block, Chance C>
-int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out, int type, int64_t begin, int64_t end,
-                int64_t columns, float divisor, bool is_divided, const RandomPlan& random) {
+int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out, Target target, float* scales, int64_t begin,
+                int64_t end, int64_t columns, float divisor, bool is_divided, const RandomPlan& random) {
   const int64_t blocks = (columns + Block - 1) / Block;
   std::vector<uint32_t> buffer(C != kFixed ? kWords : 0);
-  std::vector<float> wide(type == kFp32 ? 0 : kRun);
+  std::vector<float> wide(target.type == kFp32 ? 0 : kRun);
   BlockScales s;
   int said = 0;
   for (int64_t block = begin; block < end;) {
@@ -569,7 +582,7 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
       words = buffer.data() + element % 4;
     }
-    float* const to = type == kFp32 ? static_cast<float*>(out) + at : wide.data();
+    float* const to = target.type == kFp32 ? static_cast<float*>(out) + at : wide.data();
     const int64_t whole = count / Block, rest = count % Block;
     for (int64_t i = 0; i < whole; ++i) s.amax[i] = block_amax<In>(x + at + i * Block, Block);
     if (rest) s.amax[whole] = block_amax<In>(x + at + whole * Block, rest);
@@ -577,12 +590,15 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
     for (int64_t i = 0; i < run; ++i) {
       const int64_t first = i * Block;
       const auto* from = x + at + first;
-      if (i < whole)
+      if (scales) {
+        scales[block + i] = s.factor[i] != s.factor[i] ? s.factor[i] : s.scale[i];
+        elements_of_block<In, C>(plan, from, to + first, i < whole ? Block : rest, s.factor[i], words + first);
+      } else if (i < whole)
         cast_block<In, 0, C>(plan, from, to + first, Block, &s.factor[i], &s.scale[i], divisor, is_divided, words + first);
       else
         cast_block<In, 0, C>(plan, from, to + first, rest, &s.factor[i], &s.scale[i], divisor, is_divided, words + first);
     }
-    if (type != kFp32) narrow(to, out, at, count, type);
+    if (target.type != kFp32) store(to, out, at, count, target);
     block += run;
   }
   return said;
@@ -648,31 +664,39 @@ int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, 
 }
 
 template <class In, int Block, Chance C>
-int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, int type, int64_t matrices, int64_t rows,
-                    int64_t columns, bool is_column, float divisor, bool is_divided, const RandomPlan& random,
-                    int threads) {
+int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target target, float* scales, int64_t matrices,
+                    int64_t rows, int64_t columns, bool is_column, float divisor, bool is_divided,
+                    const RandomPlan& random, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = is_column ? matrices * ((rows + Block - 1) / Block) : rows * ((columns + Block - 1) / Block);
   int said = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
   for (int part = 0; part < threads; ++part) {
     const int64_t begin = count * part / threads, end = count * (part + 1) / threads;
-    said |= is_column ? cast_bands<In, Block, C>(plan, typed, out, type, begin, end, rows, columns, divisor, is_divided, random)
-                      : cast_blocks<In, Block, C>(plan, typed, out, type, begin, end, columns, divisor, is_divided, random);
+    said |= is_column
+                ? cast_bands<In, Block, C>(plan, typed, out, target.type, begin, end, rows, columns, divisor, is_divided, random)
+                : cast_blocks<In, Block, C>(plan, typed, out, target, scales, begin, end, columns, divisor, is_divided, random);
   }
   return said;
 }
 
 template <class In, int Block>
-int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, int type, int64_t matrices, int64_t rows,
-                    int64_t columns, bool is_column, float divisor, bool is_divided, const RandomPlan* random,
-                    int threads) {
+int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target target, float* scales, int64_t matrices,
+                    int64_t rows, int64_t columns, bool is_column, float divisor, bool is_divided,
+                    const RandomPlan* random, int threads) {
   const Chance chance = chance_of(plan.element, random != nullptr);
   const RandomPlan draw = random ? *random : RandomPlan{};
   const auto cast = chance == kFixed    ? cast_all_blocks<In, Block, kFixed>
                     : chance == kSingle ? cast_all_blocks<In, Block, kSingle>
                                         : cast_all_blocks<In, Block, kDouble>;
-  return cast(plan, x, out, type, matrices, rows, columns, is_column, divisor, is_divided, draw, threads);
+  return cast(plan, x, out, target, scales, matrices, rows, columns, is_column, divisor, is_divided, draw, threads);
+}
+
+auto blocks_of(const BlockPlan& plan, int dtype) {
+  const bool is_short = plan.block == 16;
+  return dtype == 0   ? (is_short ? cast_all_blocks<Fp32, 16> : cast_all_blocks<Fp32, 32>)
+         : dtype == 1 ? (is_short ? cast_all_blocks<Bf16, 16> : cast_all_blocks<Bf16, 32>)
+                      : (is_short ? cast_all_blocks<Fp16, 16> : cast_all_blocks<Fp16, 32>);
 }
 
 inline float finite(float amax) { return amax <= std::numeric_limits<float>::max() ? amax : 0.0f; }
@@ -750,12 +774,18 @@ int lp_encode(const CastPlan* plan, const TablePlan* table, const CodePlan* code
 int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t matrices, int64_t rows,
                    int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random, int threads) {
   ask_for_huge_pages(out, matrices * rows * columns * kOutBytes[type]);
-  const bool is_short = plan->block == 16;
-  const auto cast = dtype == 0   ? (is_short ? cast_all_blocks<Fp32, 16> : cast_all_blocks<Fp32, 32>)
-                    : dtype == 1 ? (is_short ? cast_all_blocks<Bf16, 16> : cast_all_blocks<Bf16, 32>)
-                                 : (is_short ? cast_all_blocks<Fp16, 16> : cast_all_blocks<Fp16, 32>);
   if (!is_column) rows *= matrices, matrices = 1;
-  return cast(*plan, x, out, type, matrices, rows, columns, is_column != 0, divisor, is_divided != 0, random, threads);
+  return blocks_of(*plan, dtype)(*plan, x, out, Target{type}, nullptr, matrices, rows, columns, is_column != 0, divisor,
+                                 is_divided != 0, random, threads);
+}
+
+// Codes of the elements, one byte each, of blocks along the columns, and one fp32 scale a block, NaN where it holds NaN or
+// Inf; in units of which the elements are.
+void lp_encode_blocks(const BlockPlan* plan, const CodePlan* codes, const void* x, int dtype, void* out, float* scales,
+                      int64_t rows, int64_t columns, float divisor, const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, rows * columns);
+  blocks_of(*plan, dtype)(*plan, x, out, Target{kCodes, codes}, scales, 1, rows, columns, false, divisor, false, random,
+                          threads);
 }
 
 // max |x| over the blocks of 16 elements, laid as above, that hold neither NaN nor Inf; 0 if there is none.

@@ -24,6 +24,34 @@ int lp_decode(const CodePlan* plan, const void* codes, int bytes, float* out, in
   return is_beyond;
 }
 
+// The fp32 values of codes of blocks along the columns of a [rows, columns] matrix, times `unit` and the block's scale,
+// divided by `divisor` if is_divided. Returns as lp_decode does.
+int lp_decode_blocks(const CodePlan* plan, const uint8_t* codes, const float* scales, float* out, int64_t rows,
+                     int64_t columns, int64_t block, float unit, float divisor, int is_divided, int threads) {
+  ask_for_huge_pages(out, rows * columns * 4);
+  constexpr int64_t kPart = 4096;  // elements that stay in the first-level cache
+  const int64_t blocks = (columns + block - 1) / block, parts = (columns + kPart - 1) / kPart;
+  int is_beyond = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : is_beyond)
+  for (int64_t item = 0; item < rows * parts; ++item) {
+    const int64_t row = item / parts, first = item % parts * kPart, size = std::min(kPart, columns - first);
+    float* const values = out + row * columns + first;
+    is_beyond |= decode_run<uint8_t, int32_t>(*plan, codes + row * columns + first, values, size);
+    const float* const scale = scales + row * blocks + first / block;
+    for (int64_t at = 0; at < size; at += block) {
+      const float factor = scale[at / block];
+      const int64_t end = std::min(size, at + block);
+#pragma omp simd
+      for (int64_t i = at; i < end; ++i) values[i] = values[i] * unit * factor;
+    }
+    if (is_divided) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) values[i] /= divisor;
+    }
+  }
+  return is_beyond;
+}
+
 // The codes of `count` values on the grid, Inf of a format that has it among them. table, code_of: null but for a lookup
 // format, of which they hold the finite values, increasing, and their codes.
 void lp_codes(const CodePlan* plan, const float* table, const int32_t* code_of, int64_t values, const float* q, int64_t count,

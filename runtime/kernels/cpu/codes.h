@@ -18,7 +18,7 @@ namespace {
 
 // Mirrors CodePlan in runtime/kernels/cpu/codes.py, field by field.
 struct CodePlan {
-  int32_t kind;           // 0 float, 1 integer, 2 table
+  int32_t kind;           // 0 float, 1 integer, 2 table, 3 powers of two from 2^-127 on
   int32_t bits;           // of a code
   uint32_t shift;         // fraction bits of fp32 that the format lacks
   uint32_t offset;        // exponent of fp32 less that of the format, above the fraction bits that stay
@@ -148,6 +148,13 @@ void encode_run(const CodePlan& plan, const float* __restrict from, Code* __rest
       for (int64_t i = 0; i < count; ++i) out[i] = Code((int32_t(from[i]) + zero) & int32_t(mask));
     } else {
       for (int64_t i = 0; i < count; ++i) out[i] = Code((int64_t(from[i]) + zero) & mask);
+    }
+  } else if (p.kind == 3) {  // what is not positive has code 0
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = to_bits(from[i]), field = bits >> 23;
+      const uint32_t code = field > 254 ? 254 : field;
+      out[i] = Code((bits & 0x7fffffffu) > 0x7f800000u ? p.nan_code : bits >> 31 ? 0u : code);
     }
   } else {
     for (int64_t first = 0; first < count; first += 64) {

@@ -60,6 +60,8 @@ def codes_library() -> ctypes.CDLL | None:
     library.lp_decode.argtypes = [plan, pointer, integer, pointer, size, integer]
     library.lp_codes.argtypes = [plan, pointer, pointer, size, pointer, size, pointer, integer, integer]
     library.lp_codes.restype = None
+    real = ctypes.c_float
+    library.lp_decode_blocks.argtypes = [plan, pointer, pointer, pointer, size, size, size, real, real, integer, integer]
     return library
 
 
@@ -119,7 +121,8 @@ def code_plan(format: str) -> CodePlan | None:
 def _table_codes(row: LookupFormat) -> CodePlan | None:
     if row.bits > 8:
         return None
-    plan = CodePlan(kind=2, bits=row.bits)
+    is_exponents = row.values[:-1] == tuple(2.0 ** (e - 127) for e in range(255))
+    plan = CodePlan(kind=3 if is_exponents else 2, bits=row.bits)
     plan.values[: len(row.values)] = row.values
     first = {value: code for code, value in reversed(list(enumerate(row.values)))}  # of two zeros the first
     zeros = [code for code, value in enumerate(row.values) if value == 0 and math.copysign(1, value) < 0]

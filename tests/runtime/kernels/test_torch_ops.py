@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lpcompile
-from runtime.kernels.cast import public
+from runtime.kernels.cast import block_codes, public
 from runtime.kernels.torch_ops import OPS
 from runtime.ops import matrix_product, site_products, traced
 from runtime.ops.plan import plan_text
@@ -105,6 +105,12 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "encode": [(X, None, "e4m3", None, *DRAW, "saturate"), (X, None, "dlfloat16", "stochastic", *DRAW, "ieee")],
     "first_step": [(X, X.new_zeros(1), 127.0, False), (W, W.new_zeros(1), 7.0, True)],
     "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2"), (torch.arange(16).view(4, 4).t(), "nf4")],
+    "encode_blocks": [
+        (X, "mxfp8", None, *DRAW), (X.bfloat16(), "nvfp4", "stochastic", *DRAW), (X.mT, "mxint8", None, *DRAW),
+        (X.double(), "mxfp4:scale=rceil", None, *DRAW),
+    ],
+    "decode_blocks": [(torch.arange(64, dtype=torch.uint8).view(2, 32) % 16, torch.full((2, 2), 56, dtype=torch.uint8),
+                       torch.tensor(3.0), "nvfp4")],
     "scale": [(X, f"{E4M3} row/amax", "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
     "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, PLAIN[0], None, "", "")],
@@ -112,7 +118,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
 
 
 def test_every_op_has_a_sample() -> None:
-    assert all((lsq, matrix_product, public, site_products, traced)), "all that declares ops is imported"
+    assert all((block_codes, lsq, matrix_product, public, site_products, traced)), "all that declares ops is imported"
     assert set(SAMPLES) == set(OPS)
 
 
