@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from lpcompile.errors import NotSupported
 from lpcompile.frontends.export.functions import write_functions
-from lpcompile.frontends.export.leaf_calls import inline_leaves, opaque_leaves
+from lpcompile.frontends.export.leaf_calls import LeafCall, inline_leaves, opaque_leaves
 from lpcompile.frontends.export.sizes import SizeRules, size_rules
 from lpcompile.frontends.leaves.find import Leaf
 from passes.ir.gemm_nodes import read_gemm, stem_of
@@ -49,28 +49,20 @@ class Exported:
 
 
 def export_graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf], dynamic: bool = True
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]
 ) -> Exported:
     """The graph of one call of a model in evaluation mode, without gradients; nothing is computed, and the model is
-    left as it was. With `dynamic`, sizes above 1 are symbols where the forward does not fix them.
+    left as it was. Sizes above 1 are symbols where the forward does not fix them.
 
-    Raises NotSupported with the reason where torch.export gives no graph that stands for the forward.
+    Plain values that a forward writes into attributes or configs are no part of the graph, if with them a second call
+    writes no more and computes the same. Raises NotSupported with the reason where torch.export gives no graph that
+    stands for the forward.
     """
     values, in_spec = pytree.tree_flatten((args, dict(kwargs)))
-    dims = torch.export.ShapesCollection()
     for value in values:
-        if isinstance(value, Tensor) and dynamic:
-            dims[value] = [Dim.AUTO if size > 1 else Dim.STATIC for size in value.shape]
-        elif not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, torch.dtype):
+        if not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, torch.dtype):
             raise NotSupported(f"an argument is a {type(value).__name__}, which no graph can take")
-    with _left_as_it_was(model, leaves), torch.no_grad(), opaque_leaves(model, leaves) as calls:
-        try:
-            shapes = dims.dynamic_shapes(model, args, dict(kwargs))
-            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
-        except NotSupported:
-            raise
-        except Exception as error:  # whatever a forward does with tensors that have no data
-            raise NotSupported(f"torch.export says {type(error).__name__}: {_first_line(error)}") from error
+    program, calls = _traced(model, args, kwargs, leaves)
     graph, signature = fx.Graph(), program.graph_signature
     graph.output(graph.graph_copy(program.graph, {}))
     assert all(each.kind is OutputKind.USER_OUTPUT for each in signature.output_specs)  # writes are operations
@@ -104,6 +96,62 @@ def export_graph(
     assert program.call_spec.in_spec == in_spec
     assert program.call_spec.out_spec is not None
     return Exported(graph, in_spec, program.call_spec.out_spec, sizes)
+
+
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]
+) -> "_Trace":
+    """What torch.export makes of one call, and of a second one where the first writes attributes."""
+    dims = torch.export.ShapesCollection()
+    for value in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(value, Tensor):
+            dims[value] = [Dim.AUTO if size > 1 else Dim.STATIC for size in value.shape]
+
+    def trace() -> _Trace:
+        with torch.no_grad(), opaque_leaves(model, leaves) as calls:
+            try:
+                shapes = dims.dynamic_shapes(model, args, dict(kwargs))
+                return _Trace(
+                    torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False), calls
+                )
+            except NotSupported:
+                raise
+            except Exception as error:  # whatever a forward does with tensors that have no data
+                raise NotSupported(f"torch.export says {type(error).__name__}: {_first_line(error)}") from error
+
+    with _left_as_it_was(model, leaves) as changes:
+        first = trace()
+        if not changes:
+            return first
+        for holder, name, value in changes:  # torch.export takes some of them back
+            holder[name] = value
+        changes.clear()
+        second = trace()
+        if changes or not _is_same_program(first.program, second.program):
+            raise NotSupported(_CHANGES)
+        return second
+
+
+_Change = tuple[dict[str, Any], str, Any]
+"""A dict of attributes, a name in it, and the plain value that was written."""
+
+
+class _Trace(NamedTuple):
+    program: torch.export.ExportedProgram
+    calls: list[LeafCall]
+    """Of leaves."""
+
+
+def _is_same_program(left: torch.export.ExportedProgram, right: torch.export.ExportedProgram) -> bool:
+    constants = [{key: each for key, each in program.constants.items()} for program in (left, right)]
+    return (
+        str(left.graph) == str(right.graph)
+        and constants[0].keys() == constants[1].keys()
+        and all(
+            each is constants[1][key] or (isinstance(each, Tensor) and torch.equal(each, constants[1][key]))
+            for key, each in constants[0].items()
+        )
+    )
 
 
 def _does_more(node: fx.Node) -> bool:
@@ -178,19 +226,24 @@ def _hint(size: Any) -> int:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[None]:
-    """What the forward writes into modules, their containers and their configs, and draws of random numbers, is undone,
-    and raises NotSupported. Hooks of the root do not run.
+def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[list[_Change]]:
+    """What the forward writes into modules, their containers and their configs, and draws of random numbers, is undone.
+    The plain values among it are in the list that is given; others raise NotSupported. Hooks of the root do not run.
     """
     before, seeds, original = _State(model.modules()), (torch.get_rng_state(), random.getstate()), model.forward
-    known = {leaf.path for leaf in leaves}
+    known, changes = {leaf.path for leaf in leaves}, list[_Change]()
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = _State(module for path, module in model.named_modules() if path not in known)
         result = original(*args, **kwargs)
-        if before.changed():
-            raise NotSupported("its forward changes attributes of a module")
+        for holder, old in before.changed():
+            if not isinstance(holder, dict) or holder.keys() != old.keys():
+                raise NotSupported(_CHANGES)
+            names = [name for name in holder if not _is_same(holder[name], old[name])]
+            if any(not isinstance(each[name], bool | int | float | str | None) for name in names for each in (holder, old)):
+                raise NotSupported(_CHANGES)
+            changes.extend((holder, name, holder[name]) for name in names)
         if any(isinstance(each, torch.Size) for each in pytree.tree_leaves(result, is_leaf=_is_size)):
             raise NotSupported("its forward returns a torch.Size, for which a graph gives a tuple")
         return result
@@ -201,7 +254,7 @@ def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is undone here
-            yield
+            yield changes
     finally:
         before.restore()
         torch.set_rng_state(seeds[0])
@@ -246,6 +299,7 @@ def _is_same(left: Any, right: Any) -> bool:
     return isinstance(left, (set, frozenset, bool, int, float, str)) and left == right
 
 
+_CHANGES = "its forward changes attributes of a module"
 _MOST_ELEMENTS = 64
 """Of a tensor that a graph makes anew in each call: a microsecond or two."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
