@@ -191,17 +191,17 @@ def test_fp32_has_the_kernels_of_the_original(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "norm"), [("llama", "rsqrt"), ("gpt2", "native_layer_norm")])
-def test_norms_and_the_casts_behind_them_are_one_kernel(name: str, norm: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_norms_and_the_casts_behind_them_are_one_kernel(name: str) -> None:
     """The residual before a norm, the norm, the amax of its rows and the rounding: five norms, five kernels."""
     batch, model = ZOO[name].batch(0), build(name).eval()
     lpcompile(model, "fp8-rowwise", example_kwargs=batch)
     with torch.no_grad():
         _, codes = run_and_get_code(torch.compile(model, fullgraph=True), **batch)
-    kernels = re.findall(r"^(cpp_fused\w*) = async_compile", codes[0], re.MULTILINE)
-    norms = [kernel for kernel in kernels if norm in kernel]
+    kernels = [text.partition("''')")[0] for text in codes[0].split(" = async_compile.")[1:]]
+    norms = [kernel for kernel in kernels if "sqrt(" in kernel]
     assert len(norms) == 5
-    assert all("amax" in kernel and "clamp" in kernel for kernel in norms)
+    assert all("448" in kernel for kernel in norms)  # the amax of e4m3 and its saturation
 
 
 @pytest.mark.parametrize("with_examples", [True, False])
