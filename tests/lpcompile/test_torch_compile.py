@@ -6,7 +6,6 @@ same bits; inductor fuses and orders sums anew.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 

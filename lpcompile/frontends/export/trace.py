@@ -98,9 +98,7 @@ def export_graph(
     return Exported(graph, in_spec, program.call_spec.out_spec, sizes)
 
 
-def _traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]
-) -> "_Trace":
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]) -> "_Trace":
     """What torch.export makes of one call, and of a second one where the first writes attributes."""
     dims = torch.export.ShapesCollection()
     for value in pytree.tree_leaves((args, dict(kwargs))):
@@ -143,14 +141,12 @@ class _Trace(NamedTuple):
 
 
 def _is_same_program(left: torch.export.ExportedProgram, right: torch.export.ExportedProgram) -> bool:
-    constants = [{key: each for key, each in program.constants.items()} for program in (left, right)]
-    return (
-        str(left.graph) == str(right.graph)
-        and constants[0].keys() == constants[1].keys()
-        and all(
-            each is constants[1][key] or (isinstance(each, Tensor) and torch.equal(each, constants[1][key]))
-            for key, each in constants[0].items()
-        )
+    if str(left.graph) != str(right.graph) or left.constants.keys() != right.constants.keys():
+        return False
+    pairs = ((constant, right.constants[name]) for name, constant in left.constants.items())
+    return all(
+        one is other or (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other))
+        for one, other in pairs
     )
 
 
@@ -241,7 +237,9 @@ def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[list[_
             if not isinstance(holder, dict) or holder.keys() != old.keys():
                 raise NotSupported(_CHANGES)
             names = [name for name in holder if not _is_same(holder[name], old[name])]
-            if any(not isinstance(each[name], bool | int | float | str | None) for name in names for each in (holder, old)):
+            if any(
+                not isinstance(each[name], bool | int | float | str | None) for name in names for each in (holder, old)
+            ):
                 raise NotSupported(_CHANGES)
             changes.extend((holder, name, holder[name]) for name in names)
         if any(isinstance(each, torch.Size) for each in pytree.tree_leaves(result, is_leaf=_is_size)):

@@ -75,7 +75,12 @@ def _encode(
         check_counter(**draw)
     is_narrowed = row.rule == "two_level" and x.dtype == torch.float64  # it rounds to fp32 before anything else
     given = fast_encode_blocks(
-        x.float() if is_narrowed else x, row, block_plan(row, mode), is_stochastic=mode == "stochastic", seed=seed, **draw
+        x.float() if is_narrowed else x,
+        row,
+        block_plan(row, mode),
+        is_stochastic=mode == "stochastic",
+        seed=seed,
+        **draw,
     )
     if given is None:
         return block_casts.encode_blocks(x, row, mode, seed=seed, **draw)

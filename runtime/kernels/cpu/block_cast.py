@@ -4,7 +4,6 @@ On CUDA Triton kernels give the same values.
 """
 
 import ctypes
-
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,15 @@ from torch import Tensor
 from runtime.errors import FormatError
 from runtime.kernels.constants import RULE_NUMBERS
 from runtime.kernels.cpu.address import address
-from runtime.kernels.cpu.cast_library import DTYPES, OUT_DTYPES, BlockPlan, RandomPlan, cast_library, is_readable, num_threads
+from runtime.kernels.cpu.cast_library import (
+    DTYPES,
+    OUT_DTYPES,
+    BlockPlan,
+    RandomPlan,
+    cast_library,
+    is_readable,
+    num_threads,
+)
 from runtime.kernels.cpu.codes import CodePlan, code_plan, codes_library
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton

@@ -61,7 +61,19 @@ def codes_library() -> ctypes.CDLL | None:
     library.lp_codes.argtypes = [plan, pointer, pointer, size, pointer, size, pointer, integer, integer]
     library.lp_codes.restype = None
     real = ctypes.c_float
-    library.lp_decode_blocks.argtypes = [plan, pointer, pointer, pointer, size, size, size, real, real, integer, integer]
+    library.lp_decode_blocks.argtypes = [
+        plan,
+        pointer,
+        pointer,
+        pointer,
+        size,
+        size,
+        size,
+        real,
+        real,
+        integer,
+        integer,
+    ]
     return library
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from runtime.errors import FormatError
-from runtime.kernels.cast import block_codes
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import SOURCE
 from runtime.numerics import block_casts, decode_blocks, encode, encode_blocks, quantize
@@ -53,7 +52,12 @@ def test_the_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(block_casts, "encode_blocks", never)
     monkeypatch.setattr(block_casts, "decode_blocks", never)
-    for x in (torch.randn(4, 64), torch.randn(4, 64).half(), torch.randn(64, 4).bfloat16().t(), torch.randn(4, 64)[:, ::2]):
+    for x in (
+        torch.randn(4, 64),
+        torch.randn(4, 64).half(),
+        torch.randn(64, 4).bfloat16().t(),
+        torch.randn(4, 64)[:, ::2],
+    ):
         decode_blocks(*encode_blocks(x, name)[:2], name)
 
 

@@ -440,6 +440,44 @@ def test_inductor_is_within_rounding_of_the_leaf_path(name: str) -> None:
         assert (found[key] - want).abs().max() <= 1e-3 * want.abs().max(), key
 
 
+@pytest.mark.parametrize("is_prepared_first", [False, True])
+def test_under_accelerate(is_prepared_first: bool) -> None:
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    model, x = _attention()
+    lpcompile(model, _policy({"match": {}, **_CASTS}), example_inputs=(x,))
+    eager = copy.deepcopy(model)
+    weights = []
+    for each in (model, eager):
+        optimizer = torch.optim.SGD(each.parameters(), 0.5)
+        run = each
+        if each is model and not is_prepared_first:
+            compile_joint(model, backend="aot_eager")
+        run, optimizer = accelerator.prepare(each, optimizer)
+        if each is model and is_prepared_first:
+            compile_joint(run, backend="aot_eager")
+        for _ in range(2):
+            accelerator.backward(run(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(each)
+        weights.append({name: p.detach() for name, p in each.named_parameters()})
+    assert differences(*weights) == []
+    assert len(_captured(model).roles) == len(report(model).gemms) // 3 > 0
+
+
+@pytest.mark.slow
+def test_experts_have_the_bits_of_eager_code() -> None:
+    """Which expert takes which token follows from data, so that their products stand behind breaks."""
+    model = _without_dropout(build("mixtral"))
+    lpcompile(model, "hfp8", example_kwargs=ZOO["mixtral"].batch(0))
+    eager = copy.deepcopy(model)
+    compile_joint(model, backend="aot_eager")
+    for number in (0, 1, 0):
+        batch = ZOO["mixtral"].batch(number)
+        assert differences(_language_results(model, model, batch), _language_results(eager, eager, batch)) == []
+    assert _calls(model) == _calls(eager)
+
+
 def _without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
