@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP) ## train the default GPT with hfp8 on 2 DeepSpeed workers, then in fp32, and compare
-	$(BIN)/python -m launch train --policy hfp8 --engine deepspeed --nproc 2 --compare fp32 $(TRAIN_FLAGS)
+	$(BIN)/python -m launch train --policy hfp8 --engine deepspeed --nproc 2 --capture joint --compare fp32 $(TRAIN_FLAGS)
 
 test: lint ## lint, then every test but the slow ones (under 15 minutes on 2 cores)
 	$(TESTS) -m "not slow"

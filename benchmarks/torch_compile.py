@@ -1,13 +1,14 @@
-"""Under torch.compile: forward and backward of a Llama-shaped model under a policy, against eager code and torchao.
+"""Under torch.compile: training steps of a Llama-shaped model under a policy, against eager code and torchao.
 
     python -m benchmarks.torch_compile [--width 512] [--layers 4] [--batch 4] [--length 128] [--policy fp8-rowwise]
-                                       [--rounds 9] [--threads 2] [--only WORD ...]
+                                       [--rounds 9] [--threads 2] [--only WORD ...] [--no-update]
 
 Contenders, which take turns, on the same weights and tokens: the original model eager and compiled; lpcompile eager
 and compiled; the joint front end op by op and by Inductor; and torchao's convert_to_float8_training (emulate=True, what
 runs without FP8 units) with scales per row and per tensor, compiled. Printed: seconds of the first call, median ms, and
 the ratios to the original in eager code, to lpcompile in eager code and to torchao per row. `--only` keeps contenders
-whose name has one of the words.
+whose name has one of the words. A step is forward, backward and fused AdamW; with `--no-update` the weights stay, as
+over the micro-batches of one step, and casts of them that eager code keeps are not made again.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._timing import median_ms, show
-from lpcompile import compile_joint, lpcompile
+from lpcompile import attach, compile_joint, lpcompile
+from lpcompile.compiled import find_compiled
 
 _VOCABULARY = 2048
 _EAGER, _TORCHAO = "lpcompile", "torchao rowwise, compiled"
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--only", nargs="+", default=[], help="words of the contenders to keep")
+    parser.add_argument("--no-update", action="store_true", help="forward and backward alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -57,7 +60,7 @@ def main() -> None:
     for name, make in makers.items():
         start = time.perf_counter()
         try:
-            steps[name] = _step(make(copy.deepcopy(model)), tokens)
+            steps[name] = _step(make(copy.deepcopy(model)), tokens, not options.no_update)
         except ImportError as error:
             print(f"{name} is not measured: {str(error).splitlines()[0]}")
             continue
@@ -110,13 +113,24 @@ def _torchao(model: nn.Module, recipe: str) -> nn.Module:
     return converted
 
 
-def _step(model: Callable[..., Any], tokens: Tensor) -> Step:
-    return lambda: model(input_ids=tokens, labels=tokens).loss.backward()
+def _step(model: Any, tokens: Tensor, updates: bool) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if find_compiled(model) is not None:
+        attach(model, optimizer)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        if updates:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def _print(medians: dict[str, float], seconds: dict[str, float], options: argparse.Namespace) -> None:
+    what = "forward and backward" if options.no_update else "training step"
     table = Table(
-        *("forward and backward", "first call s", "median ms", "x original", f"x {_EAGER}", "x torchao rowwise"),
+        *(what, "first call s", "median ms", "x original", f"x {_EAGER}", "x torchao rowwise"),
         title=f"{options.policy}: {options.layers} layers, width {options.width}, {options.batch} x {options.length}, "
         f"{options.threads} threads, torch {torch.__version__}",
     )

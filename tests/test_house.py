@@ -44,7 +44,9 @@ def test_faces_export_what_the_design_names() -> None:
 
     assert set(lpcompile.__all__) >= {"Policy", "advance", "attach", "load_policy", "lpcompile", "report", "LpError"}
     assert set(runtime.collectives.__all__) == {"all_reduce", "reduce_scatter"}
-    assert set(runtime.numerics.__all__) == {"FORMATS", "decode", "encode", "get_format", "quantize"}
+    assert set(runtime.numerics.__all__) == {
+        "FORMATS", "decode", "decode_blocks", "encode", "encode_blocks", "get_format", "quantize"
+    }  # fmt: skip
 
 
 def test_the_example_runs() -> None:

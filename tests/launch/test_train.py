@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from launch.cli import run
+from tests.launch.kills import workers_of
 from tests.multiprocess import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,8 +233,7 @@ def _a_worker_of(parent: "subprocess.Popen[bytes]", run: Path) -> int:
     while not (run / "checkpoints" / "latest").exists():
         time.sleep(0.02)
         assert parent.poll() is None
-    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True).stdout
-    return int(children.split()[-1])
+    return workers_of(parent.pid)[-1]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lpcompile import Policy, advance, lpcompile, report
 from runtime.numerics import quantize
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
+from tests.machine_facts import needs_kernels
 
 
 def _nearest(x: Fraction, row: FloatFormat) -> Fraction:
@@ -140,7 +141,9 @@ def test_a_compiled_linear_layer_sums_in_1_6_9() -> None:
     assert torch.equal(layer.weight.grad, _product(dy8.t(), x8))
 
 
-@pytest.mark.parametrize("without_kernels", [False, True], ids=["a kernel", "the reference"])
+@pytest.mark.parametrize(
+    "without_kernels", [pytest.param(False, marks=needs_kernels), True], ids=["a kernel", "the reference"]
+)
 def test_an_output_padding_of_a_stride(without_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Legal where the dilation is larger: dy has room for one position more than x has. Small integers are exact."""
     if without_kernels:

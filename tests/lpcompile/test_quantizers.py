@@ -21,9 +21,8 @@ from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES, PIPELINES
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.fingerprint import SOURCE
 from runtime.quantize.store import quantizers_of
+from tests.machine_facts import needs_kernels
 
 PACT = {"format": "uint4", "quantizer": {"kind": "pact", "init": 2.0}}
 PACT_SIGNED = {"format": "int4", "quantizer": {"kind": "pact", "init": 2.0}}
@@ -135,6 +134,7 @@ def test_clips_of_their_own_are_casts_of_their_own() -> None:
     assert report(model).num_quantize_after == 6
 
 
+@needs_kernels
 def test_a_kept_cast_of_a_weight_is_of_its_scale() -> None:
     model = lpcompile(_model(), _policy()).eval()
     x = torch.randn(4, 16)
@@ -185,7 +185,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last:
     return losses
 
 
-@pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+@needs_kernels
 def test_inductor_learns_what_eager_code_does() -> None:
     eager, model = (lpcompile(_model(), _policy(LSQ)) for _ in range(2))
     torch._dynamo.reset()

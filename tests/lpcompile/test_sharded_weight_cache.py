@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lpcompile import lpcompile, report
 from runtime.collectives.process_group import set_group_timeouts
 from runtime.ops import small
+from tests.machine_facts import needs_kernels
 from tests.multiprocess import run_ranks
 
 _WIDTH, _DEPTH, _STEPS = 64, 4, 2
@@ -52,6 +53,7 @@ def test_no_rank_holds_more_than_the_plain_model(wrapper: str) -> None:
         assert abs(compiled["loss"] - plain["loss"]) < 0.1 * plain["loss"]
 
 
+@needs_kernels
 def test_under_ddp_each_rank_keeps_its_own_and_lets_them_go() -> None:
     for found in run_ranks(train_both, 2, "ddp", timeout_s=120):
         compiled = found["fp8-rowwise"]

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lpcompile import lpcompile
 from lpcompile.frontends.joint.compiling import compile_joint
+from tests.machine_facts import needs_compiler
 
 SHIPPED = ("bf16", "fp16", "fp32", "fp32-emulated", "fp8-rowwise", "hfp8", "int8")
 LAYER = """
@@ -124,6 +125,7 @@ SHAPES: dict[str, Any] = {
 }
 
 
+@needs_compiler
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("name", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in list(SHAPES)[1:])])
 def test_scales_that_are_powers_of_two_compile(name: str, granularity: str, tmp_path: Path) -> None:

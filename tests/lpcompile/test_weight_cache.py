@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from lpcompile import advance, attach, lpcompile, report
 from lpcompile.api import WatchWeights, restore, run_state
 from passes.pipelines import PIPELINES
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.fingerprint import SOURCE
 from runtime.numerics.specs import QuantSpec
 from runtime.quantize import quantizer as casts
+from tests.machine_facts import needs_kernels
 from tests.zoo.models import ZOO, build, differences, names, run
 
 
@@ -35,7 +34,7 @@ def large_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 pytestmark = [
-    pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine"),
+    needs_kernels,
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`"),
 ]
 POLICIES = ["hfp8", "fp8-rowwise", "int8"]

@@ -83,7 +83,8 @@ def _encode(
         **draw,
     )
     if given is None:
-        return block_casts.encode_blocks(x, row, mode, seed=seed, **draw)
+        codes, scales, divisor = block_casts.encode_blocks(x, row, mode, seed=seed, **draw)
+        return codes.contiguous(), scales.contiguous(), divisor
     return given.codes, codes_on_grid(given.scales, row.scale), given.divisor
 
 

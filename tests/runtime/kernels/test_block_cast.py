@@ -12,15 +12,14 @@ from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu import block_cast
 from runtime.kernels.cpu.block_cast import fast_blocks
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import SOURCE
 from runtime.numerics import decode, quantize
 from runtime.numerics.block_casts import encode_blocks, quantize_blocks
 from runtime.numerics.block_formats import BLOCK_FORMATS, BlockFormat, get_block_format
 from runtime.numerics.casts import to_grid
 from runtime.numerics.specs import ROUNDINGS, QuantSpec
+from tests.machine_facts import needs_kernels
 
-pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+pytestmark = needs_kernels
 RULES = ("floor", "ceil", "rceil", "even")
 ALL = [*(f"{name}:scale={rule}" for name in BLOCK_FORMATS if name != "nvfp4" for rule in RULES), "nvfp4"]
 

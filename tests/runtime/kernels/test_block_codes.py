@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from runtime.errors import FormatError
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import SOURCE
 from runtime.numerics import block_casts, decode_blocks, encode, encode_blocks, quantize
 from runtime.numerics.block_formats import BLOCK_FORMATS, get_block_format
 from runtime.numerics.codes import codes_of_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import ROUNDINGS
+from tests.machine_facts import needs_kernels
 from tests.runtime.kernels.test_block_cast import ALL, hard_blocks, same_bits
 
-pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+pytestmark = needs_kernels
 DRAW = {"seed": 3, "step": 2, "stream": 5, "offset": 7}
 
 

@@ -18,14 +18,14 @@ from runtime.kernels.cast import public
 from runtime.kernels.cast.grid import fast_to_grid, fast_to_grid_checked
 from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu import build
-from runtime.kernels.cpu.cast_library import SOURCE, cast_library
+from runtime.kernels.cpu.cast_library import cast_library
 from runtime.numerics import quantize, random
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
+from tests.machine_facts import needs_kernels
 
-needs_kernel = pytest.mark.skipif(build.load_library(SOURCE) is None, reason="no C++ compiler on this machine")
 WRITTEN = ["1-6-9", "1-5-2:subnormals=no", "1-3-0:top=none", "1-2-3:bias=-3,top=nan", "1-8-22", "1-8-23:subnormals=no"]
 NAMES = [*FORMATS, *WRITTEN, "int5", "int8:range=full", "uint8:zero=64", "pow2:bits=6,max=0", "dlfloat16:e0=zero"]
 DECLINED = {"e8m0"}
@@ -100,7 +100,7 @@ def test_without_the_kernel_codes_are_contiguous(monkeypatch: pytest.MonkeyPatch
     assert torch.ops.lp.decode(codes.t(), "e4m3").stride() == (3, 1)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
     for mode, dtype in itertools.product(ROUNDINGS, (torch.float32, torch.bfloat16, torch.float16)):
@@ -114,7 +114,7 @@ def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
         assert same_bits(got, to_grid(x, spec, scale, seed=5, step=2, stream=7, offset=13)), (mode, dtype)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize(
     "draw",
     [
@@ -131,7 +131,7 @@ def test_the_kernel_draws_the_words_of_random_bits(draw: dict[str, int], monkeyp
     assert 0.24 < got.mean() < 0.26
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("name", ["e4m3", "dlfloat16", "int8", "fp32"])
 @pytest.mark.parametrize(
     "scale", ["tensor/amax", "row/pow2", "column/amax", "block[3,16]/amax", "block[128,128]/pow2", "block[5,1]/amax"]
@@ -147,7 +147,7 @@ def test_equals_the_oracle_with_every_scale(name: str, scale: str) -> None:
         assert same_bits(fast_to_grid(x, spec, s, seed=1), to_grid(x, spec, s, seed=1)), (shape, mode)
 
 
-@needs_kernel
+@needs_kernels
 def test_the_number_of_threads_changes_nothing() -> None:
     x = torch.randn(301, 1001, generator=torch.Generator().manual_seed(3))
     before = torch.get_num_threads()
@@ -213,7 +213,7 @@ def test_what_the_kernel_declines_takes_the_oracle() -> None:
     assert fast_to_grid(x.to("meta"), QuantSpec("e4m3", "stochastic"), None).shape == x.shape
 
 
-@needs_kernel
+@needs_kernels
 def test_fake_tensors_get_shapes() -> None:
     with FakeTensorMode():
         x = torch.empty(4, 6, dtype=torch.bfloat16)
@@ -243,7 +243,7 @@ def test_without_a_compiler_it_says_so_once_and_the_bits_are_equal(
         cast_library.cache_clear()
 
 
-@needs_kernel
+@needs_kernels
 def test_two_processes_that_build_at_once_both_get_the_library(tmp_path: Path) -> None:
     code = (
         "import torch; from runtime.kernels.cast.grid import fast_to_grid;"
@@ -257,7 +257,7 @@ def test_two_processes_that_build_at_once_both_get_the_library(tmp_path: Path) -
     assert len(list((tmp_path / "lpcompile").glob("*.so"))) == 1
 
 
-@needs_kernel
+@needs_kernels
 def test_nothing_is_built_by_importing() -> None:
     code = (
         "import runtime.kernels.cast.grid, runtime.numerics; from runtime.kernels.cpu.build import load_library;"
@@ -315,7 +315,7 @@ def casts_of_every_loop() -> list[Tensor]:
     ]
 
 
-@needs_kernel
+@needs_kernels
 def test_a_cpu_without_vectors_gets_the_same_bits(tmp_path: Path) -> None:
     """The portable path: the same file compiled for what the compiler takes for a default, plain x86-64 say."""
     code = (

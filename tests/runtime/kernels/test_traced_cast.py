@@ -21,6 +21,7 @@ from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import compute_scale
 from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding, ScaleSpec
+from tests.machine_facts import HAS_COMPILER, needs_compiler
 from tests.runtime.kernels.test_cast import DECLINED, NAMES, hard_values
 
 DRAW = Draw(seed=2**40 + 5, step=2, stream=(7 << 33) + 7, offset=13)
@@ -57,6 +58,8 @@ def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
 
 
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    if not HAS_COMPILER:
+        pytest.skip("no C++ compiler")
     torch._dynamo.reset()
     metrics.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
@@ -98,6 +101,7 @@ def test_compiled_stochastic_rounding_draws_the_bits_of_eager_code() -> None:
     assert same_bits(_compiled(cast)(x), cast(x))  # type: ignore[arg-type]
 
 
+@needs_compiler
 def test_a_cast_is_one_kernel_with_its_neighbours() -> None:
     def around(x: Tensor) -> Tensor:
         return quantize(x * 2, "e4m3", scale=x.abs().amax() / 448) + 1
@@ -120,6 +124,7 @@ def _num_kernels(function: Callable[..., object], *given: Tensor) -> int:
     return len(re.findall(r"^cpp_fused\w* = async_compile", codes[0], re.MULTILINE))
 
 
+@needs_compiler
 @pytest.mark.parametrize("spec", ["e4m3", "e4m3 nearest_even row/amax", "int8 nearest_even tensor/amax"])
 def test_a_norm_and_the_cast_of_its_result_are_one_kernel(spec: str) -> None:
     """Statistics, norm, amax and rounding: x is read from memory, the grid written to it, and nothing between."""

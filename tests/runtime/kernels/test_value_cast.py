@@ -12,17 +12,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from runtime.errors import FormatError
 from runtime.kernels.cast import values as value_cast
 from runtime.kernels.cast_plans import table_plan
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import SOURCE
 from runtime.numerics import decode, get_format, quantize
 from runtime.numerics.block_casts import quantize_blocks
 from runtime.numerics.grid import round_to_grid
 from runtime.numerics.specs import ROUNDINGS
+from tests.machine_facts import needs_kernels
 from tests.runtime.kernels.test_block_cast import hard_blocks
 from tests.runtime.kernels.test_cast import DECLINED, NAMES, hard_values
 
 DRAW = {"seed": 2**40 + 5, "step": 2, "stream": (7 << 33) + 7, "offset": 13}
-needs_kernel = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -35,7 +33,7 @@ def by_the_oracle(x: Tensor, name: str, mode: str, scale: Tensor | None = None) 
     return (q if scale is None else q * scale).to(x.dtype)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
     for mode, dtype in itertools.product(ROUNDINGS, (torch.float32, torch.bfloat16, torch.float16)):
@@ -109,7 +107,7 @@ def test_what_cannot_be_written_is_refused_in_four_parts() -> None:
             assert "Try" in said
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("name", ["mxfp8", "mxint8:scale=rceil", "nvfp4"])
 def test_block_formats_into_out(name: str) -> None:
     for columns, mode in itertools.product((128, 75), ROUNDINGS):
@@ -124,7 +122,7 @@ class Around(nn.Module):
         return quantize(x * 2, "e4m3") + quantize(x, "e5m2", "stochastic", 0.5, seed=3)
 
 
-@needs_kernel
+@needs_kernels
 def test_make_fx_sees_one_node_with_its_shape() -> None:
     x = torch.randn(4, 6)
     graph = make_fx(Around())(x)
@@ -145,7 +143,7 @@ def test_export_has_the_bits_of_eager_code() -> None:
         assert torch.equal(exported(x), Around()(x))
 
 
-@needs_kernel
+@needs_kernels
 def test_compiled_code_writes_into_out() -> None:
     x, out = torch.randn(4, 6), torch.empty(4, 6)
     torch._dynamo.reset()

@@ -24,6 +24,7 @@ from runtime.numerics.formats import get_format
 from runtime.numerics.random import random_bits
 from runtime.numerics.reference_gemm import RandomKey
 from runtime.numerics.specs import ACCUMULATE_MODELS, PRODUCTS, ROUNDINGS, AccumulateSpec, GemmSpec, QuantSpec
+from tests.machine_facts import needs_compiler
 
 OPERANDS = [("e4m3", "e5m2"), ("dlfloat16", "hfp8-143"), ("bf16", "int8"), ("fp32", "fp16")]
 ACCUMULATORS = ["dlfloat16", "1-6-9", "fp16", "bf16", "e5m2", "1-8-14", "tf32", "fp32"]
@@ -292,6 +293,7 @@ class Product(nn.Module):
         return gemm(a * 2, b, seed=2**63 + 5, step=3, **how) + 1  # type: ignore[arg-type]
 
 
+@needs_compiler
 def test_it_is_one_node_of_fx_export_and_compiled_code() -> None:
     a, b, other = torch.randn(2, 5, 40), torch.randn(40, 3), torch.randn(2, 5, 40)
     expected = Product()(other, b)

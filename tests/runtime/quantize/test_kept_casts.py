@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.fingerprint import SOURCE
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import constant_scale, quantize
 from runtime.ops.layer import cast
@@ -20,8 +18,9 @@ from runtime.quantize import kept_casts as constants
 from runtime.quantize.kept_casts import Constants
 from runtime.quantize.qtensor import CastKey
 from runtime.state import RunState
+from tests.machine_facts import needs_kernels
 
-pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+pytestmark = needs_kernels
 
 SPECS = ["e4m3 nearest_even", "e4m3 nearest_even row/amax", "int8 nearest_even tensor/amax", "mxfp8 nearest_even row"]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lpcompile import lpcompile, report
 from lpcompile.frontends.intercept.weight_reads import reads_a_matrix_below
+from tests.machine_facts import needs_kernels
 
 
 def _convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ def test_a_leaf_that_was_not_called_is_not_told_to_run() -> None:
     assert told.to_text().startswith(f"policy hfp8 ({told.policy_hash[:12]}): 6 of 6 named GEMMs run so")
 
 
+@needs_kernels
 def test_compiled_code_counts_none_so_nothing_is_told_of_its_leaves() -> None:
     model = lpcompile(_Called(), "hfp8")
     torch.compile(model, backend="aot_eager")(torch.randn(2, 16, 16))

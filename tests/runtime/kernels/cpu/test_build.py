@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from runtime.kernels.cpu import build
+from tests.machine_facts import needs_compiler
 
 ROOT = Path(__file__).resolve().parents[4]
-needs_compiler = pytest.mark.skipif(not any(map(build.shutil.which, build.COMPILERS)), reason="no C++ compiler")
 
 
 @pytest.fixture

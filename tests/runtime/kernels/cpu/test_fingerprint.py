@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cpu import fingerprint as kernel
-from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.fingerprint import LANES, PRIME, SOURCE, WORDS, fingerprint
+from runtime.kernels.cpu.fingerprint import LANES, PRIME, WORDS, fingerprint
+from tests.machine_facts import needs_kernels
 
-pytestmark = pytest.mark.skipif(load_library(SOURCE) is None, reason="no C++ compiler on this machine")
+pytestmark = needs_kernels
 
 
 def _expected(x: Tensor) -> bytes:
