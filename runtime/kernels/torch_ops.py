@@ -3,12 +3,14 @@
     declare(schema, run, fake=...)      defines lp::NAME and adds its row to OPS
 
 The schema says what an op writes, `Tensor(a!)`. `run` alone may read the memory of a tensor (kernels/cpu/address.py):
-while it runs nothing can observe, so that kernels call one another there without a dispatcher. Whatever may be
-observed, layers and public functions, calls torch.ops.lp.NAME and nothing below it.
+while it runs nothing can observe, so that kernels call one another there without a dispatcher, and autocast is off: it
+would round what torch's own products give. Whatever may be observed, layers and public functions, calls
+torch.ops.lp.NAME and nothing below it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -72,13 +74,28 @@ def declare(
     op = TorchOp(schema, run, fake, backward, flops)
     OPS[op.name] = op
     _LIBRARY.define(schema)
-    _LIBRARY.impl(op.name, run, "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd")
+    _LIBRARY.impl(
+        op.name,
+        run if fake is None else _without_autocast(run),
+        "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd",
+    )
     if fake is not None:
         register_fake(f"lp::{op.name}", fake, lib=_LIBRARY)
     if backward is not None:
         register_autograd(f"lp::{op.name}", backward, setup_context=setup_context, lib=_LIBRARY)
     if flops is not None:
         register_flops(op.name, flops)
+
+
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return run(*args, **kwargs)
+        with torch._C._DisableAutocast():  # type: ignore[attr-defined]
+            return run(*args, **kwargs)
+
+    return call
 
 
 _LIBRARY = Library("lp", "FRAGMENT")

@@ -1,5 +1,6 @@
 """The table of torch ops: every row has sample calls here, which torch.library.opcheck takes apart."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,20 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
 def test_every_op_has_a_sample() -> None:
     assert all((block_codes, lsq, matrix_product, public, site_products, traced)), "all that declares ops is imported"
     assert set(SAMPLES) == set(OPS)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if OPS[name].fake is not None])
+def test_autocast_changes_nothing_inside(name: str) -> None:
+    """Products of torch in a kernel would be rounded to bf16, and then by the policy."""
+    for args in SAMPLES[name]:
+        found = []
+        for is_on in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+                results = getattr(torch.ops.lp, name).default(*copy.deepcopy(args))
+            found.append([results] if isinstance(results, torch.Tensor) else results or [])
+        for plain, cast in zip(*found, strict=True):
+            assert plain.dtype == cast.dtype
+            assert torch.equal(plain.nan_to_num(), cast.nan_to_num())
 
 
 @pytest.mark.parametrize(
