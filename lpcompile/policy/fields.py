@@ -25,6 +25,7 @@ from runtime.numerics.block_formats import (
 from runtime.numerics.formats import FORMATS, get_format
 from runtime.numerics.specs import (
     AUTO,
+    MAX_SIZE,
 )
 
 
@@ -134,7 +135,7 @@ AccumulatorName = Annotated[
     AfterValidator(lambda name: AUTO if name.lower() == AUTO else _check_format(name)),
     WithJsonSchema({"type": "string", "examples": [AUTO, *FORMATS]}),
 ]
-Count = Annotated[int, Field(strict=True, gt=0)]
+Count = Annotated[int, Field(strict=True, gt=0, le=MAX_SIZE)]
 Flag = Annotated[bool, Field(strict=True)]
 
 

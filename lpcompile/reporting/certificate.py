@@ -32,7 +32,7 @@ class Report:
     left_alone: list[str]
     """GEMM sites that no rule names: they run as the uncompiled model does."""
     unmatched_rules: list[str]
-    """Of every phase of the schedule."""
+    """Of every phase of the schedule; also of a shipped policy none of whose rules matches anything."""
     warnings: list[Finding]
     """What the checks of the policy against the model found, in any phase of the schedule: rules that match or decide
     nothing among it.
@@ -125,7 +125,7 @@ def report(model: nn.Module) -> Report:
         policy_hash=compiled.policy.hash,
         gemms=rows,
         left_alone=[site.name for site in compiled.sites if phase.resolution.specs.get(site.name) is None],
-        unmatched_rules=[f"{each.where} {each.what}" for each in findings if each.code == "rule-matches-nothing"],
+        unmatched_rules=[f"{each.where} {each.what}" for each in findings if each.code in _IDLE],
         warnings=findings,
         unreached=compiled.unreached,
         uncalled=uncalled,
@@ -195,3 +195,6 @@ def _row(
     accumulate = gemm.accumulate + (f"/{gemm.chunk}" if gemm.chunk else "")
     numbers = str(gemm.lhs), str(gemm.rhs), accumulate, gemm.out
     return GemmRow(site.name, site.op, role, *numbers, *how, rule, 2 * (site.n or 0) * (site.k or 0), *calls)
+
+
+_IDLE = ("rule-matches-nothing", "policy-names-nothing")

@@ -1,6 +1,7 @@
 """Checks: what of a policy does not fit the model at hand, found before anything runs.
 
     rule-matches-nothing   wrong   no GEMM of the model is what the rule is for
+    policy-names-nothing   wrong   the same of all rules of a shipped policy together
     rule-decides-nothing   wrong   rules above it decide all that it sets
     unsigned-operand       risk    a format without negative values, for what has or may have some
     rounded-again          risk    a result in fp32 leaves a layer of a bf16 or fp16 model in that dtype
@@ -69,6 +70,12 @@ def _idle_rules(policy: Policy, sites: Sequence[Site], resolution: Resolution) -
             above = ", ".join(use.deciders)
             what = f"({use.condition}) decides nothing: of its {len(use.sites)} GEMMs every role is decided above it"
             yield Finding("rule-decides-nothing", use.label, what, f"it before {above}, or not at all", is_wrong=True)
+    sets_one = [rule for rule, use in zip(policy.rules, resolution.rules) if not rule.leave and not use.is_idle]
+    if sets_one and not any(use.num_rows for rule, use in zip(policy.rules, resolution.rules) if not rule.leave):
+        what = f"none of its rules matched any of the {len(sites)} GEMMs"
+        ops = ", ".join(sorted({site.op for site in sites})) or "what it multiplies: no GEMM was found"
+        hint = f"a file with `extends: [{policy.name}]` and a rule for {ops}"
+        yield Finding("policy-names-nothing", policy.name, what, hint, is_wrong=True)
 
 
 def _what_would_match(rule: Rule, sites: Sequence[Site]) -> str:

@@ -92,7 +92,7 @@ def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return run(*args, **kwargs)
-        with torch._C._DisableAutocast():  # type: ignore[attr-defined]
+        with torch._C._DisableAutocast():
             return run(*args, **kwargs)
 
     return call

@@ -88,8 +88,8 @@ def expand_scale(scale: Tensor, x_shape: torch.Size, spec: QuantSpec) -> Tensor:
     """A scale as `compute_scale` shapes it, made to broadcast against x; only block makes a full-size tensor."""
     if spec.scale is None or spec.scale.granularity != "block" or not x_shape:
         return scale.reshape(()) if not x_shape else scale
-    rows, columns = spec.scale.block
     m, k = matrix_shape(x_shape)
+    rows, columns = tile_shape(x_shape, spec.scale)
     wide = scale.repeat_interleave(rows, dim=0)[:m].repeat_interleave(columns, dim=1)[:, :k]
     return wide.reshape(x_shape)
 
@@ -132,10 +132,16 @@ def matrix_shape(x_shape: torch.Size) -> tuple[int, int]:
 
 
 def tile_shape(x_shape: torch.Size, scale: ScaleSpec) -> tuple[int, int]:
-    """The tile of the matrix view that shares one scale; at least 1 x 1."""
+    """The tile of the matrix view that shares one scale; at least 1 x 1, and no larger than the matrix."""
     m, k = matrix_shape(x_shape)
     channel = math.prod(x_shape[1:-1]), k
-    tiles = {"tensor": (m, k), "row": (1, k), "column": (m, 1), "channel": channel, "block": scale.block}
+    tiles = {
+        "tensor": (m, k),
+        "row": (1, k),
+        "column": (m, 1),
+        "channel": channel,
+        "block": (min(scale.block[0], m), min(scale.block[1], k)),
+    }
     rows, columns = tiles[scale.granularity]
     return max(rows, 1), max(columns, 1)
 

@@ -51,6 +51,10 @@ def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
         raise FormatError(f'"{value}" is not a {kind}', hint=nearest_names(value, known))
 
 
+MAX_SIZE = 2**31 - 1
+"""Of a chunk of a sum, and of a block of a scale in each direction."""
+
+
 @dataclass(frozen=True)
 class ScaleSpec:
     """How the scale of an operand is chosen. The matrix view of x is (product of leading dims, last dim).
@@ -67,6 +71,8 @@ class ScaleSpec:
     def __post_init__(self) -> None:
         _check("scale granularity", self.granularity, GRANULARITIES)
         _check("scale rule", self.rule, (*SCALE_RULES, "learned"))
+        if not all(0 < size <= MAX_SIZE for size in self.block):
+            raise FormatError("not a block of a scale", expected=f"1 to {MAX_SIZE} each", got=str(self.block))
 
     def __str__(self) -> str:
         tile = f"[{self.block[0]},{self.block[1]}]" if self.granularity == "block" else ""
@@ -235,8 +241,10 @@ class AccumulateSpec:
         _check("product", self.product, PRODUCTS)
         _check("model of accumulation", self.model, ACCUMULATE_MODELS)
         _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
-        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
-            raise FormatError("not a chunk", expected="a whole number above 0, or None", got=repr(self.chunk))
+        if self.chunk is not None and (not isinstance(self.chunk, int) or not 0 < self.chunk <= MAX_SIZE):
+            raise FormatError(
+                "not a chunk", expected=f"a whole number of 1 to {MAX_SIZE}, or None", got=repr(self.chunk)
+            )
         if isinstance(row, LookupFormat):
             raise FormatError(f"{self.format} cannot hold a sum", hint="a float or an integer format")
         if isinstance(row, IntFormat):

@@ -208,7 +208,11 @@ def _surroundings(model: nn.Module) -> dict[str, Any]:
             found[f"{path}.{key}"] = value if isinstance(value, str) else id(value)
         for cls in type(module).__mro__:
             if cls.__module__ == type(model).__module__ or cls.__module__.startswith(("transformers", "timm", "torch")):
-                found[f"class {cls.__module__}.{cls.__qualname__}"] = [(k, id(v)) for k, v in vars(cls).items()]
+                found[f"class {cls.__module__}.{cls.__qualname__}"] = [
+                    (k, id(v))
+                    for k, v in vars(cls).items()
+                    if k != "__slotnames__"  # which copy keeps there
+                ]
             source = sys.modules.get(cls.__module__)
             found[f"module {cls.__module__}"] = [(key, id(value)) for key, value in vars(source).items()]
     return found

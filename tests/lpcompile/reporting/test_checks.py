@@ -1,6 +1,8 @@
 """Static checks: what of a policy does not fit a model is found, named, listed in every form, and refused if wrong."""
 
+import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from lpcompile import Policy, lpcompile, report
-from lpcompile.errors import LoweringError
+from lpcompile.errors import LoweringError, LoweringWarning
 from passes.finding import Finding, names_of
 from runtime.numerics import quantize
 from tests.lpcompile.checked import check_model
@@ -76,6 +78,20 @@ def test_a_rule_that_matches_nothing_says_what_would(match: dict, hint: str) -> 
     assert (finding.code, finding.where, finding.is_wrong) == ("rule-matches-nothing", "rules[0]", True)
     assert "matched none of the 1 GEMMs" in finding.what
     assert hint in finding.hint
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 1), nn.ReLU()])
+def test_a_shipped_policy_that_names_nothing_is_told(layer: nn.Module) -> None:
+    """Its rules are not told one by one: most models have no router."""
+    with pytest.warns(LoweringWarning, match=r"none of its rules matched any of the [01] GEMMs") as told:
+        model = lpcompile(nn.Sequential(layer), "fp8-rowwise")
+    assert len(told) == 1
+    assert [found.code for found in report(model).warnings] == ["policy-names-nothing"]
+    with pytest.raises(LoweringError, match="policy-names-nothing"):
+        lpcompile(nn.Sequential(copy.deepcopy(layer)), "fp8-rowwise", strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lpcompile(nn.Sequential(copy.deepcopy(layer)), "fp32", strict=True)  # has no rule that sets anything
 
 
 def test_strict_refuses_what_is_wrong_and_not_what_is_risky() -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from runtime.errors import FormatError
 from runtime.kernels.cast import scales
 from runtime.kernels.cast.scales import compute_scale
+from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import expand_scale
-from runtime.numerics.specs import QuantSpec
+from runtime.numerics.specs import MAX_SIZE, QuantSpec
 
 GRANULARITIES = ["tensor", "row", "column", "block[2,3]", "block[1,128]", "block[128,128]", "block[64,1]"]
 SHAPES = [(5, 7), (2, 3, 9), (11,), (1, 1), (130, 257)]
@@ -127,3 +128,16 @@ def test_no_scale_no_elements_no_dims_and_no_integers() -> None:
 
 def _without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scales, "fast_scale", lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_beyond_the_matrix_is_the_matrix(dtype: torch.dtype) -> None:
+    """And takes no memory of its size."""
+    x = torch.randn(3, 4, 32, dtype=dtype)
+    for block, like in ((f"[1,{MAX_SIZE}]", "row"), (f"[{MAX_SIZE},{MAX_SIZE}]", "tensor")):
+        spec, other = (QuantSpec.parse(f"e4m3 nearest_even {each}/amax") for each in (f"block{block}", like))
+        scale, wanted = compute_scale(x, spec), compute_scale(x, other)
+        assert torch.equal(scale.flatten(), wanted.flatten())
+        assert torch.equal(to_grid(x, spec, scale), to_grid(x, other, wanted))
+    with pytest.raises(FormatError, match="not a block of a scale. Expected 1 to 2147483647 each"):
+        QuantSpec.parse(f"e4m3 nearest_even block[1,{MAX_SIZE + 1}]/amax")
