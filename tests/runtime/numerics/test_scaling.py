@@ -139,5 +139,5 @@ def test_a_block_beyond_the_matrix_is_the_matrix(dtype: torch.dtype) -> None:
         scale, wanted = compute_scale(x, spec), compute_scale(x, other)
         assert torch.equal(scale.flatten(), wanted.flatten())
         assert torch.equal(to_grid(x, spec, scale), to_grid(x, other, wanted))
-    with pytest.raises(FormatError, match="not a block of a scale. Expected 1 to 2147483647 each"):
+    with pytest.raises(FormatError, match=r"not a block of a scale\. Expected 1 to 2147483647 each"):
         QuantSpec.parse(f"e4m3 nearest_even block[1,{MAX_SIZE + 1}]/amax")
