@@ -11,12 +11,11 @@ from torch import Tensor
 from runtime.errors import FormatError
 from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu.block_cast import fast_decode_blocks, fast_encode_blocks
-from runtime.kernels.cpu.codes import codes_on_grid
+from runtime.kernels.cpu.codes import can_decode, codes_on_grid, decode
 from runtime.kernels.torch_ops import declare
 from runtime.numerics import block_casts
 from runtime.numerics.block_casts import BlockCodes
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
-from runtime.numerics.codes import grid_of_codes
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter, signed_seed
 from runtime.numerics.specs import Rounding
@@ -91,7 +90,8 @@ def _encode(
 def _decode(codes: Tensor, scales: Tensor, tensor_scale: Tensor, format: str) -> Tensor:
     row = get_block_format(format)
     if scales.shape == block_casts.scale_shape(codes, row):
-        values = fast_decode_blocks(codes, grid_of_codes(scales, get_format(row.scale)), row, tensor_scale)
+        factors = decode(scales, row.scale) if can_decode(scales, row.scale) else None
+        values = None if factors is None else fast_decode_blocks(codes, factors, row, tensor_scale)
         if values is not None:
             return values
     return block_casts.decode_blocks(codes, scales, row, tensor_scale).contiguous()
