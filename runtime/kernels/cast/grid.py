@@ -18,6 +18,7 @@ from runtime.kernels.cast.traced import Draw, is_traced, traced_to_grid
 from runtime.kernels.cast_plans import block_plan, cast_plan, table_plan
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.cast_library import CastPlan, TablePlan, cast_library, is_readable, run_cast
+from runtime.kernels.cpu.contiguous import contiguous
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.fake import has_values
 from runtime.kernels.torch_ops import declare
@@ -136,13 +137,15 @@ def _cast(
         return _cast_blocks(x, spec, dtype, draw, is_checked=is_checked)
     if not _is_served(x, spec, scale):
         return _cast_by_oracle(x, scale, spec, dtype, draw, is_checked=is_checked)
-    tile, x = tile_shape(x.shape, spec.scale or _WHOLE), x.contiguous()
+    tile = tile_shape(x.shape, spec.scale or _WHOLE)
     if x.is_cuda:
         from runtime.kernels.triton.cast import launch_cast  # imports triton
 
         plan = cast_plan(spec.format, spec.rounding)
         assert plan is not None
-        grid, is_beyond = launch_cast(x, scale, plan, dtype, tile, draw if spec.rounding == "stochastic" else None)
+        grid, is_beyond = launch_cast(
+            x.contiguous(), scale, plan, dtype, tile, draw if spec.rounding == "stochastic" else None
+        )
         return grid, is_beyond.to(torch.uint8)
     out, cpu_plan = torch.empty(x.shape, dtype=dtype, device="cpu"), _plan(spec)
     assert cpu_plan is not None
@@ -156,7 +159,7 @@ def _cast(
 def _cast_by_oracle(
     x: Tensor, scale: Tensor | None, spec: QuantSpec, dtype: torch.dtype, draw: Draw, *, is_checked: bool
 ) -> tuple[Tensor, Tensor | int]:
-    cast = partial(to_grid, x.contiguous(), spec, scale, **draw._asdict())
+    cast = partial(to_grid, contiguous(x), spec, scale, **draw._asdict())
     grid = cast().contiguous()
     held = _held(grid, dtype)
     if not is_checked:

@@ -16,6 +16,7 @@ from runtime.kernels.cast.values import Overflow, fast_values, is_served, opaque
 from runtime.kernels.cpu.codes import can_decode, can_encode, codes_on_grid
 from runtime.kernels.cpu.codes import decode as decode_codes
 from runtime.kernels.cpu.codes import encode as encode_cast
+from runtime.kernels.cpu.contiguous import contiguous
 from runtime.kernels.cpu.grid import on_grid
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.fake import has_values
@@ -225,7 +226,7 @@ def _encode(
             check_counter(step, stream, offset)
         random = random_plan(seed, step, stream, offset) if mode == "stochastic" else None
         factors, tile = (None, (1, 1)) if scale is None else tiles(scale, x.shape)
-        return encode_cast(x.contiguous(), format, mode, factors, tile, random)
+        return encode_cast(contiguous(x), format, mode, factors, tile, random)
     return codes_on_grid(on_grid(x, format, mode, scale, seed, step, stream, offset, overflow), format).contiguous()
 
 

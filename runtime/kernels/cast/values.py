@@ -76,8 +76,9 @@ def _values(
     if overflow == "saturate":
         _values_into(x, scale, out, format, mode, seed, step, stream, offset)
     else:
-        q = on_grid(x, format, mode, scale, seed, step, stream, offset, overflow)
-        out.copy_(q if scale is None else q * scale)
+        q = on_grid(x, format, mode, scale, seed, step, stream, offset, overflow, out if scale is None else None)
+        if q is not out:
+            out.copy_(q if scale is None else q * scale)
     return out
 
 
@@ -89,12 +90,13 @@ def _values_into(
     if not can_be_written(out, x, scale):
         out.copy_(_values(x, scale, format, rounding, *draw))
     elif not is_served(x, format, rounding, scale):
-        q = on_grid(x, format, rounding, scale, *draw)
-        out.copy_(q if scale is None else q * scale)
+        q = on_grid(x, format, rounding, scale, *draw, out=out if scale is None else None)
+        if q is not out:
+            out.copy_(q if scale is None else q * scale)
     elif x.is_cuda:
         out.copy_(_on_cuda(x, scale, format, rounding, draw))
     else:
-        _on_cpu(x.contiguous(), scale, out, format, rounding, draw)
+        _on_cpu(x, scale, out, format, rounding, draw)
 
 
 def _on_cpu(x: Tensor, scale: Tensor | None, out: Tensor, format: str, rounding: Rounding, draw: Draw) -> None:

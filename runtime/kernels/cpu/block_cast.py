@@ -22,6 +22,7 @@ from runtime.kernels.cpu.cast_library import (
     num_threads,
 )
 from runtime.kernels.cpu.codes import CodePlan, code_plan, codes_library
+from runtime.kernels.cpu.contiguous import contiguous
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton
 from runtime.numerics.block_formats import BlockFormat, get_block_format
@@ -50,7 +51,7 @@ def fast_blocks(
     """
     if plan is None or not _is_served(x):
         return None
-    x, is_two_level = x.contiguous(), plan.rule == RULE_NUMBERS["two_level"]
+    x, is_two_level = contiguous(x), plan.rule == RULE_NUMBERS["two_level"]
     divisor = _divisor(x, is_column) if is_two_level else torch.ones((), device=x.device)
     draw = (signed_seed(seed), step, stream, offset) if is_stochastic else None
     if x.is_cuda:
@@ -85,7 +86,7 @@ def fast_encode_blocks(
     codes, library = code_plan(row.element), cast_library()
     if plan is None or codes is None or library is None or not is_readable(x):
         return None
-    x = x.contiguous()
+    x = contiguous(x)
     divisor = _divisor(x, False) if row.rule == "two_level" else torch.ones(())
     _, rows, columns = _matrices(x, False)
     out = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
@@ -133,7 +134,7 @@ def fast_divisor(x: Tensor, is_column: bool = False) -> Tensor | None:
     """S of nvfp4, fp32, (); None if x is not served. is_column: blocks along the last dim but one."""
     if not _is_served(x):
         return None
-    return _divisor(x.contiguous(), is_column)
+    return _divisor(contiguous(x), is_column)
 
 
 def _is_served(x: Tensor) -> bool:

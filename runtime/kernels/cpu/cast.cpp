@@ -31,6 +31,7 @@
 #include "codes.h"
 #include "huge_pages.h"
 #include "philox.h"
+#include "strided.h"
 
 namespace {
 
@@ -367,6 +368,30 @@ bool cast_all(const Plan& plan, const void* x, void* out, Target target, int64_t
     const int64_t share = (count / threads + 64) & ~int64_t(63);
     const int64_t begin = std::min(count, part * share), end = std::min(count, begin + share);
     beyond |= range(plan, typed, out, target, begin, end, columns, scale, tile_rows, tile_columns, back, draw);
+  }
+  return beyond != 0;
+}
+
+// The same of a matrix whose rows or columns lie apart: a few rows at a time are laid out where they stay in a cache.
+template <class In, class Plan>
+bool cast_strided(const Plan& plan, const void* x, void* out, Target target, int64_t rows, int64_t columns, int64_t row_stride,
+                  int64_t column_stride, const float* scale, int64_t tile_rows, int64_t tile_columns, bool back,
+                  const RandomPlan* random, int threads) {
+  constexpr int64_t kBand = 16;
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  const RandomPlan draw = random ? *random : RandomPlan{};
+  const auto range = range_of<In>(plan, scale != nullptr, random != nullptr);
+  int beyond = 0;
+#pragma omp parallel num_threads(threads) reduction(| : beyond)
+  {
+    std::vector<typename In::Storage> laid(kBand * columns);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row += kBand) {
+      const int64_t height = std::min(kBand, rows - row), begin = row * columns;
+      copy_rows(typed + row * row_stride, laid.data(), height, columns, row_stride, column_stride);
+      beyond |= range(plan, laid.data() - begin, out, target, begin, begin + height * columns, columns, scale, tile_rows,
+                      tile_columns, back, draw);
+    }
   }
   return beyond != 0;
 }
@@ -752,6 +777,24 @@ int lp_cast_table(const TablePlan* plan, const void* x, int dtype, void* out, in
   const auto cast =
       dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>;
   return cast(*plan, x, out, Target{type}, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
+}
+
+// lp_cast, or lp_cast_table where `table` is given, of a matrix with strides, in elements; out is contiguous and apart from x.
+int lp_cast_strided(const CastPlan* plan, const TablePlan* table, const void* x, int dtype, void* out, int type, int64_t rows,
+                    int64_t columns, int64_t row_stride, int64_t column_stride, const float* scale, int64_t tile_rows,
+                    int64_t tile_columns, int back, const RandomPlan* random, int threads) {
+  ask_for_huge_pages(out, rows * columns * kOutBytes[type]);
+  const auto run = [&](const auto& given, auto cast) {
+    return int(cast(given, x, out, Target{type}, rows, columns, row_stride, column_stride, scale, tile_rows, tile_columns,
+                    back != 0, random, threads));
+  };
+  if (table)
+    return run(*table, dtype == 0   ? cast_strided<Fp32, TablePlan>
+                       : dtype == 1 ? cast_strided<Bf16, TablePlan>
+                                    : cast_strided<Fp16, TablePlan>);
+  return run(*plan, dtype == 0   ? cast_strided<Fp32, CastPlan>
+                    : dtype == 1 ? cast_strided<Bf16, CastPlan>
+                                 : cast_strided<Fp16, CastPlan>);
 }
 
 // The codes of x / scale, of which `bytes` hold one each: by `plan`, or by `table` where it is given. Returns as lp_cast does.

@@ -11,6 +11,7 @@ from torch import Tensor
 from runtime.kernels.constants import MAX_TABLE
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
+from runtime.kernels.cpu.contiguous import contiguous
 
 SOURCE = Path(__file__).with_name("cast.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +34,7 @@ def cast_library() -> ctypes.CDLL | None:
         rest: list[Any] = [pointer, *shape, integer, draw, integer]
         library.lp_cast.argtypes = [plan, *into, *rest]
         library.lp_cast_table.argtypes = [ctypes.POINTER(TablePlan), *into, *rest]
+        library.lp_cast_strided.argtypes = [plan, ctypes.POINTER(TablePlan), *into, *shape, *rest]
         library.lp_cast_blocks.argtypes = [
             ctypes.POINTER(BlockPlan), *into, size, integer, ctypes.c_float, integer, draw, integer
         ]  # fmt: skip
@@ -126,19 +128,43 @@ def run_cast(
 ) -> bool:
     """x / scale rounded into `out`, times the scale if `is_multiplied`; whether a value overflowed or was NaN.
 
-    x and out contiguous, of one shape, the same memory or apart; scale: contiguous fp32, one per `tile` of the matrix
+    out contiguous, of x's shape, and x's memory or apart from it; scale: contiguous fp32, one per `tile` of the matrix
     view, or None. draw: None unless the rounding is stochastic.
     """
     library = cast_library()
     assert library is not None
     k = x.shape[-1] if x.ndim else 1
+    is_table, threads = isinstance(plan, TablePlan), num_threads(x.numel())
+    if not x.is_contiguous():
+        strides = _matrix_strides(x)
+        if strides is not None:
+            m = x.numel() // k
+            return bool(
+                library.lp_cast_strided(
+                    *((None, plan) if is_table else (plan, None)),
+                    *(address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), m, k, *strides),
+                    *(None if scale is None else address(scale), *((m, k) if scale is None else tile), is_multiplied),
+                    *(draw, threads),
+                )
+            )
+        x = contiguous(x)
     m, k = (1, x.numel()) if scale is None else (x.numel() // k, k)
     tile = (m, k) if scale is None else tile
-    run = library.lp_cast if isinstance(plan, CastPlan) else library.lp_cast_table
+    run = library.lp_cast_table if is_table else library.lp_cast
     beyond = run(
         plan,
         *(address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), m, k),
         *(None if scale is None else address(scale), *tile, is_multiplied),
-        *(draw, num_threads(x.numel())),
+        *(draw, threads),
     )
     return bool(beyond)
+
+
+def _matrix_strides(x: Tensor) -> tuple[int, int] | None:
+    """(row, column) of the matrix view, in elements; None where its rows lie at no one distance, or it has but one."""
+    *lead, columns = x.shape
+    *strides, column_stride = x.stride()
+    if not lead or x.numel() == columns or x.is_neg():
+        return None
+    is_one_view = all(a == b * n for a, b, n in zip(strides, strides[1:], lead[1:]))
+    return (strides[-1], column_stride) if is_one_view else None

@@ -67,17 +67,20 @@ inline double finished(const GridPlan& p, double q, double y) {
   return y != y ? y : q;
 }
 
-template <class T, int M>
+// has_gap: the spacing may be no power of two; else to divide by it is to multiply.
+template <class T, int M, bool HasGap>
 void round_run(const GridPlan& plan, const T* x, T* out, int64_t count, const double* __restrict limits) {
   const GridPlan p = plan;
   const double greatest = std::numeric_limits<double>::max();
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const double y = x[i], size = std::fabs(y), a = size < greatest ? size : greatest;  // Inf, and NaN, which is not kept
-    const int64_t field = int64_t(bits_of(a) >> 52) - 1023, k = std::max<int64_t>(field, p.emin);
-    double ulp = double_of(uint64_t(k - p.mantissa + 1023) << 52);
-    ulp = p.is_even ? 1.0 : a < p.gap ? p.gap : ulp;
-    double q = whole<M>(a / ulp, M == kStochastic ? limits[i] : 0) * ulp;
+    const int64_t field = int64_t(bits_of(a) >> 52) - 1023;
+    const int64_t k = std::min<int64_t>(std::max<int64_t>(field, p.emin), 1000);  // what is larger is beyond all formats
+    double ulp = double_of(uint64_t(k - p.mantissa + 1023) << 52), inverse = double_of(uint64_t(1023 - k + p.mantissa) << 52);
+    ulp = p.is_even ? 1.0 : HasGap && a < p.gap ? p.gap : ulp;
+    inverse = p.is_even ? 1.0 : inverse;
+    double q = whole<M>(HasGap ? a / ulp : a * inverse, M == kStochastic ? limits[i] : 0) * ulp;
     const bool is_up = M == kAway ? a >= p.tie : a > p.tie;
     q = p.has_tie && a < p.gap ? (is_up ? p.gap : 0.0) : q;
     out[i] = T(finished(p, std::copysign(q, y), y));
@@ -146,7 +149,8 @@ void run(const GridPlan& p, const T* x, T* out, int64_t begin, int64_t end, cons
       for (int64_t i = 0; i < count; ++i) limits[i] = 1.0 - words[i] * 0x1p-32;
     }
     if (p.count) look_up_run<T, M>(p, x + at, out + at, count, limits.data());
-    else round_run<T, M>(p, x + at, out + at, count, limits.data());
+    else if (p.gap > 0) round_run<T, M, true>(p, x + at, out + at, count, limits.data());
+    else round_run<T, M, false>(p, x + at, out + at, count, limits.data());
   }
 }
 

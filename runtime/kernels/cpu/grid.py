@@ -17,6 +17,7 @@ from torch import Tensor
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import RandomPlan, num_threads
+from runtime.kernels.cpu.contiguous import contiguous
 from runtime.kernels.cpu.philox import random_plan
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
@@ -62,21 +63,24 @@ def grid_library() -> ctypes.CDLL | None:
 
 def on_grid(
     x: Tensor, format: str, rounding: Rounding, scale: Tensor | None, seed: int, step: int, stream: int, offset: int,
-    overflow: GridOverflow = "saturate",
+    overflow: GridOverflow = "saturate", out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What round_to_grid gives, inside of a torch op: by grid.cpp where it serves."""
+    """What round_to_grid gives, inside of a torch op: by grid.cpp where it serves. `out`: where it may be written, of
+    x's shape and apart from x, if it has the dtype of the result.
+    """
     row = get_format(format)
     library = grid_library() if x.is_cpu and x.is_floating_point() and x.numel() and rounding in _MODES else None
     is_refused = rounding == "toward_zero" and isinstance(row, LookupFormat) and row.signed and 0.0 not in row.grid
     if library is None or is_refused or overflow == "unbounded" or x.layout != torch.strided:
         return round_to_grid(x, row, rounding, scale, seed, step, stream, offset, overflow)
     working = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = (x.to(working) if scale is None else x.to(working) / scale.to(working)).contiguous()
+    y = contiguous(x.to(working) if scale is None else x.to(working) / scale.to(working))
     random = None
     if rounding == "stochastic":
         check_counter(step, stream, offset)
         random = random_plan(signed_seed(seed), step, stream, offset)
-    out = torch.empty(y.shape, dtype=working, device="cpu")
+    if out is None or out.dtype != working or not out.is_contiguous():
+        out = torch.empty(y.shape, dtype=working, device="cpu")
     plan = _plan(format, rounding, overflow, working)
     library.lp_round(
         plan.plan, address(y), address(out), working == torch.float64, y.numel(), random, num_threads(y.numel())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.cast_library import DTYPES, cast_library, is_readable, num_threads
+from runtime.kernels.cpu.contiguous import contiguous
 
 
 def fast_scale(x: Tensor, tile: tuple[int, int], largest: float, is_pow2: bool, shape: Sequence[int]) -> Tensor | None:
@@ -18,7 +19,7 @@ def fast_scale(x: Tensor, tile: tuple[int, int], largest: float, is_pow2: bool, 
     library = cast_library() if is_readable(x) else None
     if library is None:
         return None
-    x, out = x.contiguous(), torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+    x, out = contiguous(x), torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     k = x.shape[-1] if x.ndim else 1
     dtype, threads = DTYPES.index(x.dtype), num_threads(x.numel())
     library.lp_scale(address(x), dtype, address(out), x.numel() // k, k, *tile, largest, is_pow2, threads)
