@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from passes.analysis.lengths import Lengths, sum_lengths
+from passes.analysis.room import why_it_may_saturate
 from passes.analysis.sum_error import bits_for_casts, kept_toward_zero
 from passes.analysis.vrr import MAX_LOG_LOSS, log_loss, min_accumulator, vrr
 from passes.finding import Finding, names_of
@@ -92,6 +93,8 @@ class ChooseAccumulator(Pass):
 
     def _judge(self, gemm: GemmSpec, n: int) -> Finding | None:
         how, row = gemm.accumulator, get_format(gemm.accumulate)
+        if reason := why_it_may_saturate(gemm, n):
+            return Finding("accumulator-saturates", "", reason, "a wider accumulator")
         if not isinstance(row, FloatFormat) or how.mode == "stochastic":
             return None
         if how.mode == "toward_zero":
@@ -99,7 +102,7 @@ class ChooseAccumulator(Pass):
         m_p, terms, chunk = _sum_of(gemm, n)
         loss = log_loss(row.mantissa, m_p, terms, chunk, self.nonzero)
         if loss < MAX_LOG_LOSS:
-            return None
+            return self._judge_ties(gemm, row, n) if how.mode == "nearest_away" else None
         kept = vrr(row.mantissa, m_p, terms, chunk, self.nonzero)
         whole, chunked = (min_accumulator(m_p, n, each, self.nonzero) for each in (None, 64))
         return Finding(
@@ -108,6 +111,19 @@ class ChooseAccumulator(Pass):
             f"sums of {n} products of {m_p} mantissa bits keep {kept:.2f} of their variance in {how}, by VRR; ln v = "
             f"{loss:.1f} is not below ln 50 = {MAX_LOG_LOSS:.1f}",
             f"an accumulator of {whole} mantissa bits, one of {chunked} in chunks of 64, or accumulate: auto",
+        )
+
+    def _judge_ties(self, gemm: GemmSpec, row: FloatFormat, n: int) -> Finding | None:
+        """Of a sum whose ties all go away from zero."""
+        bits = bits_for_casts(gemm, n, self.nonzero)
+        if row.mantissa >= bits:
+            return None
+        return Finding(
+            "accumulator-drifts",
+            "",
+            f"sums of {n} products grow in {gemm.accumulator}: many of their roundings are ties, which all go away "
+            "from zero and cost more than the casts of the operands do",
+            f"an accumulator of {bits} mantissa bits, chunks of 64, rounding: nearest_even, or accumulate: auto",
         )
 
     def _judge_cut(self, gemm: GemmSpec, row: FloatFormat, n: int) -> Finding | None:

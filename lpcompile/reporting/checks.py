@@ -11,7 +11,7 @@
     weight-saturates       risk    a weight goes beyond the largest value of its format, which has no scale
     block-vanishes         risk    the scale of a block is too small for the format of scales, so that the block is 0
 
-What is said of sums (accumulator-swamps, accumulator-open) is found by the pass choose-accumulator.
+What is said of sums (accumulator-swamps, -drifts, -saturates, -open) is found by the pass choose-accumulator.
 """
 
 import fnmatch
@@ -202,7 +202,7 @@ def _misfit(w: Tensor, cast: QuantSpec) -> _Misfit | None:
     if cast.is_block:
         return _misfit_of_blocks(w, amax, cast)
     row = get_format(cast.format)
-    if smallest < 0 and row.min >= 0 and cast.scale is not None:
+    if smallest < 0 and row.min >= 0:
         share = float((w < 0).float().mean())
         what = f"{share:.0%} of the weights are negative, and become 0: {cast.format} has no negative values"
         return _Misfit("unsigned-operand", what, "int8, or uint8:zero=128", is_wrong=share == 1)

@@ -18,16 +18,16 @@ def fold_names(names: Iterable[str]) -> list[tuple[str, int]]:
 
     Every name is in exactly one of them, and none stands for a name that is not there.
     """
-    shapes: dict[tuple[str, ...], set[_Numbers]] = defaultdict(set)
+    shapes: dict[tuple[str | None, ...], set[_Numbers]] = defaultdict(set)
     for name in names:
         parts = name.split(".")
         numbers = tuple(int(part) for part in parts if _is_number(part))
-        shapes[tuple("" if _is_number(part) else part for part in parts)].add(numbers)
+        shapes[tuple(None if _is_number(part) else part for part in parts)].add(numbers)
     folded = []
     for shape, numbers_of in shapes.items():
-        for box in _boxes(numbers_of, len(shape) - sum(map(bool, shape))):
+        for box in _boxes(numbers_of, shape.count(None)):
             sets = iter(box)
-            text = ".".join(part or _print_set(next(sets)) for part in shape)
+            text = ".".join(_print_set(next(sets)) if part is None else part for part in shape)
             folded.append((text, prod(map(len, box))))
     return folded
 

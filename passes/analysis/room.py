@@ -36,6 +36,21 @@ def why_no_room(role: Role, spec: GemmSpec, length: int | None) -> str:
     )
 
 
+def why_it_may_saturate(spec: GemmSpec, length: int) -> str:
+    """Why a sum of `length` products may leave its accumulator if all have one sign; "" if none can."""
+    scaled = [operand for operand in (spec.lhs, spec.rhs) if operand.scale is not None]
+    if not scaled or spec.accumulate in ("fp32", "auto"):
+        return ""
+    largest, most = _largest(spec.lhs) * _largest(spec.rhs), get_format(spec.accumulate).max
+    if length * largest <= most:
+        return ""
+    does = "wraps" if spec.accumulator.overflow == "wrap" else "saturates"
+    return (
+        f"{spec.accumulate} {does} at {most:.6g}: scales fill the formats, products reach {largest:.3g}, and "
+        f"{length} of one sign add up to {length * largest:.3g}"
+    )
+
+
 def _largest(operand: QuantSpec) -> float:
     if operand.scale is None or is_block_format(operand.format):
         return 1.0

@@ -8,12 +8,15 @@ products, whose partial sums s_i have variance i, has
     stochastic   twice that: the error of one rounding is uniform over a whole spacing and not over half of one
     toward zero  every rounding takes a share g = 0.36 2^-m of |s_i|, all one way: an error of g n / sqrt 3 of its
                  standard deviation, and a sum that keeps (1 - e^(-2 g n)) / (2 g n) of its variance
+    ties away    a quarter to half of that error, the other way, where products are so short that many roundings are
+                 ties: where they have at most m + 2 bits; else nearest
 
 A sum in chunks has the roundings of both levels, rounded products are one rounding more, and under per_chunk, whose
 chunks are summed in fp32, a chunk is rounded once. So a sum costs no more than its casts from
 
     nearest      m = log2(sqrt(roundings) / e)      e = sqrt(4^-m_l + 4^-m_r)
     toward zero  m = log2(roundings / e) + 1        a bit more, since such errors do not average out
+    ties away    m = log2(roundings / e) - 1
 
 The shares are measured against emulated sums by tests/passes/analysis/test_sum_error.py.
 """
@@ -36,11 +39,14 @@ def bits_for_casts(gemm: GemmSpec, n: int, nonzero: float = 1.0) -> int:
     error = math.hypot(*(2.0 ** -mantissa_of(operand.format) for operand in (gemm.lhs, gemm.rhs)))
     levels, how = _levels(gemm.accumulator, n, nonzero), gemm.accumulator
     is_rounded = how.product == "rounded"
+    one_way = math.log2((sum(levels) + is_rounded) / error)
+    roundings = sum((level + 1) / 2 for level in levels) + is_rounded
+    bits = math.log2(math.sqrt(roundings * (2 if how.rounding == "stochastic" else 1)) / error)
     if _rounding_of(how) == "toward_zero":
-        bits = math.log2((sum(levels) + is_rounded) / error) + 1
-    else:
-        roundings = sum((level + 1) / 2 for level in levels) + is_rounded
-        bits = math.log2(math.sqrt(roundings * (2 if how.rounding == "stochastic" else 1)) / error)
+        bits = one_way + 1
+    elif _rounding_of(how) == "nearest_away" and not is_rounded:
+        product_bits = sum(mantissa_of(operand.format) for operand in (gemm.lhs, gemm.rhs)) + 1
+        bits = bits if bits < product_bits - 2 else max(bits, one_way - 1)
     return min(max(1, math.ceil(bits)), _FP32_BITS)
 
 

@@ -67,7 +67,7 @@ class UnfoldedConvTranspose(Conv):
 
 def _forward(x: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
     columns = _columns(_padded(x, [(p, p) for p in g.padding]), w.shape[2:], size, g.stride, g.dilation, g.groups)
-    weights = w.reshape(g.groups, w.shape[0] // g.groups, -1).transpose(-1, -2)
+    weights = w.reshape(g.groups, w.shape[0] // g.groups, prod(w.shape[1:])).transpose(-1, -2)
     return _image(multiply(columns, weights), x.shape[0], size)
 
 
@@ -80,7 +80,7 @@ def _input_gradient(dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, mu
     reach = [d * (k - 1) for d, k in zip(g.dilation, kernel)]
     padding = [(r - p, n + p - m) for r, p, n, m in zip(reach, g.padding, size, spread)]
     columns = _columns(_padded(apart, padding), kernel, size, (1,) * len(kernel), g.dilation, g.groups)
-    flipped = w.flip(tuple(range(2, w.dim()))).reshape(g.groups, w.shape[0] // g.groups, w.shape[1], -1)
+    flipped = w.flip(tuple(range(2, w.dim()))).reshape(g.groups, w.shape[0] // g.groups, w.shape[1], prod(kernel))
     return _image(multiply(columns, flipped.transpose(2, 3).flatten(1, 2)), dy.shape[0], size)
 
 
@@ -88,7 +88,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, w_shape: torch.Size, g: ConvGeometry
     """dw (O, C / groups, ...)."""
     padded = _padded(x, [(p, p) for p in g.padding])
     columns = _columns(padded, w_shape[2:], dy.shape[2:], g.stride, g.dilation, g.groups)
-    rows = dy.reshape(dy.shape[0], g.groups, dy.shape[1] // g.groups, -1).permute(1, 2, 0, 3).flatten(2)
+    rows = dy.reshape(dy.shape[0], g.groups, dy.shape[1] // g.groups, prod(dy.shape[2:])).permute(1, 2, 0, 3).flatten(2)
     return multiply(rows, columns).reshape(w_shape)
 
 
@@ -107,9 +107,11 @@ def _columns(
     ndim = len(kernel)
     x = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + ndim), 2, *range(3 + ndim, 3 + 2 * ndim))
-    return x.permute(order).reshape(groups, x.shape[0] * prod(size), -1)
+    return x.permute(order).reshape(groups, x.shape[0] * prod(size), x.shape[2] * prod(kernel))
 
 
 def _image(rows: Tensor, batch: int, spatial: torch.Size) -> Tensor:
     """(groups, B positions, channels of a group) -> (B, channels, ...)."""
-    return rows.view(rows.shape[0], batch, -1, rows.shape[2]).permute(1, 0, 3, 2).reshape(batch, -1, *spatial)
+    groups, _, channels = rows.shape
+    image = rows.view(groups, batch, prod(spatial), channels).permute(1, 0, 3, 2)
+    return image.reshape(batch, groups * channels, *spatial)

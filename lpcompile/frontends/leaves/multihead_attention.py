@@ -1,8 +1,9 @@
 """nn.MultiheadAttention with its four products by name: in_proj, qk, pv and out_proj.
 
 The arithmetic of torch.nn.functional.multi_head_attention_forward, operation by operation, so that equal products give
-equal bits; where torch calls a fused attention (need_weights=False), those of its math backend. in_proj is one call for
-self-attention, two where key and value are one tensor, else three. torch's inference fast path is not taken.
+equal bits; where torch calls a fused attention (need_weights=False), those of its math backend, or that attention
+itself where the policy rounds neither of its products. in_proj is one call for self-attention, two where key and value
+are one tensor, else three. torch's inference fast path is not taken.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.ops import attention
+from runtime.ops.product import Product
 
 Products = Mapping[str, Callable[..., Tensor]]
 
@@ -32,7 +34,6 @@ def multihead_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results of nn.MultiheadAttention.forward."""
     is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, module.num_heads)  # type: ignore[attr-defined]
-    batch_dim = 0 if module.batch_first else 1
     if not is_batched:
         query, key, value = _thrice(query, key, value, lambda x: x.unsqueeze(1))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -74,14 +75,28 @@ def multihead_attention(
         if mask is not None:
             mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.view(batch, heads, -1, k.shape[1])
         q, k, v = (x.view(batch, heads, x.shape[1], -1) for x in (q, k, v))
+        inner = [products["qk"], products["pv"]]
+        if all(each is torch.matmul or (isinstance(each, Product) and each.is_identity) for each in inner):
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal).flatten(0, 1)
+            for each in inner:
+                if isinstance(each, Product) and not torch.compiler.is_compiling():
+                    each.count()
+            return _projected(module, products, y, length, batch, is_batched), None
         scores = products["qk"](attention.scaled_query(q, None), attention.scaled_key(k, q, None, False))
         shares = attention.attention_weights(scores, mask, is_causal, dropout_p)
         y = attention.like_query(products["pv"](shares, attention.heads_like(v, q, False)), q).flatten(0, 1)
+    return _projected(module, products, y, length, batch, is_batched), weights
+
+
+def _projected(
+    module: nn.MultiheadAttention, products: Products, y: Tensor, length: int, batch: int, is_batched: bool
+) -> Tensor:
+    """(batch x heads, length, size of a head) through out_proj, laid as the module gives it."""
     y = y.transpose(0, 1).reshape(length * batch, module.embed_dim)
     y = products["out_proj"](y, module.out_proj.weight, module.out_proj.bias).view(length, batch, -1)
     if not is_batched:
-        return y.squeeze(1), weights
-    return (y.transpose(1, 0) if batch_dim == 0 else y), weights
+        return y.squeeze(1)
+    return y.transpose(1, 0) if module.batch_first else y
 
 
 def _thrice(query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:

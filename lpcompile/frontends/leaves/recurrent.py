@@ -34,7 +34,8 @@ def recurrent(module: nn.RNNBase, products: Products, input: Any, hx: Any = None
     if input.dim() not in (2, 3):
         raise ValueError(f"{type(module).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     is_batched, is_lstm = input.dim() == 3, isinstance(module, nn.LSTM)
-    input = input.to(result_dtype(input))  # under autocast all of it runs in one dtype, as torch's does
+    if not isinstance(module, nn.GRU):  # of which torch keeps the state as it is
+        input = input.to(result_dtype(input))  # under autocast all of it runs in one dtype, as torch's does
     x = input if is_batched else input.unsqueeze(1)
     x = x.transpose(0, 1) if is_batched and module.batch_first else x
     directions = 2 if module.bidirectional else 1

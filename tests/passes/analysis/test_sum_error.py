@@ -34,7 +34,10 @@ def _chosen(format: str, how: str, n: int) -> tuple[int, AccumulateSpec]:
 @pytest.mark.parametrize("n", [8, 64, 1024])
 @pytest.mark.parametrize(
     "how",
-    ["M", "M/64", "M rounded", "M per_chunk", "M/32 per_chunk", "M stochastic", "M toward_zero", "M/64 toward_zero"],
+    [
+        *("M", "M/64", "M rounded", "M per_chunk", "M/32 per_chunk", "M stochastic"),
+        *("M toward_zero", "M/64 toward_zero", "M nearest_away", "M/64 nearest_away"),
+    ],
 )
 @pytest.mark.parametrize("format", ["bf16", "e4m3", "e5m2"])
 def test_what_is_chosen_costs_no_more_than_the_casts_and_half_of_it_more(format: str, how: str, n: int) -> None:
