@@ -29,7 +29,7 @@ class RuleUse:
     """Labels of the rules above it that decided rows which it sets as well."""
     is_told: bool
     """Whether it is a fault that it decides nothing: not of a shipped rule, and not of one that another file's rules,
-    which extend it, come before, nor of one that sizes decide which no call has shown.
+    which extend it, come before.
     """
 
     @property
@@ -83,8 +83,7 @@ def resolve(rules: Sequence[Rule], sites: Sequence[Site]) -> Resolution:
             num_rows=decided[index],
             deciders=tuple(labels[each] for each in above[index]),
             is_told=not rule._origin.is_shipped
-            and all(rules[each]._origin.file == rule._origin.file for each in above[index])
-            and not any(rule.match.may_match(site) for site in sites),
+            and all(rules[each]._origin.file == rule._origin.file for each in above[index]),
         )
         for index, rule in enumerate(rules)
     ]

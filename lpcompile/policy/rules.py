@@ -170,11 +170,6 @@ class Match(Section):
             return False
         return self.shape is None or self.shape.matches(site)
 
-    def may_match(self, site: Site) -> bool:
-        """Whether a rule may be for a site whose sizes are not known yet."""
-        is_open = self.shape is not None and (site.n is None or site.k is None)
-        return is_open and self.model_copy(update={"shape": None}).matches(site)
-
     def plain(self) -> dict[str, Any]:
         """As a policy file writes it."""
         values = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True, by_alias=True)

@@ -192,3 +192,14 @@ def test_compiled_code_under_autocast_is_eager_code(policy: str) -> None:
     assert all(a.dtype == b.dtype for a, b in zip(*results[:2]))
     if policy == "fp32-emulated":
         assert all(torch.equal(a, b) for a, b in zip(*results[:2]))
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp32-emulated", "int8"])
+def test_gru_keeps_the_dtype_of_its_state_as_torchs_does(policy: str) -> None:
+    x = torch.randn(2, 3, 8)
+    for kind in (nn.GRU, nn.RNN):
+        layer = kind(8, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = layer(x)
+            found = lpcompile(layer, policy)(x)
+        assert [each.dtype for each in found] == [each.dtype for each in wanted], kind

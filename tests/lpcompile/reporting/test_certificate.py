@@ -160,3 +160,11 @@ def test_warnings_are_of_every_phase_of_a_schedule() -> None:
         advance(model, to_step=step)
         assert [finding.code for finding in report(model).warnings] == ["rule-matches-nothing"]
         assert len(report(model).unmatched_rules) == 1
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(8, 8), torch.nn.Conv2d(3, 3, 3), torch.nn.LSTM(4, 4)])
+def test_a_model_that_is_one_layer(layer: torch.nn.Module, tmp_path: Path) -> None:
+    found = report(lpcompile(layer, "int8"))
+    assert found.to_text().startswith("policy int8 ")
+    assert found.to_json()
+    found.to_html(tmp_path / "one.html")

@@ -242,3 +242,28 @@ def test_a_result_in_fp32_of_a_bf16_model_says_what_happens() -> None:
     assert "a result leaves the layer rounded to bfloat16" in finding.what
     assert check_model(nn.Linear(8, 8), _policy({"fwd": {"x": "bf16", "out": "fp32"}}))[1] == []
     assert check_model(nn.Linear(8, 8).to(torch.bfloat16), _policy({"fwd": {"x": "bf16"}}))[1] == []
+
+
+def test_a_format_without_signs_is_told_without_a_scale_too() -> None:
+    torch.manual_seed(0)
+    codes = [each.code for each in check_model(_linear(torch.randn(32, 64)), _policy({"fwd": {"w": "e8m0"}}))[1]]
+    assert "unsigned-operand" in codes
+
+
+@pytest.mark.parametrize(
+    ("cast", "sums", "k", "code"),
+    [
+        ("e5m2", "dlfloat16", 4096, "accumulator-drifts"),
+        ("e5m2", "1-6-9", 4096, None),
+        ("e5m2", {"format": "dlfloat16", "chunk": 64}, 4096, None),
+        ({"format": "int8", "scale": {"granularity": "row"}}, "int16", 64, "accumulator-saturates"),
+        ({"format": "int8", "scale": {"granularity": "row"}}, "fp16", 8, "accumulator-saturates"),
+        ({"format": "int8", "scale": {"granularity": "row"}}, "int32", 4096, None),
+        ({"format": "int8", "scale": {"granularity": "row"}}, "int16", 2, None),
+    ],
+)
+def test_sums_that_drift_or_saturate_are_told(cast: str | dict, sums: str | dict, k: int, code: str | None) -> None:  # type: ignore[type-arg]
+    torch.manual_seed(0)
+    rule = {"fwd": {"x": cast, "w": cast, "accumulate": sums}}
+    model = lpcompile(nn.Sequential(nn.Linear(k, 8, bias=False)), _policy(rule))
+    assert [each.code for each in report(model).warnings] == ([code] if code else [])
