@@ -35,6 +35,7 @@ from lpcompile.plan import PhaseCode, Sight, count_casts, expecting
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolve import Policy
 from lpcompile.quantizers import install_quantizers, take_quantizers
+from lpcompile.reporting.changes import RefuseChanges
 from lpcompile.reporting.checks import check_policy
 from lpcompile.reporting.trouble import tell_trouble
 from passes.ir.program import STATE
@@ -146,7 +147,9 @@ def _take_away(model: nn.Module) -> dict[str, Learned]:
     for module in model.modules():
         uninstall(module)
         hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches | WatchWeights)]:
+        for key in [
+            key for key, hook in hooks.items() if isinstance(hook, CountMicroBatches | WatchWeights | RefuseChanges)
+        ]:
             del hooks[key]
         for name in _installed(module):
             del vars(module)[name]
@@ -260,6 +263,8 @@ def finish_install(model: nn.Module, compiled: Compiled, keeps_casts: bool, quan
         model.register_forward_pre_hook(WatchWeights(compiled.state))
     else:
         compiled.state.constants.why_none = "no pass found one to keep"
+    if compiled.strict:
+        model.register_forward_pre_hook(RefuseChanges())
     leave_warnings_once_out_of_graphs()
     install_quantizers(model, compiled, quantizers)
     vars(model)[COMPILED] = compiled

@@ -13,7 +13,7 @@ from torch import nn
 from lpcompile.compiled import COMPILED, Compiled, get_root
 from lpcompile.frontends.install import installed
 from lpcompile.policy.rules import Site
-from lpcompile.reporting.changes import AGAIN, added_sites, lost_leaves, uncalled_leaves
+from lpcompile.reporting.changes import AGAIN, added_sites, added_writers, lost_leaves, uncalled_leaves
 from lpcompile.reporting.page import make_page
 from lpcompile.reporting.rows import REFUSED, UNCALLED, GemmRow
 from lpcompile.reporting.text import print_report
@@ -127,7 +127,7 @@ def report(model: nn.Module) -> Report:
         left_alone=[site.name for site in compiled.sites if phase.resolution.specs.get(site.name) is None],
         unmatched_rules=[f"{each.where} {each.what}" for each in findings if each.code in _IDLE],
         warnings=findings,
-        unreached=compiled.unreached,
+        unreached={**compiled.unreached, **added_writers(root, compiled)},
         uncalled=uncalled,
         unseen=unseen_products(root, compiled),
         unserved=unserved,

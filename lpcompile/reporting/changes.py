@@ -1,17 +1,21 @@
 """Changes: what became of the leaves of a compiled model since: replaced, taken out, wrapped, overridden, added, and
-passed by.
+passed by. Under strict the next call refuses what the certificate would tell.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
-from lpcompile.compiled import Compiled
+from lpcompile.compiled import COMPILED, Compiled
+from lpcompile.errors import LoweringError
 from lpcompile.frontends.install import installed
+from lpcompile.frontends.intercept.install import may_write, nameable
 from lpcompile.frontends.leaves.find import find_leaves
 from lpcompile.frontends.leaves.leaf_forward import LeafForward
 from lpcompile.plan import Sight
-from lpcompile.policy.describe import describe
+from lpcompile.policy.describe import classes_of, describe
 from lpcompile.policy.rules import Site
 
 AGAIN = "lpcompile(model, policy) again"
@@ -48,6 +52,18 @@ def uncalled_leaves(compiled: Compiled) -> dict[str, str]:
     return {name: why for name, why in passed.items() if name in named and not counts.seen(name, "fwd")}
 
 
+def added_writers(root: nn.Module, compiled: Compiled) -> dict[str, str]:
+    """Path of a module that came after compiling -> why a product that it writes itself runs as it is. Those alone of
+    which the policy in force names some product.
+    """
+    added = {
+        path: module for path, module in root.named_modules()
+        if installed(module) is None and may_write(module) and compiled.classes.get(path) != classes_of(module)
+    }  # fmt: skip
+    named = nameable(compiled.phase.policy, added, compiled.num_layers)
+    return {path: f"the {type(added[path]).__name__} came after compiling. Try {AGAIN}" for path in sorted(named)}
+
+
 def added_sites(root: nn.Module, compiled: Compiled) -> list[Site]:
     """Leaves that came after compiling and that the policy in force names."""
     known = {site.name for site in compiled.sites}
@@ -57,3 +73,36 @@ def added_sites(root: nn.Module, compiled: Compiled) -> list[Site]:
     sites = describe([compiled.site_of(sight) for sight in sights], root, None) if sights else []
     specs = compiled.phase.policy.resolve(sites).specs
     return [site for site in sites if specs.get(site.name) is not None]
+
+
+class RefuseChanges:
+    """A forward pre-hook of the root, under strict: a call whose modules are others than those of the call before, or
+    have a forward of their own, is refused where a named product would not run. A microsecond or two a module.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[nn.Module, bool]] = []
+
+    def __call__(self, root: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        held = [(module, "forward" in vars(module)) for module in root.modules()]
+        if held == self._held:
+            return
+        compiled: Compiled = vars(root)[COMPILED]
+        changed = {**lost_leaves(root, compiled), **added_writers(root, compiled)}
+        changed |= {site.name: f"it came after compiling. Try {AGAIN}" for site in added_sites(root, compiled)}
+        if changed:
+            name, why = next(iter(changed.items()))
+            raise LoweringError(
+                f"{name} would run as in the uncompiled model: {why}",
+                where="strict",
+                expected="every named GEMM to run as its policy says, in every call",
+            )
+        self._held = held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RefuseChanges":
+        return RefuseChanges()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": []}

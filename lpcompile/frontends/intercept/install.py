@@ -27,12 +27,13 @@ def find_writers(model: nn.Module, leaves: Sequence[Leaf]) -> list[str]:
     for path, module in model.named_modules():
         if path in taken and is_composite(module):
             inside += (f"{path}." if path else "",)
-        elif path not in taken and not (inside and path.startswith(inside)) and _may_write(module):
+        elif path not in taken and not (inside and path.startswith(inside)) and may_write(module):
             paths.append(path)
     return paths
 
 
-def _may_write(module: nn.Module) -> bool:
+def may_write(module: nn.Module) -> bool:
+    """Whether the forward of a module may multiply, other than by its children."""
     if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
         return False
     return is_of_leaf_kind(module) or not type(module).__module__.startswith("torch.nn.modules.")

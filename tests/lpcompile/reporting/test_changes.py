@@ -1,5 +1,7 @@
 """The certificate counts what ran, and looks again: after a child was replaced, appended, wrapped or overridden."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -127,3 +129,57 @@ def test_a_call_that_falls_through_is_told_once_counted_and_refused_under_strict
     strict(x, x)
     with pytest.raises(LoweringError, match="strict"):
         strict(numbers, numbers)
+
+
+class _Written(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.w)
+
+
+def _replace(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(8, 8)
+
+
+def _append(model: nn.Sequential) -> None:
+    model.append(nn.Linear(8, 8))
+
+
+def _write(model: nn.Sequential) -> None:
+    model[1] = _Written()
+
+
+def _override(model: nn.Sequential) -> None:
+    model[0].forward = lambda x: x  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("change", [_replace, _append, _write, _override])
+@pytest.mark.parametrize("examples", [None, (torch.ones(4, 8),)])
+def test_strict_refuses_the_first_call_after_a_change(change, examples) -> None:  # type: ignore[no-untyped-def]
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "int8", examples, strict=True)
+    copied = copy.deepcopy(model)
+    model(torch.ones(4, 8))
+    change(model)
+    for _ in range(2):
+        with pytest.raises(LoweringError, match=r"would run as in the uncompiled model: .* again"):
+            model(torch.ones(4, 8))
+    lpcompile(model, "int8", examples)
+    model(torch.ones(4, 8))
+    copied(torch.ones(4, 8))
+    pickle.loads(pickle.dumps(copied))(torch.ones(4, 8))
+
+
+def test_strict_takes_a_change_that_leaves_every_product_as_it_was() -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "int8", strict=True)
+    model(torch.ones(4, 8))
+    model[1] = nn.GELU()
+    model(torch.ones(4, 8))
+
+
+def test_a_module_that_multiplies_and_came_later_is_told() -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "int8", (torch.ones(4, 8),))
+    model[1] = _Written()
+    assert report(model).unreached == {"1": "the _Written came after compiling. Try lpcompile(model, policy) again"}
