@@ -108,12 +108,12 @@ def expecting(policy: Policy, resolution: Resolution, possible: Sequence[Site]) 
     """A resolution in which no rule is told to match nothing that one of the `possible` sites, which calls may yet
     show, would give something to decide.
     """
-    idle = {
+    waiting = {
         use.label
         for rule, use in zip(policy.rules, resolution.rules)
-        if not use.num_rows and not use.sites and any(rule.match.matches(site) for site in possible)
+        if not use.num_rows and not use.sites and any(rule.match.may_match(site) for site in possible)
     }
-    rules = [replace(use, is_told=False) if use.label in idle else use for use in resolution.rules]
+    rules = [replace(use, is_told=False, is_waiting=True) if use.label in waiting else use for use in resolution.rules]
     return replace(resolution, rules=rules)
 
 

@@ -31,6 +31,8 @@ class RuleUse:
     """Whether it is a fault that it decides nothing: not of a shipped rule, and not of one that another file's rules,
     which extend it, come before.
     """
+    is_waiting: bool = False
+    """Whether a call may yet show something that it decides."""
 
     @property
     def is_idle(self) -> bool:

@@ -170,6 +170,11 @@ class Match(Section):
             return False
         return self.shape is None or self.shape.matches(site)
 
+    def may_match(self, site: Site) -> bool:
+        """Whether a rule with these conditions is for a site, or may be once its sizes are known."""
+        is_open = self.shape is not None and (site.n is None or site.k is None)
+        return self.matches(site) or (is_open and self.model_copy(update={"shape": None}).matches(site))
+
     def plain(self) -> dict[str, Any]:
         """As a policy file writes it."""
         values = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True, by_alias=True)

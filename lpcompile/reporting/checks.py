@@ -70,8 +70,8 @@ def _idle_rules(policy: Policy, sites: Sequence[Site], resolution: Resolution) -
             above = ", ".join(use.deciders)
             what = f"({use.condition}) decides nothing: of its {len(use.sites)} GEMMs every role is decided above it"
             yield Finding("rule-decides-nothing", use.label, what, f"it before {above}, or not at all", is_wrong=True)
-    sets_one = [rule for rule, use in zip(policy.rules, resolution.rules) if not rule.leave and not use.is_idle]
-    if sets_one and not any(use.num_rows for rule, use in zip(policy.rules, resolution.rules) if not rule.leave):
+    setting = [use for rule, use in zip(policy.rules, resolution.rules) if not rule.leave]
+    if setting and not any(use.num_rows or use.is_idle or use.is_waiting for use in setting):
         what = f"none of its rules matched any of the {len(sites)} GEMMs"
         ops = ", ".join(sorted({site.op for site in sites})) or "what it multiplies: no GEMM was found"
         hint = f"a file with `extends: [{policy.name}]` and a rule for {ops}"

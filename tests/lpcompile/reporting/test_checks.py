@@ -267,3 +267,31 @@ def test_sums_that_drift_or_saturate_are_told(cast: str | dict, sums: str | dict
     rule = {"fwd": {"x": cast, "w": cast, "accumulate": sums}}
     model = lpcompile(nn.Sequential(nn.Linear(k, 8, bias=False)), _policy(rule))
     assert [each.code for each in report(model).warnings] == ([code] if code else [])
+
+
+class _Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(2, 32),)])
+def test_a_rule_of_sizes_that_no_call_has_shown_is_not_called_dead(examples: tuple[torch.Tensor] | None) -> None:
+    """A router's weight is multiplied by a function, whose sizes are known when it runs."""
+    rules = ({"match": {"op": "linear", "shape": {"n": "<16"}}, **E5M2}, {"match": {"op": "linear"}, **E4M3})
+    model = lpcompile(nn.Sequential(nn.Linear(32, 32), _Router()), _policy(*rules), examples, strict=True)
+    model(torch.ones(2, 32))
+    assert {row.rule for row in report(model).gemms if row.name == "1.linear_0" and row.role == "fwd"} == {"rules[0]"}
+
+
+def test_a_policy_of_products_that_no_call_has_shown_is_not_told() -> None:
+    class Product(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ x.mT
+
+    model = lpcompile(Product(), "fp32-emulated", strict=True)
+    model(torch.ones(3, 4))
+    assert len(report(model).called) == 3
