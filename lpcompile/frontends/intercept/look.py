@@ -55,8 +55,11 @@ class Seen:
     """Of the product that a scope found last."""
     writer: dict[str, str] = field(default_factory=dict)
     """Site -> path of the module that writes it."""
+    ran: set[str] = field(default_factory=set)
+    """Sites of the products that the last call ran, which is one in evaluation mode."""
 
     def note(self, site: str, lengths: Lengths, lhs: Tensor, rhs: Tensor) -> None:
+        self.ran.add(site)
         self.operands.setdefault(site, (self._mark(lhs), self._mark(rhs)))
         known = self.lengths.setdefault(site, {})
         for role, length in lengths.items():
@@ -117,6 +120,7 @@ def _call_copies(
             if twin.training is not training:
                 twin.train(training)
             per_call.clear()
+            seen.ran.clear()
             with copying:
                 its_args, its_kwargs = _copy_or_same(args), _copy_or_same(dict(kwargs))
             twin(*its_args, **its_kwargs)
