@@ -82,12 +82,13 @@ def export_graph(
             _read_live(graph, node, str(each.target), program.constants, model)
         elif node not in tensors:
             graph.erase_node(node)  # a plain value, which the graph holds
-    _name_functional(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
-    graph.eliminate_dead_code(_does_more)
+    does_more = {node for node in graph.nodes if _does_more(node)}  # as operations say it, and functions do not
     if tensors:
         write_functions(graph, tensors[0].meta["val"].fake_mode)
+    _name_functional(graph)  # as products are read from here on, those without readers among them
+    graph.eliminate_dead_code(does_more.__contains__)
     for node in graph.nodes:
         _keep_own_meta(node)
     (results,) = graph.output_node().args

@@ -66,6 +66,29 @@ def test_what_the_certificate_says_runs_is_cast(write: Any, has_graph: bool) -> 
     assert all(row.fidelity != "refused" for row in told.gemms)
 
 
+@pytest.mark.parametrize("ops", [("linear",), ("linear", "matmul"), ()])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y, w, v: torch.addmv(y[:, 0], y, v),
+        lambda y, w, v: torch.inner(y, w),
+        lambda y, w, v: torch.addr(w, y[0], v),
+        lambda y, w, v: torch.vdot(y[0], v),
+        lambda y, w, v: torch.mm(y, w, out=torch.empty(3, 8)),
+        lambda y, w, v: torch.addbmm(w[:3], y[None], w[None]),
+        lambda y, w, v: torch.zeros(3, 8).addmm_(y, w),
+        lambda y, w, v: y @ torch.matrix_power(w, 3),
+        lambda y, w, v: torch.rnn_tanh_cell(y, y, w, w),
+    ],
+)
+def test_products_without_a_form_run_as_without_a_graph(write: Any, ops: tuple[str, ...]) -> None:
+    (wanted, before), (found, told) = (_run(write, policy_of(*ops), mode) for mode in ("train", "infer"))
+    assert torch.equal(found, wanted)
+    assert {(row.name, row.role, row.fidelity) for row in told.gemms} == {
+        (row.name, row.role, row.fidelity) for row in before.gemms
+    }
+
+
 def test_a_product_that_only_training_runs_keeps_no_graph_away() -> None:
     class Model(Written):
         def forward(self, x: Tensor) -> Tensor:
