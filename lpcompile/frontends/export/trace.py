@@ -46,6 +46,8 @@ class Exported:
     out_spec: pytree.TreeSpec
     sizes: SizeRules
     """Of the tensors, which are the placeholders."""
+    training: Mapping[str, bool]
+    """Of every module, by its path, while this was made."""
 
 
 def export_graph(
@@ -96,7 +98,8 @@ def export_graph(
     graph.lint()
     assert program.call_spec.in_spec == in_spec
     assert program.call_spec.out_spec is not None
-    return Exported(graph, in_spec, program.call_spec.out_spec, sizes)
+    training = {path: module.training for path, module in model.named_modules()}
+    return Exported(graph, in_spec, program.call_spec.out_spec, sizes, training)
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]) -> "_Trace":
