@@ -12,6 +12,7 @@ Sizes are symbols where the forward lets them be: a node reads them from a place
 import copy
 import functools
 import random
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,7 +65,8 @@ def export_graph(
     for value in values:
         if not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, torch.dtype):
             raise NotSupported(f"an argument is a {type(value).__name__}, which no graph can take")
-    program, calls = _traced(model, args, kwargs, leaves)
+    with _TRACING:
+        program, calls = _traced(model, args, kwargs, leaves)
     graph, signature = fx.Graph(), program.graph_signature
     graph.output(graph.graph_copy(program.graph, {}))
     assert all(each.kind is OutputKind.USER_OUTPUT for each in signature.output_specs)  # writes are operations
@@ -301,6 +303,8 @@ def _is_same(left: Any, right: Any) -> bool:
     return isinstance(left, (set, frozenset, bool, int, float, str)) and left == right
 
 
+_TRACING = threading.RLock()
+"""torch.export patches modules and torch's functions for the whole process: one thread traces at a time."""
 _CHANGES = "its forward changes attributes of a module"
 _MOST_ELEMENTS = 64
 """Of a tensor that a graph makes anew in each call: a microsecond or two."""

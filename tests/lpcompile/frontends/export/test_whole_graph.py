@@ -1,5 +1,6 @@
 """Whole graphs: a graph casts what the certificate says runs, or the model is not exported."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -97,3 +98,26 @@ def test_a_product_that_only_training_runs_keeps_no_graph_away() -> None:
 
     model = lpcompile(Model(torch.add).eval(), policy_of("linear", "matmul"), (X,), mode="infer")
     assert not _not_exported(report(model))
+
+
+def test_threads_compile_their_own_models() -> None:
+    models = [Written(lambda y, w, v: y @ w).eval() for _ in range(8)]
+    start, faults = threading.Barrier(len(models)), list[BaseException]()
+
+    def compile_one(model: nn.Module) -> None:
+        start.wait()
+        try:
+            lpcompile(model, policy_of("linear", "matmul"), (X,), mode="infer")
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=compile_one, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    with torch.no_grad():
+        results = [model(X) for model in models]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not any(_not_exported(report(model)) or report(model).unserved for model in models)
