@@ -60,19 +60,22 @@ class Facts:
 
     def _hold_inside(self, value: Any, path: str, seen: set[int]) -> None:
         """Configs, tensors and arrays in an attribute, whatever containers and configs they lie in."""
-        if id(value) in seen or isinstance(value, (nn.Module, type)):
-            return
-        seen.add(id(value))
-        if _mark(value) is not None:
-            self.marks.append((value, _mark(value), path))
-        elif isinstance(value, (dict, list, tuple, set, frozenset, deque)):
-            for each in [*value.values()] if isinstance(value, dict) else value:
-                self._hold_inside(each, path, seen)
-        elif not isinstance(value, Tensor) and not callable(value) and type(getattr(value, "__dict__", None)) is dict:
-            path = f"{path} {type(value).__name__}".lstrip()
-            self._hold(value, path, list(vars(value)), vars(value))
-            for each in [*vars(value).values()]:
-                self._hold_inside(each, path, seen)
+        waiting = [(value, path)]
+        while waiting:
+            value, path = waiting.pop()
+            if id(value) in seen or isinstance(value, (nn.Module, type)):
+                continue
+            seen.add(id(value))
+            if mark_of(value) is not None:
+                self.marks.append((value, mark_of(value), path))
+            elif isinstance(value, CONTAINERS):
+                waiting += [(each, path) for each in items_of(value)]
+            elif (
+                not isinstance(value, Tensor) and not callable(value) and type(getattr(value, "__dict__", None)) is dict
+            ):
+                path = f"{path} {type(value).__name__}".lstrip()
+                self._hold(value, path, list(vars(value)), vars(value))
+                waiting += [(each, path) for each in vars(value).values()]
 
     def _hold_tensors(self, tensors: dict[str, Any], path: str, owners: dict[int, tuple[dict[str, Any], str]]) -> None:
         for name, value in tensors.items():
@@ -111,20 +114,22 @@ class Facts:
         if len(owned) != self.num_owned:
             return "parameters or buffers are tied that were not"
         for value, mark, path in self.marks:
-            if _mark(value) != mark:
+            if mark_of(value) != mark:
                 return f"a tensor or an array in an attribute of {path or 'the model'} was written into"
         return None
 
     def __getstate__(self) -> dict[str, Any]:
         kinds = [(module, vars(kind).get(ORIGINAL, kind), ORIGINAL in vars(kind)) for module, kind in self.types]
-        marks = [(value, _mark(value) == mark, path) for value, mark, path in self.marks]  # a copy's version is its own
+        marks = [
+            (value, mark_of(value) == mark, path) for value, mark, path in self.marks
+        ]  # a copy's version is its own
         return {**vars(self), "types": kinds, "marks": marks}  # classes of ours have no name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         kinds = [(module, captured_class(kind) if is_ours else kind) for module, kind, is_ours in state["types"]]
         self.types = kinds
-        self.marks = [(value, _mark(value) if is_same else "", path) for value, is_same, path in state["marks"]]
+        self.marks = [(value, mark_of(value) if is_same else "", path) for value, is_same, path in state["marks"]]
 
 
 def _kept(value: Any, inside: tuple[int, ...] = ()) -> Any:
@@ -134,18 +139,27 @@ def _kept(value: Any, inside: tuple[int, ...] = ()) -> Any:
     inside = *inside, id(value)
     if isinstance(value, dict):
         return {key: _kept(each, inside) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(_kept(each, inside) for each in value)
-    return copy.copy(value) if isinstance(value, (set, bytearray, deque)) else value
+    for kind in (list, tuple, deque):
+        if isinstance(value, kind):
+            return kind(_kept(each, inside) for each in value)
+    return copy.copy(value) if isinstance(value, set) else value
 
 
-def _mark(value: Any) -> Any:
-    """Of a tensor its version, of an array of numpy its bytes; None of what has neither."""
+def mark_of(value: Any) -> Any:
+    """What a write moves: of a tensor its version, of an array of numpy or a bytearray its bytes; None of others."""
+    if type(value) is bytearray:
+        return bytes(value)
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     return value.tobytes() if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray" else None
 
 
+def items_of(container: Any) -> list[Any]:
+    """What a container holds."""
+    return [*container.values()] if isinstance(container, dict) else [*container]
+
+
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",

@@ -110,7 +110,7 @@ def _call_copies(
     """What was seen; under `fake`, whose tensors hold no data."""
     seen, per_call = Seen(), Counter[str]()
     copying = nullcontext() if fake is None else FakeCopyMode(fake)
-    with _no_trace(model), fake or nullcontext():
+    with no_trace(model), fake or nullcontext():
         with copying:
             twin = _copy(model)
         _install(twin, leaves, scoped, seen)
@@ -234,7 +234,7 @@ def _counting(path: str, calls: Counter[str]) -> Callable[..., None]:
 
 
 @contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
+def no_trace(model: nn.Module) -> Iterator[None]:
     """Puts back what a call may change outside of the copy: random generators, and globals that a forward names."""
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     states = random.getstate(), numpy_random.get_state() if numpy_random else None

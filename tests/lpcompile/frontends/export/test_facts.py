@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any]
     "config in a config": (lambda: Config(Config(1.0)), lambda h: h.value.value, lambda h: _setter("value")(h.value)),
     "config in a list": (lambda: [Config(1.0)], lambda held: held[0].value, lambda h: _setter("value")(h[0])),
     "bytearray": (lambda: bytearray(b"\1"), lambda held: held[0], _set_item(0, 7)),
+    "deque of lists": (lambda: deque([[1.0]]), lambda held: held[0][0], lambda h: _set_item(0)(h[0])),
     "dict of lists": (lambda: {"a": [1.0]}, lambda held: held["a"][0], lambda h: _set_item(0)(h["a"])),
     "tuple of lists": (lambda: (1.0, [2.0]), lambda held: held[1][0], lambda h: _set_item(0)(h[1])),
     "tensor in a list": (lambda: [torch.ones(2)], lambda held: held[0][0], lambda h: h[0].fill_(5)),
