@@ -201,10 +201,10 @@ def _compile_products(
         phase.resolution = expecting(phase.policy, phase.resolution, possible)
         phase.program.findings[:0] = check_policy(model, leaves, compiled.sites, phase.policy, phase.resolution)
         phase.num_quantize_before, phase.num_quantize_after = count_casts(phase, seen.operands if seen else {})
-    if mode == "infer" and call is not None:
+    if mode == "infer" and call is not None and seen is not None:
         from lpcompile.frontends.export.whole_graph import compile_exported, install_exported  # and torch's compiler
 
-        exported = compile_exported(model, compiled, call)
+        exported = compile_exported(model, compiled, seen.ran, call)
     else:
         exported = None
     _refuse_if_not_lowered(compiled)

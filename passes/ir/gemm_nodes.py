@@ -329,6 +329,7 @@ _ATEN: dict[str, _Reader] = {
     "mm": _read_matmul,
     "bmm": _read_matmul,
     "matmul": _read_matmul,
+    "linalg_matmul": _read_matmul,
     "linear": _read_linear,
     "addmm": _read_addmm_2d,
     "baddbmm": _read_addmm_3d,

@@ -121,7 +121,7 @@ class ExportedForward:
         vars(model)[STATE] = state
         record = ExportedForward(arguments, exported.sizes, exported.out_spec, codes, state, before, Facts())
         install(model, record)
-        record.facts = Facts.of(model)
+        record.facts = Facts.of(model, exported.training)
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -11,9 +11,9 @@ Sizes are symbols where the forward lets them be: a node reads them from a place
 
 import copy
 import functools
-import random
+import threading
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +27,11 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from lpcompile.errors import NotSupported
+from lpcompile.frontends.export.facts import CONTAINERS, items_of, mark_of
 from lpcompile.frontends.export.functions import write_functions
 from lpcompile.frontends.export.leaf_calls import LeafCall, inline_leaves, opaque_leaves
 from lpcompile.frontends.export.sizes import SizeRules, size_rules
+from lpcompile.frontends.intercept.look import no_trace
 from lpcompile.frontends.leaves.find import Leaf
 from passes.ir.gemm_nodes import read_gemm, stem_of
 from passes.ir.program import GROUP, REPEATED, SITE, WEIGHT
@@ -46,6 +48,8 @@ class Exported:
     out_spec: pytree.TreeSpec
     sizes: SizeRules
     """Of the tensors, which are the placeholders."""
+    training: Mapping[str, bool]
+    """Of every module, by its path, while this was made."""
 
 
 def export_graph(
@@ -62,7 +66,8 @@ def export_graph(
     for value in values:
         if not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, torch.dtype):
             raise NotSupported(f"an argument is a {type(value).__name__}, which no graph can take")
-    program, calls = _traced(model, args, kwargs, leaves)
+    with _TRACING, no_trace(model):
+        program, calls = _traced(_twin(model), args, kwargs, leaves)
     graph, signature = fx.Graph(), program.graph_signature
     graph.output(graph.graph_copy(program.graph, {}))
     assert all(each.kind is OutputKind.USER_OUTPUT for each in signature.output_specs)  # writes are operations
@@ -82,12 +87,13 @@ def export_graph(
             _read_live(graph, node, str(each.target), program.constants, model)
         elif node not in tensors:
             graph.erase_node(node)  # a plain value, which the graph holds
-    _name_functional(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
-    graph.eliminate_dead_code(_does_more)
+    does_more = {node for node in graph.nodes if _does_more(node)}  # as operations say it, and functions do not
     if tensors:
         write_functions(graph, tensors[0].meta["val"].fake_mode)
+    _name_functional(graph)  # as products are read from here on, those without readers among them
+    graph.eliminate_dead_code(does_more.__contains__)
     for node in graph.nodes:
         _keep_own_meta(node)
     (results,) = graph.output_node().args
@@ -95,7 +101,19 @@ def export_graph(
     graph.lint()
     assert program.call_spec.in_spec == in_spec
     assert program.call_spec.out_spec is not None
-    return Exported(graph, in_spec, program.call_spec.out_spec, sizes)
+    training = {path: module.training for path, module in model.named_modules()}
+    return Exported(graph, in_spec, program.call_spec.out_spec, sizes, training)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy, of which the forward may change what it wants but the parameters and buffers, which are the model's:
+    torch.export leaves those alone.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    try:
+        return copy.deepcopy(model, {id(each): each for each in tensors})
+    except Exception as error:  # whatever an attribute says
+        raise NotSupported(f"it cannot be copied: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]) -> "_Trace":
@@ -117,7 +135,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             except Exception as error:  # whatever a forward does with tensors that have no data
                 raise NotSupported(f"torch.export says {type(error).__name__}: {_first_line(error)}") from error
 
-    with _left_as_it_was(model, leaves) as changes:
+    with _watched(model, leaves) as changes:
         first = trace()
         if not changes:
             return first
@@ -222,12 +240,11 @@ def _hint(size: Any) -> int:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[list[_Change]]:
-    """What the forward writes into modules, their containers and their configs, and draws of random numbers, is undone.
-    The plain values among it are in the list that is given; others raise NotSupported. Hooks of the root do not run.
+def _watched(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[list[_Change]]:
+    """What the forward writes into modules, their containers and their configs: the plain values among it are in the
+    list that is given; others raise NotSupported. Hooks of the root do not run.
     """
-    before, seeds, original = _State(model.modules()), (torch.get_rng_state(), random.getstate()), model.forward
-    known, changes = {leaf.path for leaf in leaves}, list[_Change]()
+    original, known, changes = model.forward, {leaf.path for leaf in leaves}, list[_Change]()
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -249,14 +266,9 @@ def _left_as_it_was(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[list[_
     for name in _HOOKS:
         vars(model)[name].clear()
     vars(model)["forward"] = forward
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is undone here
-            yield changes
-    finally:
-        before.restore()
-        torch.set_rng_state(seeds[0])
-        random.setstate(seeds[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is dropped here
+        yield changes
 
 
 def _is_size(value: Any) -> bool:
@@ -264,26 +276,40 @@ def _is_size(value: Any) -> bool:
 
 
 class _State:
-    """What modules hold beside the data of tensors, in every dict, list and set of theirs."""
+    """What modules hold beside the data of their tensors: every dict, list and set of theirs, and in these and in
+    configs what a write moves of tensors and arrays, which a graph holds as they are.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        holders: dict[int, Any] = {}
+        self._held: dict[int, tuple[Any, Any]] = {}
         for module in modules:
-            holders[id(vars(module))] = vars(module)
-            for value in [*vars(module).values()]:
-                if isinstance(value, (list, dict, set)):
-                    holders[id(value)] = value
-                elif hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type)):
-                    holders[id(vars(value))] = vars(value)
-        self._held = [(holder, copy.copy(holder)) for holder in holders.values()]
+            own = vars(module)
+            self._hold(own)
+            self._hold_inside([each for each in own.values() if not isinstance(each, Tensor)], own)
+
+    def _hold(self, holder: Any) -> None:
+        mark = mark_of(holder)
+        self._held[id(holder)] = holder, copy.copy(holder) if mark is None else mark
+
+    def _hold_inside(self, waiting: list[Any], own: Mapping[str, Any]) -> None:
+        while waiting:
+            value = waiting.pop()
+            if id(value) in self._held or isinstance(value, (nn.Module, type)):
+                continue
+            if isinstance(value, CONTAINERS) or mark_of(value) is not None:
+                self._hold(value)
+            if isinstance(value, CONTAINERS):
+                is_known = value is own["_parameters"] or value is own["_buffers"]
+                waiting += [] if is_known else items_of(value)
+            elif hasattr(value, "__dict__") and not isinstance(value, Tensor):
+                waiting.append(vars(value))
 
     def changed(self) -> list[Any]:
-        return [(holder, before) for holder, before in self._held if not _is_same(holder, before)]
-
-    def restore(self) -> None:
-        for holder, before in self.changed():
-            holder.clear()
-            holder.extend(before) if isinstance(holder, list) else holder.update(before)
+        return [
+            (holder, before)
+            for holder, before in self._held.values()
+            if not (_is_same(holder, before) if mark_of(holder) is None else mark_of(holder) == before)
+        ]
 
 
 def _is_same(left: Any, right: Any) -> bool:
@@ -292,11 +318,13 @@ def _is_same(left: Any, right: Any) -> bool:
         return left is right
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(_is_same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
+    if isinstance(left, (list, tuple, deque)):
         return len(left) == len(right) and all(map(_is_same, left, right))
     return isinstance(left, (set, frozenset, bool, int, float, str)) and left == right
 
 
+_TRACING = threading.RLock()
+"""torch.export patches modules and torch's functions for the whole process: one thread traces at a time."""
 _CHANGES = "its forward changes attributes of a module"
 _MOST_ELEMENTS = 64
 """Of a tensor that a graph makes anew in each call: a microsecond or two."""

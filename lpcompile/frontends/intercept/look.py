@@ -55,8 +55,11 @@ class Seen:
     """Of the product that a scope found last."""
     writer: dict[str, str] = field(default_factory=dict)
     """Site -> path of the module that writes it."""
+    ran: set[str] = field(default_factory=set)
+    """Sites of the products that the last call ran, which is one in evaluation mode."""
 
     def note(self, site: str, lengths: Lengths, lhs: Tensor, rhs: Tensor) -> None:
+        self.ran.add(site)
         self.operands.setdefault(site, (self._mark(lhs), self._mark(rhs)))
         known = self.lengths.setdefault(site, {})
         for role, length in lengths.items():
@@ -107,7 +110,7 @@ def _call_copies(
     """What was seen; under `fake`, whose tensors hold no data."""
     seen, per_call = Seen(), Counter[str]()
     copying = nullcontext() if fake is None else FakeCopyMode(fake)
-    with _no_trace(model), fake or nullcontext():
+    with no_trace(model), fake or nullcontext():
         with copying:
             twin = _copy(model)
         _install(twin, leaves, scoped, seen)
@@ -117,6 +120,7 @@ def _call_copies(
             if twin.training is not training:
                 twin.train(training)
             per_call.clear()
+            seen.ran.clear()
             with copying:
                 its_args, its_kwargs = _copy_or_same(args), _copy_or_same(dict(kwargs))
             twin(*its_args, **its_kwargs)
@@ -230,7 +234,7 @@ def _counting(path: str, calls: Counter[str]) -> Callable[..., None]:
 
 
 @contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
+def no_trace(model: nn.Module) -> Iterator[None]:
     """Puts back what a call may change outside of the copy: random generators, and globals that a forward names."""
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     states = random.getstate(), numpy_random.get_state() if numpy_random else None

@@ -1,8 +1,11 @@
 """Exported graphs: the values of the model bit for bit, the sites of the other front ends, and a model left alone."""
 
+import contextlib
 import copy
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,3 +337,71 @@ def test_gradients_and_random_numbers_of_the_caller_stay() -> None:
     assert torch.is_grad_enabled()
     assert [str(node.op) for node in exported.graph.nodes].count("call_function") == 1  # dropout does nothing here
     assert torch.equal(_run(exported, model, x), model(x))
+
+
+class _Plain:
+    """A config."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(2)
+
+
+def _adds_to_a_tensor(self: Any, x: Tensor) -> Tensor:
+    return x + self.fc(x) * self.held.add_(1).sum()
+
+
+def _adds_to_the_first(self: Any, x: Tensor) -> Tensor:
+    self.held[0] += 1
+    return x + self.fc(x) * float(self.held[0])
+
+
+def _adds_to_a_tensor_in_a_list(self: Any, x: Tensor) -> Tensor:
+    return x + self.fc(x) * self.held[0].add_(1).sum()
+
+
+def _adds_inside(self: Any, x: Tensor) -> Tensor:
+    self.held["a"][0] += 1
+    return x + self.fc(x) * self.held["a"][0]
+
+
+def _adds_in_a_config(self: Any, x: Tensor) -> Tensor:
+    return x + self.fc(x) * self.held.total.add_(1).sum()
+
+
+@pytest.mark.parametrize(
+    ("forward", "make", "has_graph"),
+    [
+        (_adds_to_a_tensor, lambda: torch.zeros(2), True),
+        (_adds_to_a_tensor_in_a_list, lambda: [torch.zeros(2)], False),
+        (_adds_to_the_first, lambda: np.zeros(2), False),
+        (_adds_to_the_first, lambda: bytearray(2), False),
+        (_adds_inside, lambda: {"a": [0.0]}, False),
+        (_adds_in_a_config, _Plain, False),
+    ],
+)
+def test_what_a_forward_writes_in_place_is_written_by_calls_alone(forward: Any, make: Any, has_graph: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Stateful().eval(), torch.randn(3, 8)
+    model.run, model.held = forward, make()
+    original, before = copy.deepcopy(model), pickle.dumps(model.held)
+    lpcompile(model, "fp32-emulated", (x,), mode="infer")
+    assert pickle.dumps(model.held) == before
+    assert ("not-exported" not in [each.code for each in report(model).warnings]) is has_graph
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.equal(model(x), original(x))
+    assert not report(model).unserved
+
+
+def test_the_generator_of_numpy_is_left_as_it_was() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + self.fc(x) * float(np.random.rand())
+
+    model, x = _Stateful().eval(), torch.randn(3, 8)
+    model.run = forward
+    np.random.seed(0)
+    wanted = np.random.rand()
+    np.random.seed(0)
+    with contextlib.suppress(NotSupported):
+        _export(model, x)
+    assert np.random.rand() == wanted
