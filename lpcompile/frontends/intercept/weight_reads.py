@@ -38,7 +38,7 @@ def _named_by(cls: Any, forward: Callable[..., Any]) -> frozenset[str]:
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
         seen.add(function.__code__)
-        here = _names(function.__code__)
+        here = names_in(function.__code__)
         names |= here
         for name in here:
             for found in (inspect.getattr_static(cls, name, None), function.__globals__.get(name)):
@@ -48,10 +48,10 @@ def _named_by(cls: Any, forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """Of attributes, globals and texts in a function and in those inside of it."""
     names = {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            names |= _names(each)
+            names |= names_in(each)
     return names
