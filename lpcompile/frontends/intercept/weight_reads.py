@@ -13,13 +13,16 @@ from typing import Any
 
 from torch import nn
 
+from lpcompile.frontends.install import own_forward
+
 _MOST_FUNCTIONS = 200
 
 
 def reads_a_matrix_below(module: nn.Module) -> bool:
     """Whether its forward names a parameter of two dimensions or more that a module below it has."""
     cls: Any = type(module)
-    named = _named_by(cls, cls.forward)
+    forward = inspect.unwrap(own_forward(module) or cls.forward)
+    named = _named_by(cls, getattr(forward, "__func__", forward))
     return any(name in named for child in module.children() for name in _matrices(child))
 
 

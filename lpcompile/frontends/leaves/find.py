@@ -269,7 +269,7 @@ def _is_as_torch_wrote_it(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool
     return matches
 
 
-def _has_path_of(kind: type[nn.Module], module: nn.Module) -> bool:
+def _has_path_of(kind: Any, module: nn.Module) -> bool:
     own = vars(module)
     if not all(getattr(type(module), name) is getattr(kind, name) and name not in own for name in _path(kind)):
         return False
