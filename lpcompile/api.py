@@ -125,6 +125,8 @@ def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
     except BaseException:
         _take_away(model)
         for module, kind, values in held:
+            if RECORD in values:
+                install(module, values[RECORD])  # also under a forward of the instance
             module.__class__ = kind
             vars(module).update(values)
         for module, by_key in hooks:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 NAME = "checksums.json"
+_LOADED = (".pt", ".json", ".yaml")
+"""What is loaded: tensors, the record and the policy. Another file that lies there, a note, needs no checksum."""
 
 
 def checksums(folder: Path, rank: int, size: int) -> dict[str, str]:
@@ -28,7 +30,8 @@ def damages(folder: Path, rank: int, size: int) -> list[str]:
         wanted = None
     if not isinstance(wanted, dict) or not all(isinstance(each, str) for each in wanted.values()):
         return [f"{NAME} is missing or cannot be read"]
-    found = []
+    loaded = [name for name in _files(folder) if name.endswith(_LOADED)]
+    found = [f"{name} has no checksum" for name in loaded[rank::size] if name not in wanted]
     for name in sorted(wanted)[rank::size]:
         path = folder / name
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from passes.ir.targets import find_target, name_of
+from passes.ir.targets import find_op, find_target, name_of
 
 
 class GraphCode:
@@ -81,6 +81,10 @@ class _Named:
 
     name: str
 
+    def function(self) -> Callable[..., Any]:
+        """Also an op of a library's own, which no text names."""
+        return find_op(self.name) if self.name.startswith("torch.ops.") else find_target(self.name)
+
 
 _Row = tuple[str, str, Any, Any, Any, dict[str, Any]]
 
@@ -114,7 +118,7 @@ def _load_graph(rows: list[_Row]) -> fx.Graph:
         return nodes[value.name] if isinstance(value, _Reference) else value
 
     for op, name, target, args, kwargs, meta in rows:
-        found = find_target(target.name) if isinstance(target, _Named) else target
+        found = target.function() if isinstance(target, _Named) else target
         node = graph.create_node(op, found, map_aggregate(args, replace), map_aggregate(kwargs, replace), name=name)
         node.meta.update(meta)
         nodes[name] = node

@@ -2,7 +2,8 @@
 
 The instance keeps its identity and gets a subclass of its class, made once per class, whose forward runs the record. A
 subclass and not an attribute `forward`, because libraries wrap `forward` when a class is made (gradient checkpointing)
-and look at its signature. The class itself is never written.
+and look at its signature. The class itself is never written. A module whose forward lies on the instance already (a
+user's, accelerate's hooks) keeps it: the record runs before it.
 """
 
 import copy
@@ -28,11 +29,34 @@ def install(module: nn.Module, record: Record) -> None:
     if _captured_base(type(module)) is None:
         module.__class__ = captured_class(type(module))
     vars(module)[RECORD] = record
+    own = vars(module).get("forward")
+    if own is not None and not _is_ours(own):
+        vars(module)["forward"] = functools.update_wrapper(functools.partial(_run_own, module, own), own)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward that lies on the instance, if one does: not what runs our record before it."""
+    own: Any = vars(module).get("forward")
+    return own.args[1] if _is_ours(own) else own
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is _run_own
+
+
+def _run_own(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of an instance under a record."""
+    record = installed(module)
+    if record is None:
+        return own(*args, **kwargs)
+    return record.run(module, lambda _, *args, **kwargs: own(*args, **kwargs), args, kwargs)
 
 
 def uninstall(module: nn.Module) -> None:
     """Give the module its own class back. Under a wrapper's subclass (FSDP2) only the record goes."""
     vars(module).pop(RECORD, None)
+    if _is_ours(vars(module).get("forward")):
+        vars(module)["forward"] = own_forward(module)
     if _captured_base(type(module)) is type(module):
         module.__class__ = _original_class(type(module))
 

@@ -9,7 +9,7 @@ from passes.ir.arguments import Unprintable, print_arguments
 from passes.ir.operands import GIVEN, operands_of
 from passes.ir.program import NODE_META, Program, Unit
 from passes.ir.syntax import Attribute, OpText, Value, write_attribute, write_op
-from passes.ir.targets import name_of
+from passes.ir.targets import is_target, name_of
 from passes.ir.types import types_of
 from runtime.errors import NotSupported
 from runtime.numerics.specs import ROLES
@@ -110,7 +110,7 @@ class _GraphPrinter:
         if isinstance(node.target, str):
             return node.target
         name = name_of(node.target)
-        if name is None:
+        if name is None or not is_target(name):
             raise self._unprintable(node, f"the function {node.target!r}", "a function that is found by its name")
         return name
 

@@ -1,7 +1,8 @@
 """Targets: functions by name and names by function, `torch.nn.functional.gelu`, `torch.Tensor.view`, `operator.add`.
 
-A closed table: what torch lets a tensor go through, a few builtins, and the functions of runtime/ops. A text names one
-of them or is refused: nothing is imported that is not there already, nothing is called, no attribute is walked to.
+A closed table: what torch lets a tensor go through (passes/ir/operators.py), a few builtins, and the functions of
+runtime/ops. A text names one of them or is refused: nothing is imported that is not there already, nothing is
+called, no attribute is walked to.
 """
 
 import builtins
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime.ops
+from passes.ir.operators import is_computation, is_function_of_tensors
 
 
 @lru_cache(maxsize=4096)
@@ -31,9 +33,13 @@ def name_of(target: Any) -> str | None:
 
 @lru_cache(maxsize=4096)
 def find_target(name: str) -> Callable[..., Any]:
-    """The function of that name. Raises LookupError with a hint where there is none."""
+    """The function of that name. Raises LookupError with a hint where there is none, or where it is an op that does
+    more than compute.
+    """
     if name.startswith("torch.ops."):
-        return _find_op(name)
+        if not is_computation(op := find_op(name)):
+            raise LookupError("an op of aten or lp that computes tensors of tensors, and does nothing else")
+        return op
     table = _table()
     if name not in table:
         close = get_close_matches(name, table, n=1, cutoff=0.8)
@@ -41,7 +47,16 @@ def find_target(name: str) -> Callable[..., Any]:
     return table[name]
 
 
-def _find_op(name: str) -> Callable[..., Any]:
+def is_target(name: str) -> bool:
+    """Whether a text may name it."""
+    try:
+        find_target(name)
+    except LookupError:
+        return False
+    return True
+
+
+def find_op(name: str) -> Callable[..., Any]:
     """`torch.ops.NAMESPACE.OP` or `torch.ops.NAMESPACE.OP.OVERLOAD`, of what is registered."""
     parts = name.split(".")[2:]
     found: Any = torch.ops
@@ -58,7 +73,9 @@ def _table() -> dict[str, Callable[..., Any]]:
     """Every function that a text may name, by its name; of several names the first is the one that is printed."""
     table: dict[str, Callable[..., Any]] = {}
     for space, (owner, names) in _spaces().items():
-        table |= {f"{space}.{name}": each for name, each in _functions(owner, names)}
+        is_filtered = space in _FILTERED
+        kept = [name for name in names if not is_filtered or is_function_of_tensors(space, name)]
+        table |= {f"{space}.{name}": each for name, each in _functions(owner, kept)}
     for info in pkgutil.iter_modules(runtime.ops.__path__, "runtime.ops."):
         module = importlib.import_module(info.name)
         own = (name for name, each in vars(module).items() if getattr(each, "__module__", "") == info.name)
@@ -130,6 +147,9 @@ NAMESPACES = (
     "builtins",
 )
 """Where a function is looked for, in this order."""
+
+_FILTERED = ("torch", "torch.Tensor", "torch._C._nn", "torch.linalg", "torch.fft", "torch.special")
+"""Where torch lists functions that are no computation too: torch.from_file, torch.Tensor.share_memory_."""
 
 _FUNCTIONS = (
     types.FunctionType,

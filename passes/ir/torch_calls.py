@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.ir.targets import name_of
+from passes.ir.operators import is_factory
+from passes.ir.targets import is_target, name_of
 from passes.ir.types import Types
 from runtime.ops.types import OpType, TensorType
 
@@ -24,7 +25,11 @@ def wrong_call(node: fx.Node, types: Types, said: OpType) -> tuple[str, str]:
     """
     if not _can_be_asked(node, types):
         return "", ""
+    if node.op == "call_method" and not is_target(f"torch.Tensor.{node.target}"):
+        return "a method of tensors that computes, and does nothing else", f"{node.target}()"
     args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda each: _without_data(each, types))
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("meta")}
     try:
         with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,7 +56,7 @@ def _can_be_asked(node: fx.Node, types: Types) -> bool:
         return False
     if node.op == "call_method" and not (node.args and isinstance(node.args[0], fx.Node)):
         return False
-    if name.startswith("operator.") and not any(isinstance(each, fx.Node) for each in node.args):
+    if name.rpartition(".")[2] in _TO_DEVICES or not (node.all_input_nodes or is_factory(name)):
         return False
     if any(isinstance(each, range) and len(each) > _LONGEST for each in _leaves((node.args, dict(node.kwargs)))):
         return False
@@ -65,7 +70,15 @@ def _without_data(value: Any, types: Types) -> Any:
         kind = types[value]
         assert isinstance(kind, TensorType)
         return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
-    return torch.device("meta") if isinstance(value, torch.device) else value
+    return torch.device("meta") if _is_device(value) else value
+
+
+def _is_device(value: Any) -> bool:
+    """Also as a text: torch.rand(3, device='cpu') would draw from the process's generator."""
+    try:
+        return isinstance(value, torch.device) or (isinstance(value, str) and bool(torch.device(value)))
+    except RuntimeError:
+        return False
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -83,6 +96,8 @@ _ASKED = (
     *("torch.ops.aten.", "operator.", *(f"torch.{name}" for name in dir(torch._C._VariableFunctions))),
 )
 """Functions of tensors. torch._C._set_grad_enabled, say, would change the process."""
+_TO_DEVICES = ("cuda", "ipu", "mtia", "pin_memory", "xpu")
+"""They start a device."""
 _LISTS = ("unbind", "split", "chunk", "__iter__", "meshgrid", "tensors")
 _LONGEST = 4096
 _UNKNOWN = ("meta", "dtype", "scalar type")

@@ -34,9 +34,13 @@ def find_writers(model: nn.Module, leaves: Sequence[Leaf]) -> list[str]:
 
 def may_write(module: nn.Module) -> bool:
     """Whether the forward of a module may multiply, other than by its children."""
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+    if isinstance(module, torch.jit.ScriptModule):
         return False
-    return is_of_leaf_kind(module) or not type(module).__module__.startswith("torch.nn.modules.")
+    return (
+        "forward" in vars(module)
+        or is_of_leaf_kind(module)
+        or not type(module).__module__.startswith("torch.nn.modules.")
+    )
 
 
 def install_scopes(model: nn.Module, compiled: Compiled, writers: Sequence[str], seen: Seen | None) -> bool:

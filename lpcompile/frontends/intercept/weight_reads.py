@@ -13,13 +13,16 @@ from typing import Any
 
 from torch import nn
 
+from lpcompile.frontends.install import own_forward
+
 _MOST_FUNCTIONS = 200
 
 
 def reads_a_matrix_below(module: nn.Module) -> bool:
     """Whether its forward names a parameter of two dimensions or more that a module below it has."""
     cls: Any = type(module)
-    named = _named_by(cls, cls.forward)
+    forward = inspect.unwrap(own_forward(module) or cls.forward)
+    named = _named_by(cls, getattr(forward, "__func__", forward))
     return any(name in named for child in module.children() for name in _matrices(child))
 
 
@@ -38,7 +41,7 @@ def _named_by(cls: Any, forward: Callable[..., Any]) -> frozenset[str]:
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
         seen.add(function.__code__)
-        here = _names(function.__code__)
+        here = names_in(function.__code__)
         names |= here
         for name in here:
             for found in (inspect.getattr_static(cls, name, None), function.__globals__.get(name)):
@@ -48,10 +51,10 @@ def _named_by(cls: Any, forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """Of attributes, globals and texts in a function and in those inside of it."""
     names = {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            names |= _names(each)
+            names |= names_in(each)
     return names

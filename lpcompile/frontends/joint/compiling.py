@@ -11,6 +11,7 @@ graph, which torch.compile guards, and what runs outside of graphs runs as it do
 """
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,8 @@ from lpcompile.policy.resolve import Policy
 Backend = Literal["inductor", "aot_eager"]
 PrintGraph = Callable[[str, str], None]
 Model = TypeVar("Model", bound=nn.Module)
+_ALONE = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+"""Code behind a graph break is that of all models, and its graphs are counted by model where torch can."""
 
 
 def compile_joint(
@@ -75,6 +78,7 @@ def compile_joint(
         fullgraph=fullgraph,
         dynamic=dynamic,
         recompile_limit=8 + 4 * len(compiled.sites),  # behind a graph break every site has graphs of its own
+        **_ALONE,
     )
     # A scope lays its frame on the mode and takes it off again: no side effect that recomputation would have to repeat.
     traced = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
@@ -89,9 +93,13 @@ def remove_joint(model: nn.Module) -> None:
 
 
 def _call_of(model: nn.Module) -> Callable[..., Any]:
-    """A call of the model with its hooks. torch.compile does not trace torch's own code from there on its own."""
+    """A call of the model with its hooks. torch.compile does not trace torch's own code from there on its own. Its code
+    is the model's alone: torch.compile counts graphs by code, and after the limit, of all models together, makes no
+    more.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
+    call.__code__ = call.__code__.replace()
     return call

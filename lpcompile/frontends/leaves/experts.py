@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from lpcompile.frontends.install import original_forward
+from lpcompile.frontends.install import original_forward, own_forward
 from lpcompile.frontends.intercept.scope import FUNCTION_APPLY, RUNNERS
 from runtime.compile_marks import outside_of_graphs
 from runtime.ops.grouped import join_groups, split_groups
@@ -32,8 +32,10 @@ Kwargs = Mapping[str, Any]
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for what transformers' `use_experts_implementation` decorates."""
-    return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "down_proj"))
+    """True for what transformers' `use_experts_implementation` decorates, whose forward is that of the class."""
+    return own_forward(module) is None and all(
+        hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "down_proj")
+    )
 
 
 def expert_weights(module: Any) -> dict[str, tuple[int, int]]:

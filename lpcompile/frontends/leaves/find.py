@@ -24,7 +24,8 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils.parametrize import is_parametrized
 
+from lpcompile.frontends.intercept.weight_reads import names_in
 from lpcompile.frontends.leaves.experts import expert_weights, experts, is_experts
 from lpcompile.frontends.leaves.multihead_attention import multihead_attention
 from lpcompile.frontends.leaves.recurrent import recurrent, recurrent_cell
@@ -93,6 +95,9 @@ def find_leaves(model: nn.Module) -> tuple[list[Leaf], dict[str, str]]:
         if isinstance(module, _UNREACHED):
             unreached[path] = f"{type(module).__name__} computes its products in a way of its own"
         kind = _kind_of(module)
+        if kind is None and isinstance(module, _RECURRENT):
+            what = "is not as torch wrote it, or computes a weight"
+            unreached[path] = f"{type(module).__name__} {what}, and its products are torch's own"
         for part in kind.parts(module) if kind else ():
             leaves.append(replace(part, path=path, index=None if part.n is None else num_weights))
             num_weights += part.n is not None
@@ -255,21 +260,39 @@ def _cell_parts(module: nn.RNNCellBase) -> list[Leaf]:
 
 def _is_as_torch_wrote_it(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
     """Whether a module's whole path to its product is that of one of the kinds: no subclass wrote a part of it, nor did
-    anyone put one on the instance.
+    anyone put one on the instance; and its weights are parameters.
     """
 
     def matches(module: nn.Module) -> bool:
-        return any(
-            isinstance(module, kind)
-            and all(
-                getattr(type(module), name) is getattr(kind, name) and name not in vars(module)
-                for name in _PATH
-                if hasattr(kind, name)
-            )
-            for kind in kinds
-        )
+        return any(isinstance(module, kind) and _has_path_of(kind, module) for kind in kinds)
 
     return matches
+
+
+def _has_path_of(kind: Any, module: nn.Module) -> bool:
+    own = vars(module)
+    if not all(getattr(type(module), name) is getattr(kind, name) and name not in own for name in _path(kind)):
+        return False
+    if not isinstance(module, nn.RNNBase):
+        return True
+    # torch reads the weights in a list, we read them by name
+    is_list = not hasattr(type(module), "_flat_weights")
+    return is_list and all(module._parameters.get(name) is not None for name in module._flat_weights_names)
+
+
+@lru_cache(maxsize=64)
+def _path(kind: Any) -> frozenset[str]:
+    """The methods that lead to the product of a kind: forward, and all that it names and they name."""
+    names, waiting = set[str](), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        method = getattr(kind, name, None)
+        is_of_all = name != "forward" and hasattr(nn.Module, name)
+        if name in names or is_of_all or name == "flatten_parameters" or not isinstance(method, FunctionType):
+            continue  # to lay the weights out another way changes no result
+        names.add(name)
+        waiting += names_in(inspect.unwrap(method).__code__)
+    return frozenset(names)
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -277,8 +300,6 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     return library is not None and _is_as_torch_wrote_it(library.Conv1D)(module)
 
 
-_PATH = ("forward", "_conv_forward", "_output_padding", "merge_masks", "check_forward_args")
-"""The methods that lead to a product, where a kind has them."""
 _UNREACHED = (nn.Bilinear,)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

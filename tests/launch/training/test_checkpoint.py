@@ -81,6 +81,21 @@ def test_a_damaged_file_means_the_previous_checkpoint(tmp_path: Path, alone: Wor
             find_sound_checkpoint(saved, alone)
 
 
+@pytest.mark.parametrize("name", ["weights-0.pt", "rank-0.pt", "run.json", "policy.yaml", "all"])
+def test_a_file_without_a_checksum_means_the_previous_checkpoint(tmp_path: Path, alone: World, name: str) -> None:
+    saved = _save_two(tmp_path, alone)
+    (saved / "note.txt").write_text("kept for the paper")
+    assert find_sound_checkpoint(tmp_path, alone) == (saved, [])
+    sums = json.loads((saved / NAME).read_text())
+    (saved / NAME).write_text(json.dumps({key: each for key, each in sums.items() if name not in (key, "all")}))
+    _damage(saved / "weights-0.pt", "flip")
+    found, notes = find_sound_checkpoint(tmp_path, alone)
+    assert found.name == "step-000004"
+    assert name == "all" or notes == [f"checkpoint {saved} is damaged: {name} has no checksum"]
+    with pytest.raises(ConfigError, match="has no checksum"):
+        find_sound_checkpoint(saved, alone)
+
+
 def test_what_is_whole_has_a_sum_of_every_file(tmp_path: Path, alone: World) -> None:
     saved = _save_two(tmp_path, alone)
     assert damages(saved, 0, 1) == []

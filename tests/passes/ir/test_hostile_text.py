@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from passes.ir.parser import parse_program
 from passes.ir.printer import print_program
@@ -121,9 +122,100 @@ def test_what_no_program_says_is_refused(name: str, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
-def test_reading_changes_no_grad_mode() -> None:
-    import torch
+def made(target: str, args: str, result: str = "!torch.value", kind: str = "call_function") -> str:
+    """A program of one call without an operand; of a method's, with the input."""
+    operand, its_type = ("%x", "tensor<2x2xf32>") if re.search(r"\b_\b", args) else ("", "")
+    return module(
+        GRAPH
+        % f"""^bb0(%x : tensor<2x2xf32>):
+        %y = "torch.{kind}"({operand}) {{target = "{target}", args = "{args}"}} : ({its_type}) -> {result}
+        "torch.return"(%y) : ({result}) -> ()"""
+    )
 
+
+_FILE = "'written', True, 10"
+NO_COMPUTATIONS: dict[str, str] = {
+    "torch.from_file": made("torch.from_file", _FILE, "tensor<10xf32>"),
+    "aten.from_file": made("torch.ops.aten.from_file", _FILE, "tensor<10xf32>"),
+    "aten.from_file.default": made("torch.ops.aten.from_file.default", _FILE, "tensor<10xf32>"),
+    "aten.from_file.out": made("torch.ops.aten.from_file.out", f"{_FILE}, out=_"),
+    "a tensor of an address": made("torch._from_blob", "1, 2"),
+    "a tensor of a buffer": made("torch.frombuffer", "b'1234', dtype=torch.float32"),
+    "aten.manual_seed": made("torch.ops.aten.manual_seed", "1,"),
+    "aten.manual_seed.default": made("torch.ops.aten.manual_seed.default", "1,"),
+    "aten.seed": made("torch.ops.aten.seed", ""),
+    "aten._print": made("torch.ops.aten._print", "'hello'"),
+    "aten._print.default": made("torch.ops.aten._print.default", "'hello'"),
+    "torch._print": made("torch._print", "'hello'"),
+    "aten.set_grad_enabled": made("torch.ops.aten.set_grad_enabled", "False"),
+    "aten._backward": made("torch.ops.aten._backward", "_, []"),
+    "aten.warn": made("torch.ops.aten.warn", "'hello'"),
+    "aten.save": made("torch.ops.aten.save", "_, 'written'"),
+    "aten._cufft_clear_plan_cache": made("torch.ops.aten._cufft_clear_plan_cache", "0"),
+    "torch._cufft_set_plan_cache_max_size": made("torch._cufft_set_plan_cache_max_size", "0, 1"),
+    "prim.Print": made("torch.ops.prim.Print", "'hello'"),
+    "prim.RaiseException": made("torch.ops.prim.RaiseException", "'hello'"),
+    "c10d.barrier": made("torch.ops.c10d.barrier", "_,"),
+    "c10d.broadcast_": made("torch.ops.c10d.broadcast_", "[_], 0"),
+    "_c10d_functional.all_reduce": made("torch.ops._c10d_functional.all_reduce", "_, 'sum', '0'"),
+    "profiler": made("torch.ops.profiler._record_function_enter", "'hello'"),
+    "a function that shares memory": made("torch.Tensor.share_memory_", "_,"),
+    "a method that shares memory": made("share_memory_", "_,", kind="call_method"),
+    "a method that runs backward": made("backward", "_,", kind="call_method"),
+    "a method that registers": made("register_hook", "_, 1", kind="call_method"),
+    "a method that makes classes": made("__init_subclass__", "_,", kind="call_method"),
+    "a method that pickles": made("__reduce_ex__", "_, 4", kind="call_method"),
+    "a storage": made("untyped_storage", "_,", kind="call_method"),
+}
+
+
+@pytest.mark.parametrize("name", NO_COMPUTATIONS)
+def test_what_does_more_than_compute_is_refused_and_not_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(7)
+    draws = torch.get_rng_state()
+    with recorded_side_effects() as effects, pytest.raises(ParseError, match=r"^file\.lpir:\d+:\d+: "):
+        parse_program(NO_COMPUTATIONS[name], "file.lpir")
+    assert effects == []
+    assert os.listdir() == []
+    assert capfd.readouterr() == ("", "")
+    assert torch.initial_seed() == 7
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "result"),
+    [
+        ("torch.zeros", "2, 3", "tensor<2x3xf32>"),
+        ("torch.zeros", "2, 3, device='cpu'", "tensor<2x3xf32>"),
+        ("torch.empty", "1000000000, 1000, device='cpu'", f"tensor<{10**9}x1000xf32>"),
+        ("torch.rand", "3, device='cpu'", "tensor<3xf32>"),
+        ("torch.rand_like", "_, device=torch.device('cpu')", "tensor<2x2xf32>"),
+        ("torch.tensor", "[1.0]", "tensor<1xf32>"),
+        ("torch.arange", "4,", "tensor<4xi64>"),
+        ("torch.ops.aten.full.default", "[2], 1.0", "tensor<2xf32>"),
+        ("torch.ops.aten.sym_size.int", "_, 0", "!torch.value"),
+        ("torch.ops.aten._assert_tensor_metadata.default", "_,", "!torch.value"),
+        ("torch.Tensor.cuda", "_,", "tensor<2x2xf32>"),
+        ("torch.Tensor.tolist", "_,", "!torch.value"),
+        ("torch._C._set_grad_enabled", "True", "!torch.value"),
+    ],
+)
+def test_what_makes_tensors_or_numbers_is_read_and_draws_nothing(target: str, args: str, result: str) -> None:
+    draws = torch.get_rng_state()
+    accept(made(target, args, result))
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_a_tensor_of_another_size_than_its_factory_makes_is_refused() -> None:
+    with pytest.raises(ParseError, match=r"torch\.zeros is not called so"):
+        parse_program(made("torch.zeros", "2, 3", "tensor<2x4xf32>"))
+
+
+def test_reading_changes_no_grad_mode() -> None:
     text = GRAPH % (
         '%y = "torch.call_function"() {target = "torch._C._set_grad_enabled", args = "False"} : () -> !torch.value\n'
         '"torch.return"() : () -> ()'
