@@ -146,12 +146,16 @@ def _kept(value: Any, inside: tuple[int, ...] = ()) -> Any:
 
 
 def mark_of(value: Any) -> Any:
-    """What a write moves: of a tensor its version, of an array of numpy or a bytearray its bytes; None of others."""
-    if type(value) is bytearray:
-        return bytes(value)
+    """What a write or a draw moves: of a tensor its version, of an array of numpy or a bytearray its bytes, of a
+    generator of numpy its state; None of others.
+    """
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
-    return value.tobytes() if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray" else None
+    if type(value).__module__.partition(".")[0] == "numpy":
+        bits = getattr(value, "bit_generator", getattr(value, "_bit_generator", None))
+        is_array = type(value).__name__ == "ndarray"
+        return value.tobytes() if is_array else None if bits is None else str(bits.state)
+    return bytes(value) if type(value) is bytearray else None
 
 
 def items_of(container: Any) -> list[Any]:

@@ -31,7 +31,7 @@ from lpcompile.frontends.export.facts import CONTAINERS, items_of, mark_of
 from lpcompile.frontends.export.functions import write_functions
 from lpcompile.frontends.export.leaf_calls import LeafCall, inline_leaves, opaque_leaves
 from lpcompile.frontends.export.sizes import SizeRules, size_rules
-from lpcompile.frontends.intercept.look import no_trace
+from lpcompile.frontends.intercept.look import generator_states, no_trace
 from lpcompile.frontends.leaves.find import Leaf
 from passes.ir.gemm_nodes import read_gemm, stem_of
 from passes.ir.program import GROUP, REPEATED, SITE, WEIGHT
@@ -249,7 +249,10 @@ def _watched(model: nn.Module, leaves: Sequence[Leaf]) -> Iterator[list[_Change]
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = _State(module for path, module in model.named_modules() if path not in known)
+        states = generator_states()
         result = original(*args, **kwargs)
+        if generator_states() != states:
+            raise NotSupported("its forward draws random numbers that are not torch's")
         for holder, old in before.changed():
             if not isinstance(holder, dict) or holder.keys() != old.keys():
                 raise NotSupported(_CHANGES)

@@ -251,6 +251,15 @@ def no_trace(model: nn.Module) -> Iterator[None]:
             _put_back(value, before)
 
 
+def generator_states() -> tuple[Any, str]:
+    """Of Python's generator of random numbers, and of numpy's."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    if numpy_random is None:
+        return random.getstate(), ""
+    _, words, *rest = numpy_random.get_state()
+    return random.getstate(), f"{words.tobytes().hex()} {rest}"
+
+
 def _named_globals(model: nn.Module) -> list[Any]:
     """Tensors, arrays and containers that the methods of the model's classes name as globals."""
     found: dict[int, Any] = {}

@@ -1,8 +1,8 @@
 """Exported graphs: the values of the model bit for bit, the sites of the other front ends, and a model left alone."""
 
-import contextlib
 import copy
 import pickle
+import random
 from typing import Any
 
 import numpy as np
@@ -393,15 +393,19 @@ def test_what_a_forward_writes_in_place_is_written_by_calls_alone(forward: Any, 
     assert not report(model).unserved
 
 
-def test_the_generator_of_numpy_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("draw", [lambda _: np.random.rand(), lambda _: random.random(), lambda held: held.random()])
+def test_numbers_that_torch_does_not_draw_are_no_part_of_a_graph(draw: Any) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return x + self.fc(x) * float(np.random.rand())
+        return x + self.fc(x) * float(draw(self.seen[0]))
 
     model, x = _Stateful().eval(), torch.randn(3, 8)
-    model.run = forward
-    np.random.seed(0)
-    wanted = np.random.rand()
-    np.random.seed(0)
-    with contextlib.suppress(NotSupported):
-        _export(model, x)
-    assert np.random.rand() == wanted
+    model.run, model.seen = forward, [np.random.default_rng(0)]
+    original, results = copy.deepcopy(model), []
+    for each in (model, original):
+        np.random.seed(0)
+        random.seed(0)
+        if each is model:
+            lpcompile(model, "fp32-emulated", (x,), mode="infer")
+        with torch.no_grad():
+            results.append([each(x) for _ in range(2)])
+    assert all(map(torch.equal, *results))
