@@ -8,6 +8,7 @@ from lpcompile import Policy, lpcompile, report
 from passes.analysis.vrr import min_accumulator
 from passes.choose_accumulator import product_bits
 from passes.ir.parser import parse_program
+from passes.ir.printer import print_program
 from passes.ir.program import Program
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES
@@ -213,5 +214,6 @@ def test_an_aligned_sum_is_judged_by_its_own_rule(accumulate: str, warned: bool)
     """10 fraction bits do for 65536 products, and 14 where the terms have more than the accumulator."""
     program = _after(_linear(_layer(accumulate), k=65536))
     assert program.specs["fc"].fwd.accumulator == AccumulateSpec.parse(accumulate)
+    assert parse_program(print_program(program)).specs == program.specs
     assert [finding.code for finding in program.findings] == ["accumulator-swamps"] * warned
     assert all("10 fraction bits of terms and accumulator" in finding.hint for finding in program.findings)

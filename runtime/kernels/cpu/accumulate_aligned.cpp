@@ -1,7 +1,9 @@
 // Aligned sums: a chunk of products and the running sum added at once in fixed point, as the matrix units of GPUs do.
 // runtime/numerics/reference_aligned.py is the definition; this gives its bits.
 //
-//   c = 0; for each chunk: E = max(e_c, e_a + e_b of each product); c = T(cut(c) + sum of cut(a b)), cut to multiples of 2^(E-F)
+//   c = 0; for each chunk: E = max(e_c, e_a + e_b of each product);  c = T(cut(c) + sum of cut(a b))
+//
+// where `cut` gives the multiple of 2^(E-F) toward zero, and T has the accumulator's fraction bits.
 //
 // Two loops, each first over the exponents of a chunk and then over its products:
 //
@@ -22,7 +24,6 @@
 #include <utility>
 
 namespace {
-
 
 // Mirrors AlignedPlan of accumulate_aligned.py.
 struct AlignedPlan {
@@ -266,15 +267,18 @@ bool multiply_fixed(const Operand& a, const Operand& b, const Chunks& chunks, co
     const int64_t height = std::min(groups * kRows, a.count - row * kRows);
     const int64_t width = std::min<int64_t>(kColumns, b.count - column * kColumns);
     for (int64_t r = 0; r < height; ++r)
-      for (int64_t l = 0; l < width; ++l) c[(row * kRows + r) * b.count + column * kColumns + l] = float(sums[r * kColumns + l]);
+      for (int64_t l = 0; l < width; ++l)
+        c[(row * kRows + r) * b.count + column * kColumns + l] = float(sums[r * kColumns + l]);
   }
   return true;
 }
 
+// In float where fp32 holds the sum of a chunk in fixed point, else in double.
 bool multiply_fixed(const Operand& a, const Operand& b, const Chunks& chunks, const AlignedPlan& plan, float* c, int threads) {
   if (a.emin < -126 || b.emin < -126) return false;
   const bool is_narrow = (chunks.size * 4 + 2) << plan.align <= int64_t(1) << 24;
-  return is_narrow ? multiply_fixed<float>(a, b, chunks, plan, c, threads) : multiply_fixed<double>(a, b, chunks, plan, c, threads);
+  return is_narrow ? multiply_fixed<float>(a, b, chunks, plan, c, threads)
+                   : multiply_fixed<double>(a, b, chunks, plan, c, threads);
 }
 
 // ---- plain

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from struct import pack, unpack
 
 import pytest
@@ -173,6 +174,13 @@ def test_a_name_is_its_text(name: str) -> None:
     assert str(spec) == ACCUMULATORS[name].text
     assert AccumulateSpec.parse(str(spec)) == spec
     assert ACCUMULATORS[name].source
+
+
+def test_the_documentation_has_every_row() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "policies.md").read_text()
+    for name in ACCUMULATORS:
+        spec = AccumulateSpec.parse(name)
+        assert f"| {name} | {spec.chunk} | {spec.align_bits} | {spec.format}" in text
 
 
 def test_naming_the_own_bits_is_the_same_spec() -> None:
