@@ -26,10 +26,12 @@ _MMA_SIM = "MMA-Sim, arXiv 2511.10909 and github.com/microsoft/MMA-Sim: models t
 ACCUMULATORS = {
     row.name: row
     for row in (
-        AccumulatorRow("hopper-fp8", "1-8-13/32 toward_zero aligned", f"{_MMA_SIM}; wgmma of e4m3 and e5m2, H100"),
-        AccumulatorRow("hopper-bf16", "fp32/16 toward_zero aligned[25]", f"{_MMA_SIM}; bf16 and fp16, H100"),
-        AccumulatorRow("blackwell-fp8", "fp32/32 toward_zero aligned[25]", f"{_MMA_SIM}; tcgen05.mma, B200"),
-        AccumulatorRow("ada-fp8", "1-8-13/16 toward_zero aligned", f"{_MMA_SIM}; mma of e4m3 and e5m2, RTX 4090"),
-        AccumulatorRow("ampere-bf16", "fp32/8 toward_zero aligned[24]", f"{_MMA_SIM}; bf16 and fp16, A100"),
+        AccumulatorRow("hopper-fp8", "1-8-13/32 toward_zero aligned", f"{_MMA_SIM}; wgmma of 8 bits"),
+        AccumulatorRow("hopper-bf16", "fp32/16 toward_zero aligned[25]", f"{_MMA_SIM}; wgmma of 16 bits"),
+        AccumulatorRow("blackwell-fp8", "fp32/32 toward_zero aligned[25]", f"{_MMA_SIM}; tcgen05.mma of 8 bits"),
+        AccumulatorRow("ada-fp8", "1-8-13/16 toward_zero aligned", f"{_MMA_SIM}; mma of 8 bits, K 32 in two halves"),
+        AccumulatorRow(
+            "ampere-bf16", "fp32/8 toward_zero aligned[24]", f"{_MMA_SIM}; mma of 16 bits, K 16 in two halves"
+        ),
     )
 }
