@@ -29,9 +29,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "transposed", "strided")
 SCALES = ("tensor/amax", "row/amax", "column/amax", "block[1,128]/amax", "row/pow2")
 OPERANDS = ("fp32", "bf16", "e4m3", "nf4", "int8", "mxfp8", "nvfp4")
+ADDED_BY_GPUS = ("hopper-fp8", "blackwell-fp8", "hopper-bf16")
 ACCUMULATORS = (
     *("fp32", "fp32/64", "1-6-9/64", "1-6-9/64 stochastic", "1-6-9/64 toward_zero", "1-6-9/64 rounded"),
     *("1-6-9/64 per_chunk", "bf16", "dlfloat16/64", "fp32 toward_zero", "int32", "int16 wrap"),
+    *ADDED_BY_GPUS,
 )
 
 
@@ -69,6 +71,8 @@ def gemm_rows(size: int) -> Calls:
     for operand in OPERANDS:
         for how in ACCUMULATORS:
             if how.startswith("int") and operand != "int8":
+                continue
+            if how in ADDED_BY_GPUS and operand not in ("bf16", "e4m3"):
                 continue
             calls[Row("gemm", operand, how)] = lambda operand=operand, how=how: gemm(
                 a, b, a_format=operand, b_format=operand, accumulate=how

@@ -7,7 +7,8 @@ swamping alone, so
 
     the format chosen is 1-E-M with E bits of exponent, 8 by default: the range of fp32
     M is at least what makes the roundings cost no more than the casts (passes/analysis/sum_error.py)
-    sums rounded toward zero, of which the theorem knows nothing, are chosen and judged by that alone
+    sums rounded toward zero, of which the theorem knows nothing, are chosen and judged by that alone, and so are
+    aligned sums, which lose what is small beside the largest term of a chunk
     sums rounded stochastically keep their mean and are not judged, nor are sums of integers, which add exactly
     a sum of unknown length (no example inputs) is left in fp32, which is told
 
@@ -22,7 +23,7 @@ from typing import ClassVar
 
 from passes.analysis.lengths import Lengths, sum_lengths
 from passes.analysis.room import why_it_may_saturate
-from passes.analysis.sum_error import bits_for_casts, kept_toward_zero
+from passes.analysis.sum_error import aligned_bits_for_casts, bits_for_casts, kept_toward_zero
 from passes.analysis.vrr import MAX_LOG_LOSS, log_loss, min_accumulator, vrr
 from passes.finding import Finding, names_of
 from passes.ir.program import Program
@@ -97,6 +98,8 @@ class ChooseAccumulator(Pass):
             return Finding("accumulator-saturates", "", reason, "a wider accumulator")
         if not isinstance(row, FloatFormat) or how.mode == "stochastic":
             return None
+        if how.model == "aligned":
+            return self._judge_aligned(gemm, row, n)
         if how.mode == "toward_zero":
             return self._judge_cut(gemm, row, n)
         m_p, terms, chunk = _sum_of(gemm, n)
@@ -124,6 +127,20 @@ class ChooseAccumulator(Pass):
             f"sums of {n} products grow in {gemm.accumulator}: many of their roundings are ties, which all go away "
             "from zero and cost more than the casts of the operands do",
             f"an accumulator of {bits} mantissa bits, chunks of 64, rounding: nearest_even, or accumulate: auto",
+        )
+
+    def _judge_aligned(self, gemm: GemmSpec, row: FloatFormat, n: int) -> Finding | None:
+        """Of a sum in fixed point: by the bits of its terms, and of the accumulator if it has fewer."""
+        align, fewer = aligned_bits_for_casts(gemm, n)
+        how = gemm.accumulator
+        if how.align_bits >= align and row.mantissa >= min(fewer, how.align_bits):
+            return None
+        return Finding(
+            "accumulator-swamps",
+            "",
+            f"sums of {n} products in {how} are cut to {how.align_bits} fraction bits of the largest term, and then to "
+            f"{row.mantissa}, which costs more than the casts of the operands do",
+            f"{align} fraction bits of terms and accumulator, or accumulate: fp32",
         )
 
     def _judge_cut(self, gemm: GemmSpec, row: FloatFormat, n: int) -> Finding | None:

@@ -1,5 +1,6 @@
 """What one GEMM computes in, as a policy says it: operands and scales, accumulator, output; a section per role."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar
 
@@ -28,6 +29,8 @@ from lpcompile.policy.fields import (
     refusal,
 )
 from lpcompile.policy.names import OPERAND_NAMES
+from runtime.numerics import reference_aligned
+from runtime.numerics.accumulators import ACCUMULATORS
 from runtime.numerics.block_formats import (
     BLOCK_FORMATS,
     default_rounding,
@@ -41,6 +44,7 @@ from runtime.numerics.specs import (
     ACCUMULATE_OVERFLOWS,
     AUTO,
     GRANULARITIES,
+    MAX_ALIGN,
     PRODUCTS,
     QUANTIZER_KINDS,
     ROUNDINGS,
@@ -184,9 +188,11 @@ _FP32 = Operand(format="fp32")
 
 
 class Accumulate(Section):
-    """How a GEMM adds. A bare format name means that format after every add."""
+    """How a GEMM adds. A bare format name means that format after every add; hopper-fp8, hopper-bf16, blackwell-fp8,
+    ada-fp8 and ampere-bf16 mean how that GPU adds, all keys of it.
+    """
 
-    SHORTHAND, EXAMPLES = "format", ("fp32", "int32", "dlfloat16", AUTO)
+    SHORTHAND, EXAMPLES = "format", ("fp32", "int32", "dlfloat16", AUTO, *ACCUMULATORS)
 
     format: AccumulatorName = "fp32"
     """fp32, another float format, or intB for two integer operands. auto: the fewest mantissa bits under which the
@@ -198,9 +204,28 @@ class Accumulate(Section):
     product: Annotated[Product, one_of("product", PRODUCTS)] = "fma"
     """fma: a product is added unrounded. rounded: it is rounded to `format` first."""
     model: Annotated[AccumulateModel, one_of("model", ACCUMULATE_MODELS)] = "per_mac"
-    """per_mac: a rounding after every add. per_chunk: a chunk is summed in fp32 and rounded once."""
+    """per_mac: a rounding after every add. per_chunk: a chunk is summed in fp32 and rounded once. aligned: a chunk and
+    the running sum are cut to `align` fraction bits of the largest exponent, added exactly, and cut to `format`."""
     overflow: Annotated[AccumulateOverflow, one_of("rule of overflow", ACCUMULATE_OVERFLOWS)] = "saturate"
     """Of integers: saturate, or wrap as two's complement. Floats saturate."""
+    align: Annotated[int, Field(strict=True, gt=0, le=MAX_ALIGN)] | None = None
+    """Fraction bits to which an aligned sum cuts its terms; omitted: those of `format`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_name(cls, value: Any) -> Any:
+        """The keys that the name of an accumulator stands for."""
+        keys = {"format": value} if isinstance(value, str) else value
+        if not isinstance(keys, Mapping) or not isinstance(name := keys.get("format"), str):
+            return value
+        if (row := ACCUMULATORS.get(name.lower().replace("_", "-"))) is None:
+            return value
+        if len(keys) > 1:
+            others = ", ".join(str(key) for key in keys if key != "format")
+            raise refusal(f"{row.name} says all of an accumulator", got=f"also {others}", hint=f"{row.name} alone")
+        spec = AccumulateSpec.parse(row.text)
+        said = {key: getattr(spec, key) for key in cls.model_fields}
+        return {key: each for key, each in said.items() if each != cls.model_fields[key].default}
 
     @model_validator(mode="after")
     def _check_spec(self) -> "Accumulate":
@@ -212,7 +237,8 @@ class Accumulate(Section):
     def spec(self) -> AccumulateSpec:
         """Raises a refusal where the keys contradict each other."""
         try:
-            return AccumulateSpec(self.format, self.chunk, self.rounding, self.product, self.model, self.overflow)
+            how = self.product, self.model, self.overflow, self.align
+            return AccumulateSpec(self.format, self.chunk, self.rounding, *how)
         except FormatError as error:
             raise as_refusal(error) from None
 
@@ -271,6 +297,9 @@ class Gemm(Section):
         if is_integer and not all(isinstance(grid_format(name), IntFormat) for name in operands):
             got, what = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}", self.accumulate.format
             raise refusal(f"{what} sums need two integer operands", got=got, hint="accumulate: fp32", key="accumulate")
+        if self.accumulate.model == "aligned" and (reason := reference_aligned.declines(self.spec())):
+            got = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}"
+            raise refusal(reason, got=got, hint="e4m3, e5m2, bf16 or fp16 in both", key="accumulate")
         return self
 
     @classmethod

@@ -18,6 +18,12 @@ chunks are summed in fp32, a chunk is rounded once. So a sum costs no more than 
     toward zero  m = log2(roundings / e) + 1        a bit more, since such errors do not average out
     ties away    m = log2(roundings / e) - 1
 
+An aligned sum cuts its terms to F fraction bits of the largest, which is the running sum: an error of 1.4 r sqrt n of
+its standard deviation with r = c 2^-F, whatever the chunk. Where the accumulator has fewer bits, M < F, each chunk also
+is a rounding toward zero to M of them; where it has as many, they hold nearly all that was added.
+
+    aligned      F = log2(1.4 sqrt n / e)           M = log2(chunks / e) + 1, or F if that is less
+
 The shares are measured against emulated sums by tests/passes/analysis/test_sum_error.py.
 """
 
@@ -29,6 +35,7 @@ from runtime.numerics.formats import get_format
 from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
 _SHARE_CUT = 0.36
+_SHARE_ALIGNED = 1.4
 _FP32_BITS = 23
 
 
@@ -48,6 +55,16 @@ def bits_for_casts(gemm: GemmSpec, n: int, nonzero: float = 1.0) -> int:
         product_bits = sum(mantissa_of(operand.format) for operand in (gemm.lhs, gemm.rhs)) + 1
         bits = bits if bits < product_bits - 2 else max(bits, one_way - 1)
     return min(max(1, math.ceil(bits)), _FP32_BITS)
+
+
+def aligned_bits_for_casts(gemm: GemmSpec, n: int) -> tuple[int, int]:
+    """(F, M) of an aligned sum: the fewest fraction bits of its terms, and of an accumulator that has fewer than these,
+    with which a sum of n products costs no more than the casts of its operands do.
+    """
+    error = math.hypot(*(2.0 ** -mantissa_of(operand.format) for operand in (gemm.lhs, gemm.rhs)))
+    chunks = math.ceil(n / (gemm.accumulator.chunk or n))
+    align = max(1, math.ceil(math.log2(_SHARE_ALIGNED * math.sqrt(n) / error)))
+    return align, max(1, math.ceil(math.log2(chunks / error) + 1))
 
 
 def kept_toward_zero(m: int, how: AccumulateSpec, n: int, nonzero: float = 1.0) -> float:

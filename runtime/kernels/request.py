@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from runtime.numerics.accumulators import ACCUMULATORS
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat
 from runtime.numerics.free_axes import FREE_AXES, Side
@@ -98,9 +99,21 @@ class GemmRequest:
         return how.format + chunk + (f" ({' '.join(words)})" if words else "")
 
     @property
-    def unit_text(self) -> str:
-        """After what a rounding accumulator rounds."""
-        return "chunk" if self.spec.accumulator.model == "per_chunk" else "add"
+    def sum_rule(self) -> str:
+        """How the accumulator adds, for a reason."""
+        how = self.spec.accumulator
+        if how.model == "aligned":
+            named = "".join(f", as {row.name}" for row in ACCUMULATORS.values() if row.text == str(how))
+            at_once = f"adds {how.chunk} products and the sum at once, {how.align_bits} fraction bits of the largest"
+            return f"{at_once}, and cuts to {how.format}{named}"
+        return f"rounds to {self.sum_text} after every {'chunk' if how.model == 'per_chunk' else 'add'}"
+
+    @property
+    def why_not_aligned(self) -> str:
+        """Why an aligned sum, which takes values as their formats have them, cannot be made here; "" if it can."""
+        if self.spec.accumulator.model != "aligned" or not self.has_scale_in_sum():
+            return ""
+        return "a scale inside the sum takes values off their formats, and an aligned sum is of values of formats"
 
 
 def significant_bits(row: Format) -> int:

@@ -4,12 +4,14 @@
 
 Additions go in increasing k; Q rounds once to the accumulator's format and saturates, but for fp32, which overflows as
 IEEE 754 says: to Inf, or to the largest value where the rounding is toward zero. With no chunk, and with one
-chunk, the outer add is skipped. Of the three choices of an AccumulateSpec
+chunk, the outer add is skipped. Of the choices of an AccumulateSpec
 
     product="fma"       s = Q(s + a_k b_k)       the product is not rounded first
     product="rounded"   s = Q(s + Q(a_k b_k))    each product is rounded to the accumulator, as separate units do
     model="per_chunk"   s = fp32(s + a_k b_k) within the chunk (nearest-even, saturating; with rounded products
                         fp32(s + Q(a_k b_k))), then s = Q(s) once, then c = Q(c + s): the cheap model
+
+    model="aligned"     as the matrix units of GPUs add; reference_aligned.py is its definition and runs it
 
 An integer accumulator is exact but for its ends: Q saturates there, or wraps to two's complement. Under per_chunk the
 chunk is summed in int64 and Q comes once at its end.
@@ -38,6 +40,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import SlowPathWarning
+from runtime.numerics import reference_aligned
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat
 from runtime.numerics.formats import get_format
@@ -80,6 +83,8 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
     shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     if math.prod(shape) * num_k > MANY_PRODUCTS:
         _say_slow(str(spec))
+    if how.model == "aligned":
+        return reference_aligned.multiply(a, b, spec)
     working = torch.int64 if how.is_integer else torch.float64
     left, right = a.to(working), b.to(working)
     total = torch.zeros(shape, dtype=working, device=a.device)
@@ -117,6 +122,8 @@ def _say_slow(spec: str) -> None:
 
 def declines(spec: GemmSpec) -> str | None:
     """Why the reference does not define this GEMM; None if it does."""
+    if spec.accumulator.model == "aligned":
+        return reference_aligned.declines(spec)
     if not spec.accumulator.is_integer:
         return None
     for operand in (spec.lhs, spec.rhs):

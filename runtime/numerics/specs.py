@@ -4,6 +4,7 @@
                 `mxfp8 nearest_even column`       or block format, rounding, which way the blocks lie
                 `uint4 nearest_even pact[init=8]` or format, rounding, and the quantizer that learns the scale
     AccumulateSpec `1-6-9/64 stochastic`          format, chunk, rounding and kind of the additions
+                   `fp32/16 toward_zero aligned[25]` or those of a GPU (accumulators.py has names for them)
     GemmSpec    `A * B -> fp32 -> fp32`           one GEMM: two operands, accumulator, output
     LayerSpec   `fwd: ...; bwd: ...; grad: ...`   the three GEMMs of a layer
 
@@ -20,6 +21,7 @@ from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
+from runtime.numerics.accumulators import ACCUMULATORS
 from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
@@ -30,7 +32,7 @@ Along = Literal["row", "column", "batched-column"]
 ScaleRule = Literal["amax", "pow2"]
 Role = Literal["fwd", "bwd", "grad"]
 Product = Literal["fma", "rounded"]
-AccumulateModel = Literal["per_mac", "per_chunk"]
+AccumulateModel = Literal["per_mac", "per_chunk", "aligned"]
 AccumulateOverflow = Literal["saturate", "wrap"]
 QuantizerKind = Literal["pact", "lsq"]
 """Each a file of runtime/quantize/learned/."""
@@ -53,6 +55,8 @@ def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
 
 MAX_SIZE = 2**31 - 1
 """Of a chunk of a sum, and of a block of a scale in each direction."""
+MAX_ALIGNED_CHUNK, MAX_ALIGN = 1024, 28
+"""Of an aligned sum: products added at once, and fraction bits that a term keeps."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,9 @@ class AccumulateSpec:
     reference_gemm.py defines the order of additions and every rounding. `rounding` None is the row's own
     (`mode`); naming the row's own is the same spec. An integer accumulator adds exactly and has no rounding: it
     saturates at the row's ends, or wraps as two's complement of its bits. AUTO for a format leaves it open.
+
+    model aligned: a chunk and the running sum are added at once, in fixed point, as reference_aligned.py defines;
+    `align` is its number of fraction bits, None the format's own, and naming the format's own is the same spec.
     """
 
     format: str = "fp32"
@@ -235,6 +242,7 @@ class AccumulateSpec:
     product: Product = "fma"
     model: AccumulateModel = "per_mac"
     overflow: AccumulateOverflow = "saturate"
+    align: int | None = None
 
     def __post_init__(self) -> None:
         row = get_format("fp32" if self.is_open else self.format)
@@ -245,6 +253,8 @@ class AccumulateSpec:
             raise FormatError(
                 "not a chunk", expected=f"a whole number of 1 to {MAX_SIZE}, or None", got=repr(self.chunk)
             )
+        if self.align is not None and self.model != "aligned":
+            raise FormatError("only aligned sums are aligned", got=f"align {self.align}", hint="model: aligned")
         if isinstance(row, LookupFormat):
             raise FormatError(f"{self.format} cannot hold a sum", hint="a float or an integer format")
         if isinstance(row, IntFormat):
@@ -252,6 +262,8 @@ class AccumulateSpec:
                 raise FormatError("integers add exactly", got=f"rounding {self.rounding}", hint="no rounding")
             if row.bits > 32 or row.zero:
                 raise FormatError(f"{self.format} is no accumulator here", expected="at most 32 bits and no zero point")
+            if self.model == "aligned":
+                raise FormatError("integers add exactly", got="model aligned", hint="fp32 or 1-8-M")
             return
         if self.overflow != "saturate":
             raise FormatError(f"{self.format} saturates", got=f"overflow {self.overflow}", hint="an integer format")
@@ -259,6 +271,31 @@ class AccumulateSpec:
             _check("rounding", self.rounding, ROUNDINGS)
         if self.rounding == row.rounding:
             object.__setattr__(self, "rounding", None)
+        if self.model == "aligned":
+            self._check_aligned(row)
+
+    def _check_aligned(self, row: FloatFormat) -> None:
+        bits = row.mantissa if self.align is None else self.align
+        rules = [
+            (not self.is_open, "a format that is stated"),
+            ((row.emin, row.emax, row.subnormals) == (-126, 127, True), "fp32 or 1-8-M, with the exponents of fp32"),
+            (self.rounding == "toward_zero", "rounding toward_zero"),
+            (self.product == "fma", "products that are not rounded first (fma)"),
+            (self.chunk is not None and self.chunk <= MAX_ALIGNED_CHUNK, f"a chunk of 1 to {MAX_ALIGNED_CHUNK}"),
+            (isinstance(bits, int) and 1 <= bits <= MAX_ALIGN, f"aligned to 1 to {MAX_ALIGN} fraction bits"),
+        ]
+        for holds, rule in rules:
+            if not holds:
+                raise FormatError("no aligned sum", expected=rule, got=f"`{self}`")
+        if self.align == row.mantissa:
+            object.__setattr__(self, "align", None)
+
+    @property
+    def align_bits(self) -> int:
+        """F of an aligned sum: the fraction bits that a term of the largest exponent keeps."""
+        row = get_format(self.format)
+        assert isinstance(row, FloatFormat)
+        return row.mantissa if self.align is None else self.align
 
     @property
     def mode(self) -> Rounding:
@@ -277,18 +314,22 @@ class AccumulateSpec:
 
     def __str__(self) -> str:
         chunk = f"/{self.chunk}" if self.chunk else ""
-        words = [self.rounding, *(word for word in (self.product, self.model, self.overflow) if word not in _DEFAULTS)]
+        model = self.model if self.align is None else f"{self.model}[{self.align}]"
+        words = [self.rounding, *(word for word in (self.product, model, self.overflow) if word not in _DEFAULTS)]
         return " ".join([self.format + chunk, *(word for word in words if word)])
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "AccumulateSpec":
-        first, *words = text.split()
+        """Of a text as `str` gives it, or of a name of ACCUMULATORS."""
+        first, *words = (ACCUMULATORS[text].text if text in ACCUMULATORS else text).split()
         name, slash, chunk = first.partition("/")
         if slash and not re.fullmatch(r"[1-9][0-9]*", chunk):
             raise FormatError(f'"{first}": not a chunk', expected="FORMAT/CHUNK, a whole number above 0", got=chunk)
-        fields: dict[str, str] = {}
+        fields: dict[str, str | int] = {}
         for word in words:
+            if aligned := re.fullmatch(r"aligned\[([1-9][0-9]?)\]", word):
+                word, fields["align"] = "aligned", int(aligned[1])
             owners = [key for key, known in _ACCUMULATE_WORDS.items() if word in known]
             if not owners or owners[0] in fields:
                 known = tuple(word for words in _ACCUMULATE_WORDS.values() for word in words)

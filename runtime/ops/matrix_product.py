@@ -15,9 +15,10 @@ from torch import Tensor
 from runtime.compile_marks import constant_result
 from runtime.errors import FormatError
 from runtime.kernels.cast.public import quantize
-from runtime.kernels.cpu import accumulate, accumulate_wide
+from runtime.kernels.cpu import accumulate, accumulate_aligned, accumulate_wide
 from runtime.kernels.torch_ops import declare
 from runtime.numerics import reference_gemm as reference
+from runtime.numerics.accumulators import ACCUMULATORS
 from runtime.numerics.block_formats import default_rounding, grid_format, is_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter, signed_seed
@@ -61,7 +62,8 @@ def gemm(
     `rounding` (None: the accumulator row's own) and saturates, but fp32 overflows to Inf as torch's does; NaN
     propagates, and Inf times 0 is one. Stochastic bits are a function of (seed, step, place in the output, number of
     the rounding): runtime/numerics/reference_gemm.py says which.
-    `accumulate` may be a text or an AccumulateSpec that says all of it: "1-6-9/64 stochastic", "int16 wrap". Integer
+    `accumulate` may be a text or an AccumulateSpec that says all of it: "1-6-9/64 stochastic", "int16 wrap". How a GPU
+    adds has a name, "hopper-fp8" (runtime/numerics/accumulators.py), and its own rule: model="aligned". Integer
     accumulators need integer operands and saturate (row ends: int32 to +-(2^31 - 1)) or wrap (two's complement).
     An integer sum has no NaN of its own: where an operand has one in the row or column, the result is NaN.
     On the CPU C++ kernels run, with a compiler; a product left to the reference warns once (SlowPathWarning).
@@ -103,9 +105,15 @@ def _checked_spec(
     how = _accumulator(accumulate, chunk, rounding, product, model)
     spec = GemmSpec(_cast(a_format, "row"), _cast(b_format, "column"), how)
     if reason := reference.declines(spec):
-        raise FormatError(reason, hint='a_format="int8", b_format="int8", or a float accumulator')
+        raise FormatError(reason, hint=_FITTING["integer" if how.is_integer else how.model])
     check_counter(step, 0, 0)
     return str(spec)
+
+
+_FITTING = {
+    "integer": 'a_format="int8", b_format="int8", or a float accumulator',
+    "aligned": "e4m3, e5m2, bf16 or fp16 operands",
+}
 
 
 def _check_int64(spec: GemmSpec, num_k: int) -> None:
@@ -129,7 +137,7 @@ def _matrix_product(a: Tensor, b: Tensor, text: str, seed: int, step: int) -> Te
     # nvfp4's values are on its grid times its tensor's 1 / S, that is, anywhere in fp32
     lhs, rhs = (IDENTITY if operand.has_scale else operand for operand in (spec.lhs, spec.rhs))
     spec = replace(spec, lhs=lhs, rhs=rhs)
-    for kernel in (accumulate, accumulate_wide) if a.device.type == "cpu" else ():
+    for kernel in (accumulate, accumulate_wide, accumulate_aligned) if a.device.type == "cpu" else ():
         if kernel.declines(spec) is None:
             return kernel.multiply(left, right, spec, key)
     return reference.multiply(left, right, spec, key)
@@ -181,7 +189,7 @@ def _accumulator(
     product: Product,
     model: AccumulateModel,
 ) -> AccumulateSpec:
-    is_bare = isinstance(accumulate, str) and "/" not in accumulate and " " not in accumulate
+    is_bare = isinstance(accumulate, str) and not {"/", " "} & set(accumulate) and accumulate not in ACCUMULATORS
     if is_bare:
         return AccumulateSpec(str(accumulate), chunk, rounding, product, model)
     if (chunk, rounding, product, model) != (None, None, "fma", "per_mac"):

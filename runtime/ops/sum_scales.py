@@ -24,6 +24,9 @@ def why_not_scaled(kind: AbstractContraction, op: str, role: Role, side: Side, n
     if operand.scale is None or not varies_along_sum(kind, role, side, operand):
         return ""
     granularity, free, name = operand.scale.granularity, kind.free_axis[role, side], slot_name(kind, role, side)
+    if numbers.accumulator.model == "aligned":
+        what = f"a scale per {granularity} varies along the sum, and an aligned sum takes values of {operand.format}"
+        return f"{name}: {what}; use granularity tensor{'' if free == 'none' else f' or {free}'}, or accumulate fp32"
     is_conv = isinstance(kind, Conv)
     has_channels = not (isinstance(kind, Conv) and kind.geometry.is_transposed)
     if granularity == "channel" and not has_channels:

@@ -8,11 +8,13 @@ from lpcompile import Policy, lpcompile, report
 from passes.analysis.vrr import min_accumulator
 from passes.choose_accumulator import product_bits
 from passes.ir.parser import parse_program
+from passes.ir.printer import print_program
 from passes.ir.program import Program
 from passes.manager import parse_passes, run_passes
 from passes.pipelines import PASSES
 from runtime import gemm
 from runtime.errors import FormatError, PassError
+from runtime.numerics.specs import AccumulateSpec
 from tests.passes.golden import check, run
 
 
@@ -195,3 +197,23 @@ def test_auto_in_the_policy_language() -> None:
     schema = Policy.model_json_schema()["$defs"]["Accumulate"]
     assert "auto" in schema["anyOf"][0]["examples"]
     assert "auto" in schema["anyOf"][1]["properties"]["format"]["examples"]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "warned"),
+    [
+        ("hopper-fp8", False),
+        ("ampere-bf16", False),
+        ("1-8-9/32 toward_zero aligned", True),
+        ("1-8-10/32 toward_zero aligned", False),
+        ("1-8-13/32 toward_zero aligned[20]", True),
+        ("1-8-14/32 toward_zero aligned[20]", False),
+    ],
+)
+def test_an_aligned_sum_is_judged_by_its_own_rule(accumulate: str, warned: bool) -> None:
+    """10 fraction bits do for 65536 products, and 14 where the terms have more than the accumulator."""
+    program = _after(_linear(_layer(accumulate), k=65536))
+    assert program.specs["fc"].fwd.accumulator == AccumulateSpec.parse(accumulate)
+    assert parse_program(print_program(program)).specs == program.specs
+    assert [finding.code for finding in program.findings] == ["accumulator-swamps"] * warned
+    assert all("10 fraction bits of terms and accumulator" in finding.hint for finding in program.findings)

@@ -89,6 +89,8 @@ def declines(spec: GemmSpec) -> str | None:
     if not isinstance(row, FloatFormat):
         return f"it sums in floats, not in {spec.accumulate}"
     how = spec.accumulator
+    if how.model == "aligned":
+        return "its loops add one product after another"
     if is_plain(spec):
         return None if accumulate_library() else _NO_LIBRARY
     if (row.mantissa > 21 and not _is_cut_once(spec)) or cast_plan(spec.accumulate, how.mode) is None:

@@ -63,6 +63,8 @@ def wide_library() -> ctypes.CDLL | None:
 
 def declines(spec: GemmSpec) -> str | None:
     """Why the kernel cannot run this GEMM; None if it can."""
+    if spec.accumulator.model == "aligned":
+        return "its loops add one product after another"
     if spec.accumulator.mode not in ROUNDING_NUMBERS:
         return f"its loops do not round {spec.accumulator.mode}"
     return reference_declines(spec) or (None if wide_library() else "no C++ compiler")

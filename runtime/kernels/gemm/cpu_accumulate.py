@@ -16,7 +16,7 @@ class CpuAccumulate(AbstractKernel):
     def consider(self, request: GemmRequest) -> Choice | Declined:
         if reason := accumulate.declines(request.spec):
             return Declined(reason)
-        how = f"rounds to {request.sum_text} after every {request.unit_text}, bitwise the reference"
+        how = f"{request.sum_rule}, bitwise the reference"
         return self.accepts("emulated", how + random_text(request.spec.accumulator))
 
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:

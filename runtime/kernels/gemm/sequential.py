@@ -14,10 +14,9 @@ class Sequential(AbstractKernel):
     is_matrix_only = True
 
     def consider(self, request: GemmRequest) -> Choice | Declined:
-        if reason := reference_gemm.declines(request.spec):
+        if reason := request.why_not_aligned or reference_gemm.declines(request.spec):
             return Declined(reason)
-        how = f"rounds to {request.sum_text} after every {request.unit_text}"
-        return self.accepts("emulated", how + reference_gemm.random_text(request.spec.accumulator))
+        return self.accepts("emulated", request.sum_rule + reference_gemm.random_text(request.spec.accumulator))
 
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
         return reference_gemm.multiply(lhs, rhs, spec, key)

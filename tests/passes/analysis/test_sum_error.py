@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.analysis.sum_error import bits_for_casts, kept_toward_zero
+from passes.analysis.sum_error import aligned_bits_for_casts, bits_for_casts, kept_toward_zero
 from runtime import gemm
 from runtime.numerics import quantize
 from runtime.numerics.specs import AccumulateSpec, GemmSpec, QuantSpec
@@ -60,3 +60,20 @@ def test_what_is_kept_toward_zero(m: int) -> None:
     how = AccumulateSpec(f"1-8-{m}", rounding="toward_zero")
     kept = _costs("e5m2", how, 1024)[2]
     assert kept_toward_zero(m, how, 1024) - 0.02 < kept < {7: 0.3, 8: 0.5, 10: 0.9}[m]
+
+
+@pytest.mark.parametrize("format", ["bf16", "e4m3", "e5m2"])
+@pytest.mark.parametrize(("chunk", "n"), [(8, 64), (8, 1024), (32, 1024), (32, 4096)])
+def test_what_is_asked_of_an_aligned_sum_costs_about_the_casts(chunk: int, n: int, format: str) -> None:
+    """Two bits less cost more than the casts; an accumulator of fewer bits than the terms has is asked for more."""
+
+    def cost(align: int, mantissa: int) -> float:
+        how = AccumulateSpec(f"1-8-{mantissa}", chunk, "toward_zero", model="aligned", align=align)
+        casts, sums, _ = _costs(format, how, n)
+        return sums / casts
+
+    named = AccumulateSpec("fp32", chunk, "toward_zero", model="aligned")
+    align, fewer = aligned_bits_for_casts(GemmSpec(QuantSpec(format), QuantSpec(format), named), n)
+    assert cost(align, align) < 1.1
+    assert cost(align - 2, align - 2) > 2
+    assert cost(max(align, fewer) + 3, fewer) < 1.1

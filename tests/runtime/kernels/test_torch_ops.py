@@ -98,7 +98,10 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (DY, None, X, None, W.shape, *PLAIN), (DY, None, X, None, W.shape, *EMULATED),
         (IMAGE.new_ones(2, 4, 5, 5), None, IMAGE, None, FILTER.shape, *CONVOLVED),
     ],
-    "matrix_product": [(X, X.transpose(1, 2), f"{E4M3} * {E4M3} -> 1-6-9/4 -> fp32", 0, 0)],
+    "matrix_product": [
+        (X, X.transpose(1, 2), f"{E4M3} * {E4M3} -> 1-6-9/4 -> fp32", 0, 0),
+        (X, X.transpose(1, 2), f"{E4M3} * {E4M3} -> fp32/8 toward_zero aligned[24] -> fp32", 0, 0),
+    ],
     "quantize_values": [(X, None, "e4m3", None, *DRAW), (X.bfloat16(), ROWS, "int4", "stochastic", *DRAW)],
     "quantize_values_into": [(X, None, X.new_empty(X.shape), "e4m3", "nearest_even", *DRAW)],
     "quantize_block_values": [(X, "mxfp8", None, *DRAW), (X.half(), "nvfp4", "stochastic", *DRAW)],
