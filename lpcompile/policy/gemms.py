@@ -29,8 +29,7 @@ from lpcompile.policy.fields import (
     refusal,
 )
 from lpcompile.policy.names import OPERAND_NAMES
-from runtime.numerics import reference_aligned
-from runtime.numerics.accumulators import ACCUMULATORS
+from runtime.numerics.accumulators import ACCUMULATORS, declines_aligned
 from runtime.numerics.block_formats import (
     BLOCK_FORMATS,
     default_rounding,
@@ -297,7 +296,7 @@ class Gemm(Section):
         if is_integer and not all(isinstance(grid_format(name), IntFormat) for name in operands):
             got, what = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}", self.accumulate.format
             raise refusal(f"{what} sums need two integer operands", got=got, hint="accumulate: fp32", key="accumulate")
-        if self.accumulate.model == "aligned" and (reason := reference_aligned.declines(self.spec())):
+        if self.accumulate.model == "aligned" and (reason := declines_aligned(self.spec())):
             got = f"{self.LHS}: {operands[0]} and {self.RHS}: {operands[1]}"
             raise refusal(reason, got=got, hint="e4m3, e5m2, bf16 or fp16 in both", key="accumulate")
         return self

@@ -7,6 +7,16 @@ result as the running sum; software that adds partial sums outside of the unit c
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runtime.numerics.block_formats import grid_format
+from runtime.numerics.format_kinds import FloatFormat
+
+if TYPE_CHECKING:
+    from runtime.numerics.specs import GemmSpec
+
+MAX_BITS = 11
+"""Significant bits of an operand of an aligned sum, those of fp16."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +45,13 @@ ACCUMULATORS = {
         ),
     )
 }
+
+
+def declines_aligned(spec: "GemmSpec") -> str | None:
+    """Why an aligned sum of these operands is not defined; None if it is."""
+    for operand in (spec.lhs, spec.rhs):
+        row = grid_format(operand.format)
+        if operand.is_block or not isinstance(row, FloatFormat) or row.mantissa >= MAX_BITS:
+            what = f"scalar float operands of at most {MAX_BITS} significant bits"
+            return f"aligned sums, `{spec.accumulator}`, are of {what}, not of {operand.format}"
+    return None

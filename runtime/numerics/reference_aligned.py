@@ -27,20 +27,8 @@ from runtime.numerics.grid import binade, round_to_grid
 from runtime.numerics.scaling import power_of_two
 from runtime.numerics.specs import GemmSpec
 
-MAX_BITS = 11
-"""Significant bits of an operand, those of fp16."""
 _LOWEST = -126
 """The exponent of a zero, and of the subnormals of the running sum."""
-
-
-def declines(spec: GemmSpec) -> str | None:
-    """Why an aligned sum of these operands is not defined; None if it is."""
-    for operand in (spec.lhs, spec.rhs):
-        row = grid_format(operand.format)
-        if operand.is_block or not isinstance(row, FloatFormat) or row.mantissa >= MAX_BITS:
-            what = f"scalar float operands of at most {MAX_BITS} significant bits"
-            return f"aligned sums, `{spec.accumulator}`, are of {what}, not of {operand.format}"
-    return None
 
 
 def multiply(a: Tensor, b: Tensor, spec: GemmSpec) -> Tensor:

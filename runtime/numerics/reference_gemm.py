@@ -41,6 +41,7 @@ from torch import Tensor
 
 from runtime.errors import SlowPathWarning
 from runtime.numerics import reference_aligned
+from runtime.numerics.accumulators import declines_aligned
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat
 from runtime.numerics.formats import get_format
@@ -123,7 +124,7 @@ def _say_slow(spec: str) -> None:
 def declines(spec: GemmSpec) -> str | None:
     """Why the reference does not define this GEMM; None if it does."""
     if spec.accumulator.model == "aligned":
-        return reference_aligned.declines(spec)
+        return declines_aligned(spec)
     if not spec.accumulator.is_integer:
         return None
     for operand in (spec.lhs, spec.rhs):

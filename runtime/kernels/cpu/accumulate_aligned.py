@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime.kernels.cpu.address import address, check_product
 from runtime.kernels.cpu.build import load_library
-from runtime.numerics import reference_aligned
+from runtime.numerics.accumulators import declines_aligned
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
@@ -48,7 +48,7 @@ def declines(spec: GemmSpec) -> str | None:
     """Why the kernel cannot run this GEMM; None if it can."""
     if spec.accumulator.model != "aligned":
         return f"it aligns sums, and {spec.accumulator} does not"
-    return reference_aligned.declines(spec) or (None if aligned_library() else "no C++ compiler")
+    return declines_aligned(spec) or (None if aligned_library() else "no C++ compiler")
 
 
 def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
