@@ -3,16 +3,19 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lpcompile import lpcompile, report
 from lpcompile.api import restore, run_state
 from lpcompile.errors import LoweringError, LoweringWarning, LpError
+from lpcompile.frontends.leaves import multihead_attention
 from lpcompile.policy.resolve import Policy
 
 
@@ -216,20 +219,30 @@ ATTENTION: dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]] 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("case", ATTENTION)
-def test_multihead_attention_is_bitwise(case: str, batch_first: bool, need_weights: bool) -> None:
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_multihead_attention_is_bitwise(
+    case: str, batch_first: bool, need_weights: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch runs it; and the operations that stand for its fused attention where a product of it rounds, as its math
+    backend runs them.
+    """
+    if not is_fused:
+        monkeypatch.setattr(multihead_attention, "Product", ())  # no product is known to be an identity
     options, inputs, call = ATTENTION[case]
     if not batch_first and inputs[0].dim() == 3:
         swapped = {id(x): x.transpose(0, 1).contiguous() for x in inputs}
         inputs = tuple(swapped[id(x)] for x in inputs)
     module = nn.MultiheadAttention(16, 4, batch_first=batch_first, **options)
-    expected = _run(module, inputs, need_weights=need_weights, **call)
+    with nullcontext() if is_fused else sdpa_kernel(SDPBackend.MATH):
+        expected = _run(module, inputs, need_weights=need_weights, **call)
     lpcompile(module, "fp32-emulated", strict=True)
     assert {row.name for row in report(module).gemms} == {"in_proj", "qk", "pv", "out_proj"}
     assert _same(_run(module, inputs, need_weights=need_weights, **call), expected)
     num_projections = len({id(x) for x in inputs})
     assert run_state(module).gemm_calls == num_projections + 3
     restore(module)
-    assert _same(_run(module, inputs, need_weights=need_weights, **call), expected)
+    with nullcontext() if is_fused else sdpa_kernel(SDPBackend.MATH):
+        assert _same(_run(module, inputs, need_weights=need_weights, **call), expected)
 
 
 @pytest.mark.parametrize("part", ["in_proj", "qk", "pv", "out_proj"])
