@@ -23,6 +23,8 @@
 #include <memory>
 #include <utility>
 
+#include "bits.h"
+
 namespace {
 
 // Mirrors AlignedPlan of accumulate_aligned.py.
@@ -41,18 +43,6 @@ using Buffer = std::unique_ptr<T[], Free<T>>;
 template <class T>
 Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, size_t(count) * sizeof(T) / 64 * 64 + 64)));
-}
-
-inline uint64_t bits_of(double v) {
-  uint64_t b;
-  std::memcpy(&b, &v, 8);
-  return b;
-}
-
-inline double double_of(uint64_t b) {
-  double v;
-  std::memcpy(&v, &b, 8);
-  return v;
 }
 
 inline double power_of_two(int e) { return double_of(uint64_t(e + 1023) << 52); }
@@ -132,8 +122,7 @@ struct Range {
 };
 
 inline int exponent_of(float x, int emin) {
-  int32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const int32_t bits = int32_t(bits_of(x));
   const int field = bits >> 23 & 255;
   return x == 0.0f ? kZero : field == 255 ? kInfinite : std::max(field - 127, emin);
 }

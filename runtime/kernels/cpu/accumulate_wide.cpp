@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "bits.h"
 #include "philox.h"
 
 namespace {
@@ -31,18 +31,6 @@ struct WidePlan {
 };
 
 enum Mode { kEven, kAway, kCut, kChance };
-
-inline uint64_t bits_of(double v) {
-  uint64_t b;
-  std::memcpy(&b, &v, 8);
-  return b;
-}
-
-inline double double_of(uint64_t b) {
-  double v;
-  std::memcpy(&v, &b, 8);
-  return v;
-}
 
 constexpr uint64_t kSign = uint64_t(1) << 63;
 

@@ -28,6 +28,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bits.h"
 #include "codes.h"
 #include "huge_pages.h"
 #include "philox.h"
@@ -74,18 +75,6 @@ struct BlockPlan {
   float per_max;     // two_level: fp32(1 / max)
   CastPlan element, scale;
 };
-
-inline uint32_t bits_of(float v) {
-  uint32_t b;
-  std::memcpy(&b, &v, 4);
-  return b;
-}
-
-inline float float_of(uint32_t b) {
-  float v;
-  std::memcpy(&v, &b, 4);
-  return v;
-}
 
 struct Fp32 {
   using Storage = float;

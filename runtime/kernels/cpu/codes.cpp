@@ -62,7 +62,7 @@ void lp_codes(const CodePlan* plan, const float* table, const int32_t* code_of, 
     if (table) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = std::lower_bound(table, table + values, q[i]) - table;
-        const int64_t code = q[i] == 0 && (to_bits(q[i]) >> 31) ? plan->minus_zero : code_of[std::min(at, values - 1)];
+        const int64_t code = q[i] == 0 && (bits_of(q[i]) >> 31) ? plan->minus_zero : code_of[std::min(at, values - 1)];
         codes[i] = Code(q[i] != q[i] ? int64_t(plan->nan_code) : code);
       }
       return;
@@ -70,7 +70,7 @@ void lp_codes(const CodePlan* plan, const float* table, const int32_t* code_of, 
     encode_run(*plan, q + begin, codes + begin, end - begin);
     if (plan->kind || plan->infinity == 0xffffffffu) return;
     for (int64_t i = begin; i < end; ++i) {
-      const uint32_t bits = to_bits(q[i]);
+      const uint32_t bits = bits_of(q[i]);
       if ((bits & 0x7fffffffu) == 0x7f800000u) codes[i] = Code(plan->infinity | (bits >> 31) << (plan->bits - 1));
     }
   };

@@ -7,8 +7,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
+
+#include "bits.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -33,18 +34,6 @@ struct CodePlan {
   int32_t code_of[64], minus_zero;        // their codes; that of -0, or of 0
   float values[256];                      // by code
 };
-
-inline uint32_t to_bits(float v) {
-  uint32_t b;
-  std::memcpy(&b, &v, 4);
-  return b;
-}
-
-inline float to_float(uint32_t b) {
-  float v;
-  std::memcpy(&v, &b, 4);
-  return v;
-}
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
@@ -129,14 +118,14 @@ void encode_run(const CodePlan& plan, const float* __restrict from, Code* __rest
   const int64_t done = encode_vectors(plan, from, out, count);
   from += done, out += done, count -= done;
   if (p.kind == 0) {
-    const uint32_t base = to_bits(p.magic), shift = p.shift, offset = p.offset, nan = p.nan_code, top = uint32_t(p.bits - 1);
+    const uint32_t base = bits_of(p.magic), shift = p.shift, offset = p.offset, nan = p.nan_code, top = uint32_t(p.bits - 1);
     const uint32_t nan_mask = p.nan_sign ? 1u : 0u;
     const float low = p.low, magic = p.magic;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = to_bits(from[i]), m = bits & 0x7fffffffu;
-      const float a = to_float(m);
-      const uint32_t small = to_bits(a + magic) - base, normal = (m >> shift) - offset;
+      const uint32_t bits = bits_of(from[i]), m = bits & 0x7fffffffu;
+      const float a = float_of(m);
+      const uint32_t small = bits_of(a + magic) - base, normal = (m >> shift) - offset;
       const uint32_t code = a < low ? small : normal, sign = bits >> 31;
       out[i] = Code(m > 0x7f800000u ? nan | (sign & nan_mask) << top : code | sign << top);
     }
@@ -152,7 +141,7 @@ void encode_run(const CodePlan& plan, const float* __restrict from, Code* __rest
   } else if (p.kind == 3) {  // what is not positive has code 0
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = to_bits(from[i]), field = bits >> 23;
+      const uint32_t bits = bits_of(from[i]), field = bits >> 23;
       const uint32_t code = field > 254 ? 254 : field;
       out[i] = Code((bits & 0x7fffffffu) > 0x7f800000u ? p.nan_code : bits >> 31 ? 0u : code);
     }
@@ -169,7 +158,7 @@ void encode_run(const CodePlan& plan, const float* __restrict from, Code* __rest
 #pragma omp simd
       for (int64_t i = 0; i < lanes; ++i) {
         const float v = from[first + i];
-        const int32_t code = to_bits(v) == 0x80000000u ? minus_zero : p.code_of[index[i]];
+        const int32_t code = bits_of(v) == 0x80000000u ? minus_zero : p.code_of[index[i]];
         out[first + i] = Code(v != v ? nan : code);
       }
     }
@@ -194,11 +183,11 @@ bool decode_run(const CodePlan& plan, const Code* __restrict from, float* __rest
       const uint32_t code = uint32_t(whole), m = code & magnitude;
       beyond |= whole >> top >> 1;
       // of larger codes the product would be subnormal for nothing, which is slow
-      const uint32_t small = to_bits(float(int32_t(m < first ? m : 0u)) * quantum), normal = (m + offset) << shift;
+      const uint32_t small = bits_of(float(int32_t(m < first ? m : 0u)) * quantum), normal = (m + offset) << shift;
       uint32_t bits = m < first ? small : normal;
       bits = m >= special ? (m == infinity ? 0x7f800000u : nan) : bits;
       bits |= (code >> top & 1u) << 31;
-      out[i] = to_float(code == lone ? nan : bits);
+      out[i] = float_of(code == lone ? nan : bits);
     }
   } else if (p.kind == 1) {
     const Wide half = p.is_signed ? Wide(1) << (p.bits - 1) : 0, zero = p.zero;

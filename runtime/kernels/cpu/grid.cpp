@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "bits.h"
 #include "huge_pages.h"
 #include "philox.h"
 
@@ -33,18 +33,6 @@ struct GridPlan {
 };
 
 enum Mode { kEven, kAway, kZero, kStochastic };
-
-inline uint64_t bits_of(double v) {
-  uint64_t b;
-  std::memcpy(&b, &v, 8);
-  return b;
-}
-
-inline double double_of(uint64_t b) {
-  double v;
-  std::memcpy(&v, &b, 8);
-  return v;
-}
 
 // t >= 0, finite, as an integer. What decides is said by arithmetic, of which the compiler makes vectors: with rest in
 // [0, 1) twice the rest has 1 before its point from 1/2 on, and the sign of a difference is exact. limit: the rest from
