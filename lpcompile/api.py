@@ -347,6 +347,8 @@ class CountMicroBatches:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not is_recomputing()):
             self.state.micro_batch += 1
+            if torch.compiler.is_compiling():
+                self.state.move_in_trace()
 
 
 @dataclass(frozen=True)

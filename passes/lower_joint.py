@@ -134,7 +134,8 @@ class _Casts:
         """Grid and scale of x, written where x is if no earlier site has them: there every reader finds them."""
         if operand.spec.is_identity:
             return x, None
-        key = (self._representative(x), operand.key(site.number))
+        drawn = str(site.clock[0]) if operand.spec.is_stochastic else ""  # of which call of its site
+        key = (self._representative(x), operand.key(site.number), drawn)
         self.done.num_cast_uses += 1
         if key not in self._made:
             self.done.num_casts += 1

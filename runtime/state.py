@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.fx.experimental.sym_node import DynamicInt
 
 from runtime.compile_marks import constant_result
+from runtime.compiled_reads import Reads, count_in_trace, num_in_trace
 from runtime.errors import LossScaleWarning
 from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
 from runtime.quantize.kept_casts import Constants
 from runtime.recomputation import remembered
-from runtime.streams import SITE_BITS, Turn
+from runtime.streams import SITE_BITS, Turn, seed_of, stream_of
 
 
 class Stepped:
@@ -123,8 +124,10 @@ class RunState:
     """The casts of weights that are kept between uses."""
     stepped: Stepped = field(default_factory=Stepped, init=False, compare=False, repr=False)
     """What tells one step of several optimizers from several steps."""
-    num_turns: dict[int, int] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Calls of each site that drew random bits in this micro-batch."""
+    num_turns: dict[int, tuple[int, int, int]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Of each site that drew random bits: a step, a micro-batch, and how many of its calls did in that."""
+    reads: Reads = field(default_factory=Reads, init=False, compare=False, repr=False)
+    """The clock and the calls of sites as compiled code reads them."""
     quantizers: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Quantizers with state by name, SITE.x or SITE.w: modules of the model (runtime/quantize/store.py)."""
 
@@ -132,7 +135,9 @@ class RunState:
         # torch.compile takes a plain int of a module for a constant, and would compile every step anew
         if name in ("step", "micro_batch") and not torch.compiler.is_compiling():
             value = DynamicInt(int(value))
-            vars(self).setdefault("num_turns", {}).clear()
+            is_next = name == "micro_batch" and value == vars(self).get(name, 0) + 1
+            if not is_next:  # a clock that only goes on comes to no time twice
+                vars(self).setdefault("num_turns", {}).clear()
         object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
@@ -160,19 +165,74 @@ class RunState:
     @property
     def clock(self) -> tuple[int, int, int, int]:
         """(seed, rank, step, micro-batch) as ops carry them, the seed as a signed number of 64 bits."""
-        rank = _rank_of_process() if self.rank is None else self.rank
-        return signed_seed(self.seed), rank, self.step, self.micro_batch
+        return signed_seed(self.seed), self._rank(), self.step, self.micro_batch
 
-    def turn(self, site: int) -> Turn:
+    def _rank(self) -> int:
+        return _rank_of_process() if self.rank is None else self.rank
+
+    def turn(self, site: int, moves: int = 0) -> Turn:
         """What keys the random bits of this call of a site, in forward and backward; of a call that activation
-        checkpointing runs again, what it was the first time.
+        checkpointing runs again, what it was the first time. moves: by how many micro-batches the clock goes on in the
+        code that asks, and has not yet.
         """
-        return remembered((self.key, site), lambda: self._next_turn(site))
+        return remembered((self.key, site), lambda: self._next_turn(site, moves))
 
-    def _next_turn(self, site: int) -> Turn:
-        number = self.num_turns.get(site, 0)
-        self.num_turns[site] = number + 1
-        return Turn(self.clock, site + (number << SITE_BITS))
+    def _next_turn(self, site: int, moves: int) -> Turn:
+        seed, rank, step, micro_batch = self.clock
+        now = step, micro_batch + moves
+        *then, number = self.num_turns.get(site, (*now, 0))
+        number = number if (*then,) == now else 0
+        self.num_turns[site] = *now, number + 1
+        return Turn((seed, rank, *now), site + (number << SITE_BITS))
+
+    def compiled_clock(self, site: int) -> tuple[int, ...]:
+        """The clock in code that torch.compile traces, with the seed of this call of the site. `site` has in the bits
+        from 18 on which call of it this is in the graph. All of it is read as the graph is called.
+        """
+        seed, step, micro_batch = _reads_of(self.key_text, site)
+        reads = self.reads
+        return getattr(reads, seed), self._rank(), getattr(reads, step), getattr(reads, micro_batch)
+
+    def move_in_trace(self) -> None:
+        """The graph that is being traced sets the clock on by a micro-batch: what it reads from here on is the next."""
+        _note_move(self.key_text)
+
+
+@constant_result
+def _reads_of(key: str, site: int) -> tuple[str, str, str]:
+    """Names of what a call of a site reads: its seed, the step, the micro-batch."""
+    state = find_state(int(key))
+    assert state is not None
+    moves, (call, number) = num_in_trace(key, "moves"), divmod(site, 1 << SITE_BITS)
+
+    def ask_seed() -> int:
+        """Of the stream of the call, which must be one."""
+        turn = _state_of(key).turn(number, moves)
+        stream_of(turn.clock, turn.site, 0)
+        return seed_of(turn)
+
+    def ask_step() -> int:
+        return remembered((int(key), "step"), lambda: int(_state_of(key).step))
+
+    def ask_micro_batch() -> int:
+        return remembered((int(key), "micro-batch"), lambda: int(_state_of(key).micro_batch) + moves)
+
+    return (
+        state.reads.find_or_make(f"seed_{moves}_{number}_{call}", ask_seed),
+        state.reads.find_or_make("step", ask_step),
+        state.reads.find_or_make(f"micro_batch_{moves}", ask_micro_batch),
+    )
+
+
+def _state_of(key: str) -> RunState:
+    state = find_state(int(key))
+    assert state is not None
+    return state
+
+
+@constant_result
+def _note_move(key: str) -> None:
+    count_in_trace(key, "moves")
 
 
 def find_state(key: int) -> RunState | None:

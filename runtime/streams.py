@@ -12,6 +12,8 @@ micro-batch, site, number of the call and slot are equal, whatever threads, layo
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from runtime.errors import LpError
 from runtime.numerics.random import signed_seed
 
@@ -26,12 +28,17 @@ class Turn(NamedTuple):
     site: int
 
 
+def seed_of(turn: Turn) -> int:
+    """The seed of the stream, which is moved from one call of a site to the next."""
+    return signed_seed(turn.clock[0] + (turn.site >> SITE_BITS) * _ODD)
+
+
 def stream_of(clock: Sequence[int], site: int, slot: int) -> tuple[int, int, int]:
     """Seed, step and stream of one operand or sum. LpError where a rank, a site or a slot does not fit."""
     seed, rank, step, micro_batch = clock
     earlier_calls, number = divmod(site, 1 << SITE_BITS)
     if earlier_calls:
-        seed = signed_seed(seed + earlier_calls * _ODD)
+        seed = seed_of(Turn(tuple(clock), site))
     lap = micro_batch // _LAP
     stream = 0
     for name, value, bits in (
@@ -40,7 +47,8 @@ def stream_of(clock: Sequence[int], site: int, slot: int) -> tuple[int, int, int
         ("site", number, SITE_BITS),
         ("slot", slot, 4),
     ):
-        if not 0 <= value < 1 << bits:
+        is_symbol = isinstance(value, torch.SymInt)  # of what compiled code reads, which is checked as it reads
+        if not is_symbol and not 0 <= value < 1 << bits:
             raise LpError(f"{name} has no stochastic stream left", expected=f"less than {1 << bits}", got=str(value))
         stream = stream * (1 << bits) + value
     return seed, step + (lap % 256) * (1 << 24), stream

@@ -202,6 +202,6 @@ def _flops(a: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
 
 
 declare(
-    "matrix_product(Tensor a, Tensor b, str spec, int seed, SymInt step) -> Tensor",
+    "matrix_product(Tensor a, Tensor b, str spec, SymInt seed, SymInt step) -> Tensor",
     _matrix_product, fake=_shape, backward=_straight_through, setup_context=_save, flops=_flops,
 )  # fmt: skip

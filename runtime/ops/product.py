@@ -9,13 +9,12 @@ gets the same product as lp ops.
 
 import warnings
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 
 from runtime.compile_marks import constant_result
+from runtime.compiled_reads import count_in_trace
 from runtime.errors import LoweringError, LoweringWarning
 from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec
@@ -26,6 +25,7 @@ from runtime.ops.plan import GemmPlan, plan_text, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.ops.site_products import is_lowered_late, site_product
 from runtime.ops.small import small_layer
+from runtime.ops.traced import find_clock
 from runtime.quantize.cast_memo import MEMO
 from runtime.quantize.kept_casts import Lifetime
 from runtime.quantize.qtensor import CastKey, QTensor
@@ -199,18 +199,19 @@ class TracedProduct:
         site, of = self.site + group, self.casts
         _note_trace(self.state.key_text)
         if _draws(self.spec):
-            site = site + (_count_in_trace(self.state.key_text, site) << SITE_BITS)
+            site = site + (_count_call(self.state.key_text, site) << SITE_BITS)
         text = "" if geometry is None else print_geometry(geometry)
         if self.state.is_joint and is_lowered_late(self.spec):
             dtype = result_dtype(lhs)
+            clock, number = find_clock(self.state, _draws(self.spec), site)
             return site_product(
                 lhs,
                 rhs,
                 bias,
                 self.state,
                 dtype,
-                plan_text(self.kind, self.spec, self.kernels, site, text),
-                _draws(self.spec),
+                plan_text(self.kind, self.spec, self.kernels, number, text),
+                clock,
                 is_weight,
                 self.name,
             )
@@ -253,14 +254,6 @@ def _draws(spec: str) -> bool:
 
 
 @constant_result
-def _count_in_trace(key: str, site: int) -> int:
+def _count_call(key: str, site: int) -> int:
     """How many calls of a site the graph that is being traced holds already."""
-    trace = TracingContext.try_get()
-    if trace is None:
-        return 0
-    calls = _TRACES.setdefault(trace, {})
-    calls[key, site] = calls.get((key, site), -1) + 1
-    return calls[key, site]
-
-
-_TRACES: WeakKeyDictionary[TracingContext, dict[tuple[str, int], int]] = WeakKeyDictionary()
+    return count_in_trace(key, site)

@@ -25,7 +25,7 @@ from runtime.numerics.specs import LayerSpec, QuantSpec, Role
 from runtime.ops.layer import DY_BWD, DY_GRAD, WEIGHT_BWD
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import laid_out, layout_of
-from runtime.ops.traced import cast_result, cast_shape, find_clock
+from runtime.ops.traced import cast_result, cast_shape
 from runtime.quantize.qtensor import CastKey
 from runtime.state import RunState
 from runtime.streams import NO_CLOCK
@@ -60,13 +60,13 @@ def operands_of(plan: GemmPlan, role: Role, is_weight: bool) -> tuple[Operand, O
 
 def site_product(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, state: RunState, dtype: torch.dtype,
-    plan: str, draws: bool, is_weight: bool, name: str,
+    plan: str, clock: Sequence[int], is_weight: bool, name: str,
 ) -> Tensor:  # fmt: skip
-    """FWD of a site in code that is traced. `draws`: whether some of it is stochastic; `name` is the site's, for who
-    reads the graph.
+    """FWD of a site in code that is traced. `clock` as `find_clock` gives it; `name` is the site's, for who reads the
+    graph.
     """
     key = int(state.key_text) if state.watch_overflow else -1
-    y: Tensor = lp.site_fwd(lhs, rhs, bias, plan, is_weight, name, find_clock(state, draws), key, dtype)
+    y: Tensor = lp.site_fwd(lhs, rhs, bias, plan, is_weight, name, clock, key, dtype)
     return y
 
 

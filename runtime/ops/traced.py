@@ -10,8 +10,8 @@ A role that runs as torch's own op in the tensor's dtype (`as_is`) is traced int
 torch keeps compiled code on disk under what it read of a graph, and of the first three it reads names and arguments
 only: `code`, a digest of this package's sources, is one of them, so that other sources are compiled anew.
 
-What changes from step to step enters as numbers: the clock (seed, rank, step, micro-batch), and only where a cast or a
-sum is stochastic, since numbers become guards; and the key of the RunState whose overflow flag a backward sets.
+What changes from call to call enters as numbers: the clock (seed, rank, step, micro-batch), and only where a cast or a
+sum is stochastic, since each is an input of the graph; and the key of the RunState whose overflow flag a backward sets.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from runtime.quantize.qtensor import QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState, find_state
-from runtime.streams import NO_CLOCK, Turn
+from runtime.streams import NO_CLOCK, SITE_BITS, Turn
 
 
 def scale(x: Tensor, spec: str) -> Tensor:
@@ -45,7 +45,8 @@ def scale(x: Tensor, spec: str) -> Tensor:
 
 def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, site: int, slot: int) -> Tensor:
     """lp.quantize in a graph that is compiled."""
-    result: Tensor = torch.ops.lp.quantize(x, s, find_clock(state, _draws(spec)), spec, site, slot, _code())
+    clock, site = find_clock(state, _draws(spec), site)
+    result: Tensor = torch.ops.lp.quantize(x, s, clock, spec, site, slot, _code())
     return result
 
 
@@ -55,7 +56,8 @@ def gemm(
 ) -> Tensor:  # fmt: skip
     """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
     key = int(state.key_text) if state.watch_overflow else -1
-    clock, plan = find_clock(state, layer_draws(spec)), plan_text(kind, spec, kernels, site, geometry)
+    clock, site = find_clock(state, layer_draws(spec), site)
+    plan = plan_text(kind, spec, kernels, site, geometry)
     result: Tensor = torch.ops.lp.gemm(lhs, rhs, bias, list(casts), clock, key, plan, residual, activation, _code())
     return result
 
@@ -74,9 +76,15 @@ def _digest_of_sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def find_clock(state: RunState | None, is_stochastic: bool) -> tuple[int, ...]:
-    """Zeros where nothing is stochastic: what is read becomes a guard."""
-    return state.clock if state is not None and is_stochastic else NO_CLOCK
+def find_clock(state: RunState | None, is_stochastic: bool, site: int) -> tuple[tuple[int, ...], int]:
+    """The clock, and the site with what the clock does not say of its call. Zeros where nothing is stochastic: what is
+    read is an input of the graph.
+    """
+    if state is None or not is_stochastic:
+        return NO_CLOCK, site
+    if not torch.compiler.is_dynamo_compiling():
+        return state.clock, site
+    return state.compiled_clock(site), site % (1 << SITE_BITS)
 
 
 @constant_result
@@ -91,9 +99,9 @@ def layer_draws(spec: str) -> bool:
     return any("stochastic" in (role.lhs.rounding, role.rhs.rounding, role.accumulator.mode) for role in roles)
 
 
-def _state(clock: Sequence[int], key: int = -1) -> RunState:
-    seed, rank, step, micro_batch = clock
-    state = RunState(seed=seed, rank=rank, step=step, micro_batch=micro_batch, watch_overflow=key >= 0)
+def _state(key: int) -> RunState:
+    """Whose overflow is watched; a clock comes with the call."""
+    state = RunState(watch_overflow=key >= 0)
     state.key, state.is_scaled = key, True  # whose loss scale it is, is for the state with this key
     return state
 
@@ -106,7 +114,7 @@ def _scale(x: Tensor, spec: str, code: str) -> Tensor:
 
 def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
     parsed = QuantSpec.parse(spec)
-    return to_grid(x, s, parsed, gemms.draw_of(parsed, _state(clock), site, slot))
+    return to_grid(x, s, parsed, gemms.draw_of(parsed, Turn(tuple(clock), site), site, slot))
 
 
 def _gemm(
@@ -120,7 +128,8 @@ def _gemm(
     for number, (name, cast) in enumerate(zip(CAST_NAMES, specs)):
         grid = flat[2 * number]
         casts[name] = None if grid is None else QTensor(grid, flat[2 * number + 1], cast)
-    return gemms.run_gemm(lhs, rhs, bias, casts, _state(clock, key), parsed, residual, activation)
+    turn = Turn(tuple(clock), parsed.site)
+    return gemms.run_gemm(lhs, rhs, bias, casts, _state(key), parsed, residual, activation, turn)
 
 
 def _cast_gradient(

@@ -110,7 +110,7 @@ def _values_shape(codes: Tensor, scales: Tensor, tensor_scale: Tensor, format: s
 
 
 declare(
-    "encode_blocks(Tensor x, str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset) "
+    "encode_blocks(Tensor x, str format, str? rounding, SymInt seed, SymInt step, SymInt stream, SymInt offset) "
     "-> (Tensor, Tensor, Tensor)",
     _encode,
     fake=_codes_shape,

@@ -116,6 +116,6 @@ def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 _PIECE = 1 << 16
 """Elements."""
-_WHAT = "str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset"
+_WHAT = "str format, str? rounding, SymInt seed, SymInt step, SymInt stream, SymInt offset"
 declare(f"quantize_block_values(Tensor x, {_WHAT}) -> Tensor", _block_values, fake=_shape, backward=_straight_through)
 declare(f"quantize_block_values_into(Tensor x, Tensor(a!) out, {_WHAT}) -> ()", _block_values_into, fake=_nothing)

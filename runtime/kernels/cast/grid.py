@@ -236,6 +236,6 @@ def _checked_shape(
 
 
 _WHOLE = ScaleSpec()
-_CAST = "(Tensor x, Tensor? s, str spec, ScalarType dtype, int seed, SymInt step, SymInt stream, SymInt offset)"
+_CAST = "(Tensor x, Tensor? s, str spec, ScalarType dtype, SymInt seed, SymInt step, SymInt stream, SymInt offset)"
 declare(f"to_grid{_CAST} -> Tensor", _to_grid, fake=_shape)
 declare(f"to_grid_checked{_CAST} -> (Tensor, Tensor)", _to_grid_checked, fake=_checked_shape)

@@ -248,8 +248,8 @@ def _values_shape(codes: Tensor, format: str) -> Tensor:
 
 
 declare(
-    "encode(Tensor x, Tensor? scale, str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset, "
-    "str overflow) -> Tensor",
+    "encode(Tensor x, Tensor? scale, str format, str? rounding, SymInt seed, SymInt step, SymInt stream, "
+    "SymInt offset, str overflow) -> Tensor",
     _encode,
     fake=_codes_shape,
 )

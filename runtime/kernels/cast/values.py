@@ -154,7 +154,7 @@ def _straight_through(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_WHAT = "str format, str? rounding, int seed, SymInt step, SymInt stream, SymInt offset"
+_WHAT = "str format, str? rounding, SymInt seed, SymInt step, SymInt stream, SymInt offset"
 declare(
     f'quantize_values(Tensor x, Tensor? scale, {_WHAT}, str overflow="saturate") -> Tensor',
     _values, fake=_shape, backward=_straight_through,
