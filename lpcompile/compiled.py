@@ -48,6 +48,8 @@ class Compiled:
     """Of the sites that a policy names: what keys their random streams."""
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of every module by its path, as rules name them."""
+    own_forwards: frozenset[str] = frozenset()
+    """Paths of the modules that had a forward on the instance when they were compiled."""
     num_layers: Mapping[str, int] = field(default_factory=dict)
     """How many layers the model has, by the path before their number."""
     joint: Captured | None = None
@@ -83,6 +85,7 @@ class Compiled:
         leaves = {leaf.path for leaf in self.leaves}
         called = None if self.called is None else self.called & leaves
         self.classes = {path: classes_of(module) for path, module in model.named_modules()}
+        self.own_forwards = frozenset(path for path, module in model.named_modules() if "forward" in vars(module))
         self.num_layers = count_layers([path for path, _ in model.named_parameters(remove_duplicate=False)])
         self._add(sights, describe([self.site_of(each) for each in sights], model, called), are_all=True)
 

@@ -40,6 +40,12 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     return own.args[1] if _is_ours(own) else own
 
 
+def is_overridden(module: nn.Module) -> bool:
+    """Whether a forward lies on the instance that runs no record of ours first, nor wraps what was there."""
+    own = vars(module).get("forward")
+    return own is not None and not _is_ours(own) and not hasattr(own, "__wrapped__")
+
+
 def _is_ours(forward: Any) -> bool:
     return isinstance(forward, functools.partial) and forward.func is _run_own
 

@@ -112,7 +112,7 @@ def report(model: nn.Module) -> Report:
     if num_unserved := getattr(exported, "num_unserved", 0):
         unserved = f"{_counted(num_unserved)} ran module by module, first as {exported.first_unserved}"
     lost = lost_leaves(root, compiled)
-    uncalled = uncalled_leaves(compiled)
+    uncalled = uncalled_leaves(root, compiled)
     rows = [
         row
         for site in compiled.sites

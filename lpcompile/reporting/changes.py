@@ -10,7 +10,7 @@ from torch import nn
 
 from lpcompile.compiled import COMPILED, Compiled
 from lpcompile.errors import LoweringError
-from lpcompile.frontends.install import installed
+from lpcompile.frontends.install import installed, is_overridden
 from lpcompile.frontends.intercept.install import may_write, nameable
 from lpcompile.frontends.leaves.find import find_leaves
 from lpcompile.frontends.leaves.leaf_forward import LeafForward
@@ -40,7 +40,7 @@ def lost_leaves(root: nn.Module, compiled: Compiled) -> Mapping[str, str]:
     return reasons
 
 
-def uncalled_leaves(compiled: Compiled) -> dict[str, str]:
+def uncalled_leaves(root: nn.Module, compiled: Compiled) -> dict[str, str]:
     """Site -> which call passed the leaf by: that of the examples, or all so far that eager code made. Nothing is said
     of what compiled code holds, nor before the first call.
     """
@@ -49,7 +49,23 @@ def uncalled_leaves(compiled: Compiled) -> dict[str, str]:
     if counts.are_all and compiled.mode == "train" and any(counts.seen(name, "fwd") for name in counts.sites):
         products = compiled.phase.products
         passed = {leaf.name: "not called so far" for leaf in compiled.leaves if leaf.name in products} | passed
+    if counts.are_all:
+        passed = _below_overridden(compiled, root) | passed
     return {name: why for name, why in passed.items() if name in named and not counts.seen(name, "fwd")}
+
+
+def _below_overridden(compiled: Compiled, root: nn.Module) -> dict[str, str]:
+    """Site -> the module in which it lies, and whose forward was overridden after compiling: it may go another way."""
+    found: dict[str, str] = {}
+    sites = {site.name: site.owner or "" for site in compiled.sites}
+    sites |= {leaf.name: leaf.path for leaf in compiled.leaves}
+    for path, module in root.named_modules():
+        if path in compiled.own_forwards or not is_overridden(module):
+            continue
+        why = f"not called so far: the forward of {path or 'the root'} was overridden after compiling. Try {AGAIN}"
+        inside = [name for name, where in sites.items() if f"{where}.".startswith(f"{path}." if path else "")]
+        found = dict.fromkeys(inside, why) | found
+    return found
 
 
 def added_writers(root: nn.Module, compiled: Compiled) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The certificate counts what ran, and looks again: after a child was replaced, appended, wrapped or overridden."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -183,3 +184,28 @@ def test_a_module_that_multiplies_and_came_later_is_told() -> None:
     model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "int8", (torch.ones(4, 8),))
     model[1] = _Written()
     assert report(model).unreached == {"1": "the _Written came after compiling. Try lpcompile(model, policy) again"}
+
+
+@pytest.mark.parametrize("examples", [(torch.ones(4, 8),), None])
+def test_a_root_whose_forward_was_overridden_and_passes_its_layers_by_is_told(
+    examples: tuple[Tensor, ...] | None,
+) -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "int8", examples)
+    model.forward = lambda x: model[1](nn.functional.linear(x, model[0].weight))  # type: ignore[method-assign]
+    before = report(model)
+    assert set(before.uncalled) == {"0", "1"}
+    assert "the forward of the root was overridden after compiling" in before.to_text()
+    model(torch.ones(4, 8)).sum().backward()
+    after = report(model)
+    assert set(after.uncalled) == {"0"}
+    assert [row.calls for row in after.gemms if row.name == "1"] == [1, 1, 1]
+
+
+def test_a_forward_of_the_root_that_was_there_or_wraps_what_was_is_not_told() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    assert not report(lpcompile(model, "int8")).uncalled
+    model = lpcompile(nn.Sequential(nn.Linear(8, 8)), "int8")
+    own = model.forward
+    model.forward = functools.wraps(own)(lambda x: own(x).float())  # type: ignore[method-assign]
+    assert not report(model).uncalled
