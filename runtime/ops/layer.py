@@ -15,6 +15,7 @@ dy is cast here, once when BWD and GRAD cast it alike. A gradient operand beyond
 sets `state.overflow` when `state.watch_overflow` asks for it.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -165,7 +166,23 @@ def check_transforms(is_identity: bool, *operands: Tensor | None) -> None:
     raise NotSupported(
         "a transform of torch.func (grad, vmap, jvp), or a tangent, does not go through a product that is cast",
         where="lpcompile",
+        expected="tensors that no transform wraps",
+        got="a transform of torch.func" if has_transforms() else "a tangent",
         hint="loss.backward() or torch.autograd.grad, or a policy that does not name these layers",
+    )
+
+
+def check_whole(name: str, *operands: Tensor) -> None:
+    """Raise NotSupported for operands of a cast product that tensor parallelism shards."""
+    library = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has loaded it
+    if library is None or not any(isinstance(x, library.DTensor) for x in operands):
+        return
+    raise NotSupported(
+        "tensor parallelism shards an operand, and a product of shards is not cast",
+        where=f"{name or '(root)'}, lpcompile",
+        expected="plain tensors when the layer runs, as under DDP, FSDP and ZeRO",
+        got=" and ".join(type(x).__name__ for x in operands),
+        hint="fully_shard in the place of parallelize_module, or a policy that does not name this layer",
     )
 
 

@@ -20,7 +20,16 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import dialect
 from runtime.ops.contractions import ConvGeometry
-from runtime.ops.layer import cast, check_transforms, draw_of, note_call, result_dtype, run_gemm, under_autocast
+from runtime.ops.layer import (
+    cast,
+    check_transforms,
+    check_whole,
+    draw_of,
+    note_call,
+    result_dtype,
+    run_gemm,
+    under_autocast,
+)
 from runtime.ops.plan import GemmPlan, plan_text, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.ops.site_products import is_lowered_late, site_product
@@ -82,6 +91,7 @@ class Product:
             note_call(self.state, plan, "fwd")
             return plan.contraction.native(*under_autocast(lhs, rhs, bias))
         check_transforms(False, lhs, rhs, bias)
+        check_whole(self.name, lhs, rhs)
         spec, needs_grad = self.spec, torch.is_grad_enabled()
         turn = self.state.turn(plan.site) if self.is_stochastic else None
         x, w = lhs, rhs

@@ -370,3 +370,17 @@ def test_a_quantizer_without_a_gradient_is_refused() -> None:
     model = lpcompile(_model(), Policy.model_validate({"rules": rules}))
     assert "learns by what FWD casts" in report(model).to_text()
     assert lp_parameters(model) == []
+
+
+@pytest.mark.parametrize("has_examples", [True, False])
+def test_lsq_on_meta_has_shapes_and_settles_where_values_come(has_examples: bool) -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(8, 8)), torch.empty(4, 8)
+    lpcompile(model, _policy(LSQ), (x,) if has_examples else None)
+    assert model(x).shape == (4, 8)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert model(torch.ones(4, 8)).isfinite().all()
+    assert all(float(base) > 0 for name, base in model.named_buffers() if name.endswith("base"))

@@ -102,3 +102,26 @@ def test_a_tangent_goes_through_the_identity() -> None:
         x = forward_ad.make_dual(torch.randn(3, 16), torch.randn(3, 16))
         tangent = forward_ad.unpack_dual(model(x)).tangent
     assert tangent.shape == (3, 16)
+
+
+class _Mapped(nn.Module):
+    """A layer under torch.vmap, and a product beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.vmap(self.a)(self.b(x))
+        return y
+
+
+@pytest.mark.parametrize("has_examples", [True, False])
+def test_a_transform_inside_of_a_forward_is_seen_by_the_example_call(has_examples: bool) -> None:
+    examples = (_X,) if has_examples else None
+    original = _Mapped()
+    expected = original(_X)
+    assert torch.equal(lpcompile(copy.deepcopy(original), "fp32-emulated", examples, strict=True)(_X), expected)
+    model = lpcompile(original, "int8", examples)
+    with pytest.raises(NotSupported, match=r"Expected tensors that no .* Got a transform of torch\.func\. Try "):
+        model(_X)

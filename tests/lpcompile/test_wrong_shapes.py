@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpcompile import Policy, lpcompile
+from lpcompile import LpError, Policy, lpcompile
 
 CASTS = {
     "e4m3": {"x": "e4m3", "w": "e4m3"},
@@ -65,3 +65,12 @@ def test_a_bias_of_one_element_broadcasts_as_torchs_does() -> None:
     y.sum().backward()
     assert torch.equal(y, zero(x) + 1)
     assert layer.bias.grad.tolist() == [12.0]
+
+
+def test_a_lazy_layer_is_refused_with_examples_and_serves_after_its_first_call() -> None:
+    x, model = torch.randn(4, 8), nn.Sequential(nn.LazyLinear(8))
+    hint = r"0\.weight has no shape yet.* Got UninitializedParameter\. Try a first call, .* or no example inputs"
+    with pytest.raises(LpError, match=hint):
+        lpcompile(model, "int8", (x,))
+    expected = lpcompile(model, "int8")(x)
+    assert torch.equal(lpcompile(model, "int8", (x,), strict=True)(x), expected)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.parameter import is_lazy
 
 from lpcompile.errors import LpError
 from lpcompile.frontends.install import install
@@ -28,6 +29,7 @@ from lpcompile.frontends.leaves.find import Leaf, leaf_forward
 from lpcompile.frontends.leaves.leaf_forward import LeafForward
 from lpcompile.plan import Sight
 from passes.analysis.lengths import Lengths, lengths_of
+from runtime.kernels.torch_ops import has_transforms
 from runtime.ops.contractions import ConvGeometry
 from runtime.ops.plan import contraction_of
 from runtime.ops.product import Product
@@ -67,6 +69,8 @@ class Seen:
                 known[role] = max(length, known.get(role, 0))
 
     def _mark(self, x: Tensor) -> int:
+        if has_transforms():  # what torch.func wraps lies nowhere, and is not cast
+            return next(_NUMBERS)
         return MEMO.find_or_make(x, _MARK, lambda: next(_NUMBERS))
 
     def is_repeated(self, path: str) -> bool:
@@ -91,6 +95,7 @@ def look_at(
     """What a call of `model` runs: its leaves, and the products of the modules `scoped`, paths. Raises what the call
     raises.
     """
+    _refuse_without_shapes(model)
     if _num_bytes(model) > _SMALL or any(parameter.is_meta for parameter in model.parameters()):
         try:
             return _call_copies(model, args, kwargs, leaves, scoped, FakeTensorMode(allow_non_fake_inputs=True))
@@ -147,6 +152,19 @@ def _copy_or_same(value: Any) -> Any:
         return copy.deepcopy(value)
     except Exception:  # a tensor with a history, a handle: the call has it as it is
         return value
+
+
+def _refuse_without_shapes(model: nn.Module) -> None:
+    """A lazy layer has no weight before its first call, and that of a copy would give it none."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise LpError(
+                f"{name} has no shape yet",
+                where="lpcompile(example_inputs=...)",
+                expected="a model whose parameters and buffers have shapes",
+                got=type(tensor).__name__,
+                hint="a first call, model(*example_inputs), before lpcompile; or no example inputs",
+            )
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -49,7 +49,7 @@ class Lsq(Learned):
         if torch.compiler.is_compiling():  # where a flag that changes would compile the second step anew
             with torch.no_grad():
                 self.base.copy_(torch.ops.lp.first_step(x.detach(), self.base, self.high, self.is_weight))
-        elif not self._is_settled:
+        elif not self._is_settled and not x.is_meta:  # without values there is no first step
             _settle(x, self.base, self.high, self.is_weight)
             self._is_settled = True
 
