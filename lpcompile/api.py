@@ -26,7 +26,7 @@ from lpcompile.compiled import (
 from lpcompile.errors import LoweringError, LpError
 from lpcompile.frontends.fast_paths import close_fast_paths, reopen_fast_paths
 from lpcompile.frontends.install import RECORD, install, uninstall
-from lpcompile.frontends.intercept.install import find_writers, install_scopes, possible_sites
+from lpcompile.frontends.intercept.install import find_writers, install_scopes, nameable, possible_sites
 from lpcompile.frontends.intercept.look import Seen, look_at
 from lpcompile.frontends.joint.warnings_once import leave_warnings_once_out_of_graphs
 from lpcompile.frontends.leaves.find import Leaf, find_leaves, leaf_forward
@@ -209,7 +209,7 @@ def _compile_products(
         exported = compile_exported(model, compiled, seen.ran, call)
     else:
         exported = None
-    _refuse_if_not_lowered(compiled)
+    _refuse_if_not_lowered(compiled, modules)
     install_products(model, compiled, writers, seen, quantizers)
     if exported is not None and call is not None:
         install_exported(model, compiled, exported, call)
@@ -366,11 +366,14 @@ def _rounds_stochastically(compiled: Compiled) -> bool:
     return any(spec.is_stochastic for phase in compiled.phases for spec in phase.program.specs.values())
 
 
-def _refuse_if_not_lowered(compiled: Compiled) -> None:
+def _refuse_if_not_lowered(compiled: Compiled, modules: Mapping[str, nn.Module]) -> None:
     if not compiled.strict:
         return
+    unreached = {path: modules[path] for path in compiled.unreached}
     for phase in compiled.phases:
+        named = nameable(phase.policy, unreached, compiled.num_layers)
         refusals = [f"{site}: {reason}" for site, reason in phase.program.reasons()]
+        refusals += [f"{path or '(root)'}: {compiled.unreached[path]}" for path in sorted(named)]
         wrong = [str(finding) for finding in phase.program.findings if finding.is_wrong]
         if refusals or wrong:
             raise LoweringError(

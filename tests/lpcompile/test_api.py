@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lpcompile import advance, attach, load_policy, lpcompile, original_state_dict, report
+from lpcompile import Policy, advance, attach, load_policy, lpcompile, original_state_dict, report
 from lpcompile.api import restore, run_state
 from lpcompile.errors import LoweringError, LpError
 from runtime.numerics.specs import GemmSpec, LayerSpec, QuantSpec
@@ -444,7 +444,9 @@ def test_a_functional_linear_that_is_an_autograd_function_is_told_and_kept(monke
     monkeypatch.setattr(nn.functional, "linear", lambda x, w, b=None: _Zero3Linear.apply(x, w))
     model, call = Functional(), {"x": torch.randn(2, 4)}
     original = copy.deepcopy(model)
-    found = report(lpcompile(model, "fp32-emulated", example_kwargs=call, strict=True))
+    with pytest.raises(LoweringError, match=r"\(root\): it calls _Zero3Linear, .*Expected every named GEMM"):
+        lpcompile(model, "fp32-emulated", example_kwargs=call, strict=True)
+    found = report(lpcompile(model, "fp32-emulated", example_kwargs=call))
     assert {row.name for row in found.gemms} == {"matmul_0"}
     assert "calls _Zero3Linear, an autograd.Function" in found.unreached[""]
     assert _same(_loss_and_grads(model, call)[1], _loss_and_grads(original, call)[1])
@@ -455,6 +457,15 @@ def test_what_is_not_reached_is_named() -> None:
     lpcompile(model, "hfp8")
     assert report(model).unreached == {"1": "Bilinear computes its products in a way of its own"}
     assert {row.name for row in report(model).gemms} == {"0"}
+
+
+def test_strict_refuses_what_is_not_reached_where_a_rule_names_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Bilinear(8, 8, 8))
+    with pytest.raises(LoweringError, match=r"1: Bilinear computes its products in a way .* Try strict=False"):
+        lpcompile(model, "hfp8", strict=True)
+    assert run_state(model) is None
+    rule = {"match": {"name": "0"}, "fwd": {"x": "e4m3", "w": "e4m3"}}
+    lpcompile(model, Policy.model_validate({"version": 1, "name": "p", "rules": [rule]}), strict=True)
 
 
 @pytest.mark.parametrize(
