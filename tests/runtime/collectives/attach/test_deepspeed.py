@@ -277,6 +277,30 @@ def test_an_engine_without_entry_points_is_refused(stage: int) -> None:
     assert set(vars(optimizer)) == {"use_multi_rank_bucket_allreduce", "contiguous_gradients"}
 
 
+def _attach_with_wide_accumulation(rank: int, world: int) -> tuple[str, str]:
+    """ZeRO-1 whose gradients are bf16 and accumulated in fp32."""
+    model = TinyGPT().bfloat16()
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 1},
+    }
+    engine = initialize(model, torch.optim.AdamW(model.parameters(), 4e-3), config)
+    try:
+        attach_deepspeed(engine, WireSpec("e4m3"), WireCounter())
+    except WireError as error:
+        return type(engine.optimizer).__name__, str(error)
+    return type(engine.optimizer).__name__, ""
+
+
+def test_zero_1_that_accumulates_bf16_in_fp32_is_refused() -> None:
+    for kind, said in run_ranks(_attach_with_wide_accumulation, 2, timeout_s=280):
+        assert kind == "BF16_Optimizer"
+        assert "gradients bypass the wire with BF16_Optimizer, whose buckets hide the shapes. Try stage 2 or 3" in said
+
+
 def test_missing_deepspeed_is_a_sentence() -> None:
     with pytest.raises(WireError, match="needs deepspeed"):
         load("deepspeed.no_such_module")
