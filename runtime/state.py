@@ -147,7 +147,7 @@ class RunState:
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields)
-        self.is_joint = False  # a copy is not under torch.compile
+        self.is_joint, self.reads = False, Reads()  # a copy is not under torch.compile
         self.__post_init__()
 
     def note_overflow(self, beyond: Tensor | bool) -> None:

@@ -2,6 +2,7 @@
 compiles nothing anew for it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -90,6 +91,16 @@ def test_compiled_and_eager_calls_of_one_micro_batch_draw_their_own_bits() -> No
         results.append([each(x).detach() for each in (root, encode, model.encode, encode, root, model.encode)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert len({float(y.sum()) for y in results[1]}) == 6
+
+
+def test_a_copy_of_a_model_that_was_compiled_counts_by_itself() -> None:
+    x, model = inputs(), made(policy("fwd"))
+    encode = _compiled(model.encode)
+    first = encode(x).detach()
+    copied = copy.deepcopy(model)
+    advance(copied, to_step=0)
+    encode(x)
+    assert torch.equal(_compiled(copied.encode)(x), first)
 
 
 class Broken(Net):
