@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from launch.engines.engine import AbstractEngine
-from launch.training.checksums import checksums, damages, write_checksums
+from launch.training.checksums import checksum, checksums, damages, write_checksums
 from launch.training.config import ConfigError
 from launch.training.record import RunRecord, candidates, read_record
 from launch.training.world import World
@@ -31,16 +31,18 @@ def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: Abst
         if world.is_first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            (aside / "run.json").write_text(record.model_dump_json(indent=2))
             (aside / "policy.yaml").write_text(policy_yaml)
     try:
         with world.together():
             torch.save(_random_states(), aside / f"rank-{world.rank}.pt")
             engine.save(aside)
         with world.together():
-            sums = world.gathered(checksums(aside, world.rank, world.size))
+            shares = world.gathered(checksums(aside, world.rank, world.size))
             if world.is_first:
-                write_checksums(aside, {name: each for share in sums for name, each in share.items()})
+                sums = {name: each for share in shares for name, each in share.items()}
+                listed = record.model_copy(update={"files": sorted(sums)})
+                (aside / "run.json").write_text(listed.model_dump_json(indent=2))
+                write_checksums(aside, sums | {"run.json": checksum(aside / "run.json")})
                 _make_latest(aside, final)
     except LpError:
         if world.is_first:
@@ -79,12 +81,11 @@ def find_sound_checkpoint(place: str | Path, world: World) -> tuple[Path, list[s
 
 
 def _wrong_with(folder: Path, world: World) -> list[str]:
-    if world.is_first:
-        try:
-            read_record(folder)
-        except ConfigError as error:
-            return [str(error)]
-    return damages(folder, world.rank, world.size)
+    try:
+        record = read_record(folder)
+    except ConfigError as error:
+        return [str(error)]
+    return damages(folder, record.files, world.rank, world.size)
 
 
 def _make_latest(aside: Path, final: Path) -> None:

@@ -279,6 +279,7 @@ class Run:
             policy_name=self.policy.name,
             policy_hash=self.policy.hash,
             corpus_sha256=self.corpus.tokens_sha256,
+            files=[],
             loss_scale=LossScaleRecord(**self.scale.state_dict()),
             config=with_absolute_paths(self.config).model_dump(),
             torch_version=torch.__version__,
