@@ -27,16 +27,16 @@ def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: Abst
     """Write one checkpoint with all ranks and make it the latest. LpError on every rank if any cannot write."""
     final = run / "checkpoints" / f"step-{record.step:06d}"
     aside = final.with_name(final.name + ".tmp")
-    with world.together():
-        if world.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / "policy.yaml").write_text(policy_yaml)
     try:
-        with world.together():
+        with world.together(run):
+            if world.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                (aside / "policy.yaml").write_text(policy_yaml)
+        with world.together(run):
             torch.save(_random_states(), aside / f"rank-{world.rank}.pt")
             engine.save(aside)
-        with world.together():
+        with world.together(run):
             shares = world.gathered(checksums(aside, world.rank, world.size))
             if world.is_first:
                 sums = {name: each for share in shares for name, each in share.items()}
