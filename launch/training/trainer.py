@@ -87,6 +87,8 @@ def _explained(error: Exception, config: RunConfig, folder: Path, world: World) 
     if of_the_machine := told(error, folder):
         return of_the_machine
     leave_last_words(error, 1, follows=is_lost_peer(error))
+    if is_lost_peer(error):
+        return WorkerError("another worker was lost", 1, where=str(folder), hint=resume_hint(folder))
     return error
 
 

@@ -106,10 +106,11 @@ def join_world(config: RunConfig) -> Iterator[World]:
             hint="leaving --nproc out",
         )
     device = _device(config, local_size)
-    init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
     watch = Watch()
+    watch.start()
     try:
-        watch.start()
+        init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
+        watch.join()
         yield World(
             watch=watch,
             rank=int(os.environ["RANK"]),
@@ -122,7 +123,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
         watch.stop()
         detach_all()
         gc.collect()  # engines hold groups in cycles, and a group that outlives this point can abort the process
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def bound_waiting(config: RunConfig) -> None:
