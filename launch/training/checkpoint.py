@@ -7,7 +7,9 @@
 """
 
 import os
+import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,9 @@ def load_checkpoint(folder: Path, engine: AbstractEngine, world: World) -> RunRe
         raise
     except Exception as error:  # whatever torch and an engine say of files that are not theirs
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # of which torch says how it would run
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"{named[1] if named else 'a pickle'}, where only tensors and plain values are read"
         raise ConfigError("this checkpoint cannot be loaded", where=str(folder), got=reason[:300]) from error
     return record
 

@@ -171,6 +171,8 @@ def test_files_of_others_are_a_sentence_and_do_not_run(tmp_path: Path, alone: Wo
         torch.save({"w": _Hostile(tmp_path / "ran")}, path)
     else:
         path.write_bytes(contents[content])
-    with pytest.raises(ConfigError, match="this checkpoint cannot be loaded"):
+    with pytest.raises(ConfigError, match="this checkpoint cannot be loaded") as caught:
         load_checkpoint(saved, Engine(0), alone)  # type: ignore[arg-type]
+    assert "weights_only" not in str(caught.value), "torch's advice would run it"
+    assert content != "hostile" or "Got posix.mkdir, where only tensors and plain values" in str(caught.value)
     assert not (tmp_path / "ran").exists()
