@@ -24,7 +24,7 @@ from tests.multiprocess import run_ranks
 
 
 class Engine:
-    """Writes one file a rank, or fails as a full disk does."""
+    """Writes two files a rank, or fails as a full disk does."""
 
     def __init__(self, rank: int, full: bool = False) -> None:
         self.rank, self.full, self.loaded = rank, full, None
@@ -32,6 +32,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         path = Path("/dev/full") if self.full else folder / f"weights-{self.rank}.pt"
         torch.save({"w": torch.arange(1000.0)}, path)
+        (folder / "engine").mkdir(exist_ok=True)  # where DeepSpeed's shards are
+        torch.save({"m": torch.arange(1000.0)}, folder / "engine" / f"shard-{self.rank}.pt")
 
     def load(self, folder: Path) -> None:
         self.loaded = torch.load(folder / f"weights-{self.rank}.pt", weights_only=True)
@@ -66,7 +68,7 @@ def _damage(path: Path, change: str) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("name", ["weights-0.pt", "rank-0.pt", "run.json", "policy.yaml", NAME])
+@pytest.mark.parametrize("name", ["weights-0.pt", "engine/shard-0.pt", "rank-0.pt", "run.json", "policy.yaml", NAME])
 @pytest.mark.parametrize("change", ["flip", "cut", "empty", "gone"])
 def test_a_damaged_file_means_the_previous_checkpoint(tmp_path: Path, alone: World, name: str, change: str) -> None:
     saved, engine = _save_two(tmp_path, alone), Engine(0)
@@ -98,7 +100,7 @@ def test_a_file_without_a_checksum_means_the_previous_checkpoint(tmp_path: Path,
         find_sound_checkpoint(saved, alone)
 
 
-@pytest.mark.parametrize("name", ["weights-0.pt", "rank-0.pt", "policy.yaml"])
+@pytest.mark.parametrize("name", ["weights-0.pt", "engine/shard-0.pt", "rank-0.pt", "policy.yaml"])
 def test_a_file_that_is_gone_with_its_checksum_means_the_previous_checkpoint(
     tmp_path: Path, alone: World, name: str
 ) -> None:
@@ -123,7 +125,8 @@ def test_a_checkpoint_that_is_gone_as_a_whole_is_told(tmp_path: Path, alone: Wor
 def test_what_is_whole_has_a_sum_of_every_file(tmp_path: Path, alone: World) -> None:
     saved = _save_two(tmp_path, alone)
     sums = json.loads((saved / NAME).read_text())
-    assert set(sums) == {path.name for path in saved.iterdir()} - {NAME}
+    written = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert set(sums) == written - {NAME}
     assert set(read_record(saved).files) == set(sums) - {"run.json"}
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
