@@ -82,7 +82,7 @@ class DeepSpeedEngine(AbstractEngine):
         return once.total * reductions
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        ds.save_checkpoint(self._engine, str(folder), _TAG)
 
     def load(self, folder: Path) -> None:
         path = ds.load_checkpoint(self._engine, str(folder), _TAG)

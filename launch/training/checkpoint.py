@@ -7,7 +7,9 @@
 """
 
 import os
+import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from launch.engines.engine import AbstractEngine
-from launch.training.checksums import checksums, damages, write_checksums
+from launch.training.checksums import checksum, checksums, damages, write_checksums
 from launch.training.config import ConfigError
 from launch.training.record import RunRecord, candidates, read_record
 from launch.training.world import World
@@ -27,20 +29,22 @@ def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: Abst
     """Write one checkpoint with all ranks and make it the latest. LpError on every rank if any cannot write."""
     final = run / "checkpoints" / f"step-{record.step:06d}"
     aside = final.with_name(final.name + ".tmp")
-    with world.together():
-        if world.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / "run.json").write_text(record.model_dump_json(indent=2))
-            (aside / "policy.yaml").write_text(policy_yaml)
     try:
-        with world.together():
+        with world.together(run):
+            if world.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                (aside / "policy.yaml").write_text(policy_yaml)
+        with world.together(run):
             torch.save(_random_states(), aside / f"rank-{world.rank}.pt")
             engine.save(aside)
-        with world.together():
-            sums = world.gathered(checksums(aside, world.rank, world.size))
+        with world.together(run):
+            shares = world.gathered(checksums(aside, world.rank, world.size))
             if world.is_first:
-                write_checksums(aside, {name: each for share in sums for name, each in share.items()})
+                sums = {name: each for share in shares for name, each in share.items()}
+                listed = record.model_copy(update={"files": sorted(sums)})
+                (aside / "run.json").write_text(listed.model_dump_json(indent=2))
+                write_checksums(aside, sums | {"run.json": checksum(aside / "run.json")})
                 _make_latest(aside, final)
     except LpError:
         if world.is_first:
@@ -59,6 +63,9 @@ def load_checkpoint(folder: Path, engine: AbstractEngine, world: World) -> RunRe
         raise
     except Exception as error:  # whatever torch and an engine say of files that are not theirs
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # of which torch says how it would run
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"{named[1] if named else 'a pickle'}, where only tensors and plain values are read"
         raise ConfigError("this checkpoint cannot be loaded", where=str(folder), got=reason[:300]) from error
     return record
 
@@ -79,12 +86,11 @@ def find_sound_checkpoint(place: str | Path, world: World) -> tuple[Path, list[s
 
 
 def _wrong_with(folder: Path, world: World) -> list[str]:
-    if world.is_first:
-        try:
-            read_record(folder)
-        except ConfigError as error:
-            return [str(error)]
-    return damages(folder, world.rank, world.size)
+    try:
+        record = read_record(folder)
+    except ConfigError as error:
+        return [str(error)]
+    return damages(folder, record.files, world.rank, world.size)
 
 
 def _make_latest(aside: Path, final: Path) -> None:

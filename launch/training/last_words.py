@@ -37,17 +37,17 @@ def told(error: BaseException, folder: Path | str = "") -> LpError | None:
     None for another error.
     """
     where = str(getattr(error, "filename", None) or folder)
-    hint = "making room, then lpcompile train --resume with the run's folder"
+    hint = "making room, then lpcompile train --resume with the run's folder, if it has a checkpoint"
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in _FULL:
             return WorkerError("the disk is full", where=where, got=os.strerror(error.errno), hint=hint)
         return WorkerError("this cannot be read or written", where=where, got=os.strerror(error.errno))
     is_writer = isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "write failed")
+        word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "write failed", "open file failed")
     )
     if is_writer:
         free = shutil.disk_usage(folder or ".").free
-        if free < _FEW_BYTES:
+        if free < _FEW_BYTES or os.strerror(errno.ENOSPC) in str(error):
             return WorkerError("the disk is full", where=where, got=os.strerror(errno.ENOSPC), hint=hint)
         got = f"{free / 1e6:,.0f} MB free, and from torch: {str(error).partition(chr(10))[0][-80:]}"
         return WorkerError("a file cannot be written", where=where, got=got, hint=hint)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.training.config import ConfigError, RunConfig
 from launch.training.data import check_data
-from launch.training.last_words import WorkerError, first_cause, resume_hint
+from launch.training.last_words import WorkerError, first_cause, resume_hint, told
 from launch.training.record import check_corpus, check_resumable, find_checkpoint, read_record
 from launch.training.run_folder import prepare_folder, write_config
 from launch.training.summary import present
@@ -26,13 +26,16 @@ def launch(config: RunConfig) -> None:
     policy = check_run(config, config.nproc or 1)
     compared = load_policy(config.compare) if config.compare else None
     folder = prepare_folder(config, policy.name)
-    _run_workers(config, folder)
     other = None
-    if compared:
-        other = folder / f"compare-{compared.name}"
-        other.mkdir()
-        _run_workers(config.model_copy(update={"policy": config.compare}), other)
-    present(folder, other)
+    try:
+        _run_workers(config, folder)
+        if compared:
+            other = folder / f"compare-{compared.name}"
+            other.mkdir()
+            _run_workers(config.model_copy(update={"policy": config.compare}), other)
+        present(folder, other)
+    except OSError as error:  # of this process; what workers meet they say themselves
+        raise told(error, folder) or error from error
 
 
 def check_run(config: RunConfig, world_size: int) -> Policy:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         self.steps = [step for step in read_metrics(folder) if step.step <= start]
         path.write_text("".join(_line(step) for step in self.steps))
+        threading.excepthook = _tell_unless_of_a_disk
         self._file = path.open("a", buffering=1)
         self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
@@ -84,6 +86,12 @@ def read_metrics(folder: Path) -> list[StepMetrics]:
 def finite(values: dict[str, Any]) -> dict[str, Any]:
     """The same with None in the place of NaN and infinity, which JSON does not have."""
     return {key: None if isinstance(each, float) and not math.isfinite(each) else each for key, each in values.items()}
+
+
+def _tell_unless_of_a_disk(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands what a disk says on to whoever writes next: that is told, as a sentence."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def _line(step: StepMetrics) -> str:

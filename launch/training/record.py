@@ -38,6 +38,7 @@ class RunRecord(BaseModel):
     policy_name: str
     policy_hash: str = Field(pattern="^[0-9a-f]{64}$")
     corpus_sha256: str = Field(pattern="^[0-9a-f]{64}$")  # of the tokens that the run reads, in their order
+    files: list[str]  # of the checkpoint, but run.json and the checksums; filled in as it is written
     loss_scale: LossScaleRecord
     config: dict[str, Any]
     torch_version: str
@@ -76,13 +77,13 @@ def candidates(place: str | Path) -> list[Path]:
     if (path / "run.json").is_file():
         return [path]
     for folder in (path, path / "checkpoints"):
-        found = [each for each in folder.glob("step-*") if _NAME.fullmatch(each.name) and (each / "run.json").is_file()]
-        found.sort(key=lambda each: int(each.name.removeprefix("step-")), reverse=True)
-        latest = _latest(folder)
-        if found and latest in {each.name for each in found}:  # what is newer was not finished
-            found = [each for each in found if int(each.name[5:]) <= int(latest[5:])]
-        if found and (folder / "latest").exists():
-            return found
+        if not (folder / "latest").exists():
+            continue
+        latest = _latest(folder)  # one that is gone is told where its record is read
+        names = {each.name for each in folder.glob("step-*") if _NAME.fullmatch(each.name)} | ({latest} - {""})
+        found = sorted(names, key=lambda name: int(name[5:]), reverse=True)
+        if found:  # what is newer than the latest was not finished
+            return [folder / name for name in found if not latest or int(name[5:]) <= int(latest[5:])]
     raise ConfigError(
         "this folder holds no checkpoint",
         where=f"--resume {place}",

@@ -87,6 +87,8 @@ def _explained(error: Exception, config: RunConfig, folder: Path, world: World) 
     if of_the_machine := told(error, folder):
         return of_the_machine
     leave_last_words(error, 1, follows=is_lost_peer(error))
+    if is_lost_peer(error):
+        return WorkerError("another worker was lost", 1, where=str(folder), hint=resume_hint(folder))
     return error
 
 
@@ -279,6 +281,7 @@ class Run:
             policy_name=self.policy.name,
             policy_hash=self.policy.hash,
             corpus_sha256=self.corpus.tokens_sha256,
+            files=[],
             loss_scale=LossScaleRecord(**self.scale.state_dict()),
             config=with_absolute_paths(self.config).model_dump(),
             torch_version=torch.__version__,

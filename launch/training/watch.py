@@ -1,6 +1,7 @@
 """Watch: a thread of every worker that says it is alive, and ends the worker when whoever started it is gone.
 
-    every second: alive/RANK in the store += 1          the parent is another process than at the start: end
+    every second: alive/RANK in the store += 1, once the ranks have joined
+                  the parent is another process than at the start: end
 
 A rank whose count stands still while others wait for it is frozen: its whole process is (stopped, swapping, debugged).
 One whose count goes on is busy or waits itself.
@@ -16,22 +17,28 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
+from launch import PARENT
+
 _BEAT_S = 1.0
 
 
 class Watch:
-    """The heart of this worker, and its view of the others'. For the time in which the process group is joined."""
+    """The heart of this worker, and its view of the others'. For the time in which it joins them and is joined."""
 
     def __init__(self) -> None:
-        self._parent = os.getppid()
+        self._heart: Any = None
         self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
 
     def start(self) -> None:
+        """Call it before the process group is there: to wait for others may take long."""
+        self._thread.start()
+
+    def join(self) -> None:
         """Call it when the process group is there: its store is what the beats go through."""
         self._store().set(f"who/{self._rank}", f"{socket.gethostname()} {os.getpid()}")
-        self._thread.start()
+        self._heart = self._store()
 
     def stop(self) -> None:
         self._stop.set()
@@ -59,14 +66,12 @@ class Watch:
         return [store.add(f"alive/{rank}", 0) for rank in range(self._size)]
 
     def _beat(self) -> None:
-        store = self._store()
         while not self._stop.wait(_BEAT_S):
-            if os.getppid() != self._parent:
+            if os.getppid() != PARENT:
                 os._exit(1)
-            try:
-                store.add(f"alive/{self._rank}", 1)
-            except RuntimeError:  # the store's owner ends: so will this worker
-                self._stop.wait(_BEAT_S)
+            with suppress(RuntimeError):  # the store's owner ends: so will this worker
+                if self._heart:
+                    self._heart.add(f"alive/{self._rank}", 1)
 
     @staticmethod
     def _store() -> Any:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -61,10 +62,10 @@ class World:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, folder: Path | str = "") -> Iterator[None]:
         """Work that may fail on one rank alone: if it does, every rank raises what that rank would have.
 
-        Of errors that are no sentence yet, those of a disk become one; others are raised where they are.
+        Of errors that are no sentence yet, those of the disk of `folder` become one; others are raised where they are.
         """
         mine: LpError | None = None
         try:
@@ -72,7 +73,7 @@ class World:
         except LpError as error:
             mine = error
         except Exception as error:
-            mine = told(error)
+            mine = told(error, folder)
             if mine is None:
                 raise
         told_by = self.gathered(mine)
@@ -105,10 +106,11 @@ def join_world(config: RunConfig) -> Iterator[World]:
             hint="leaving --nproc out",
         )
     device = _device(config, local_size)
-    init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
     watch = Watch()
+    watch.start()
     try:
-        watch.start()
+        init_process_group_safely(config.timeout, "nccl" if device.type == "cuda" else "gloo")
+        watch.join()
         yield World(
             watch=watch,
             rank=int(os.environ["RANK"]),
@@ -121,7 +123,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
         watch.stop()
         detach_all()
         gc.collect()  # engines hold groups in cycles, and a group that outlives this point can abort the process
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def bound_waiting(config: RunConfig) -> None:

@@ -25,10 +25,19 @@ def init_process_group_safely(timeout_s: float = 1800.0, backend: str | None = N
     rank, world, host, port = (os.environ[name] for name in needed)
     is_server = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
-    server = TCPStore(host, int(port), int(world), is_server, timeout, multi_tenant=True)
-    store = PrefixStore(f"lpcompile/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world), timeout=timeout)
+    try:
+        server = TCPStore(host, int(port), int(world), is_server, timeout, multi_tenant=True)
+        store = PrefixStore(f"lpcompile/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world), timeout=timeout)
+    except dist.DistError as error:
+        raise WireError(
+            "the ranks did not all join",
+            where=f"rank {rank}, at {host}:{port}",
+            expected=f"{world} ranks within {timeout_s:g} s",
+            got=str(error).partition("\n")[0][:200],
+            hint="what the other ranks said before they ended",
+        ) from None
 
 
 def set_group_timeouts(timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -24,19 +25,34 @@ def test_a_worker_lost_after_the_last_checkpoint_finishes_the_run(tmp_path: Path
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGKILL"])
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGTERM", "SIGHUP"))]
+)
 def test_workers_end_with_whoever_started_them(tmp_path: Path, name: str) -> None:
     """A signal that can be caught is one sentence; after kill -9 nothing is left that trains on."""
-    parent = start(tmp_path, "--nproc", "1", "--steps", "100000", "--save-every", "5", "--out", "run")
+    parent = start(tmp_path, "--nproc", "2", "--steps", "100000", "--save-every", "5", "--out", "run")
     wait_for(parent, tmp_path / "run" / "checkpoints" / "latest")
     workers = workers_of(parent.pid)
     os.kill(parent.pid, signal.Signals[name])
-    assert parent.wait() == (130 if name == "SIGINT" else -9)
+    assert parent.wait() == (-9 if name == "SIGKILL" else 128 + signal.Signals[name])
     wait_for_end(workers)
     told = (tmp_path / "log").read_text()
     assert "Traceback" not in told
-    if name == "SIGINT":
-        assert told.splitlines()[-1].startswith("run: stopped by SIGINT. Try lpcompile train --resume run.")
+    if name != "SIGKILL":
+        assert told.splitlines()[-1].startswith(f"run: stopped by {name}. Try lpcompile train --resume run.")
+
+
+@pytest.mark.slow
+def test_workers_whose_launcher_is_killed_while_they_start_end_too(tmp_path: Path) -> None:
+    """They waited for its store until --timeout, which is five minutes."""
+    parent = start(tmp_path, "--nproc", "2", "--steps", "100000", "--out", "run")
+    while not (workers := workers_of(parent.pid)):
+        assert parent.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    time.sleep(2)  # they import
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_for_end(workers)
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.cli import run
+from launch.training.checksums import NAME, checksum, write_checksums
 from tests.launch.kills import workers_of
 from tests.multiprocess import free_port
 
@@ -249,6 +251,28 @@ def test_a_run_by_joint_graphs_has_the_losses_of_eager_code(engine: list[str], t
     summary = json.loads((tmp_path / "joint" / "summary.json").read_text())
     assert summary["graphs"] >= 2
     assert summary["products_in_graphs"] >= 27 + 9  # three roles in training, FWD in evaluation
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_a_hostile_shard_with_a_checksum_of_its_own_does_not_run(tmp_path: Path, name: str) -> None:
+    succeed(tmp_path, *TINY, *ZERO, "2", "--nproc", "2", "--steps", "2", "--out", "run")
+    saved = tmp_path / "run" / "checkpoints" / "step-000002"
+    file = saved / "engine" / name
+    torch.save({**torch.load(file, weights_only=False), "more": _Hostile(tmp_path / "ran")}, file)
+    write_checksums(saved, {**json.loads((saved / NAME).read_text()), f"engine/{name}": checksum(file)})
+    done = train(tmp_path, "--resume", "run", "--steps", "4", "--out", "more")
+    assert done.returncode == 2
+    assert "this checkpoint cannot be loaded. Got posix.mkdir, where only" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_zero_3_is_refused_by_joint_graphs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed: ZeRO 0 to 3 average their gradients over the compressed wire.
 
 initialize            deepspeed.initialize without its JIT build
+save_checkpoint       its engine.save_checkpoint, which a rank whose disk is full leaves with the others
 load_checkpoint       its engine.load_checkpoint with an unpickler that runs nothing
 attach_deepspeed      wraps the entry points of one engine (deepspeed_entry_points.py) and puts the proxy in place
 detach, detach_all    the way back
@@ -10,7 +11,7 @@ assert_active         a wire that carries nothing is an error
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,33 @@ def initialize(
         model=model, optimizer=optimizer, model_parameters=parameters, lr_scheduler=lr_scheduler, config=config
     )
     return engine
+
+
+def save_checkpoint(engine: Any, folder: str, tag: str) -> None:
+    """engine.save_checkpoint. What a disk refuses one rank is raised once all are through: the others wait for that
+    rank in DeepSpeed's barriers.
+    """
+    refused: list[Exception] = []
+
+    def kept(write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*arguments: Any, **named: Any) -> Any:
+            try:
+                return write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                refused.append(error)
+
+        return attempt
+
+    writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    for owner, name in writers:
+        setattr(owner, name, kept(getattr(owner, name)))
+    try:
+        engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)
+    if refused:
+        raise refused[0]
 
 
 def load_checkpoint(engine: Any, folder: str, tag: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.collectives.attach.deepspeed import load_checkpoint
+from runtime.collectives.attach.deepspeed import load_checkpoint, save_checkpoint
 
 
 class _Hostile:
@@ -24,6 +24,31 @@ class _Engine:
 
     def load_checkpoint(self, folder: str, tag: str) -> Any:
         return folder, torch.load(Path(folder) / tag / "mp_rank_00_model_states.pt", weights_only=False)
+
+
+def test_what_a_disk_refuses_one_rank_is_raised_once_all_are_through() -> None:
+    """Raised where it happens, it left the other ranks in DeepSpeed's barriers until --timeout."""
+
+    class Engine:
+        def __init__(self) -> None:
+            self.checkpoint_engine, self.is_through = self, False
+
+        def save(self, *, state_dict: Any, path: str) -> None:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+        def _copy_recovery_script(self, path: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            self.checkpoint_engine.save(state_dict={}, path=folder)
+            self._copy_recovery_script(folder)
+            self.is_through = True
+
+    engine = Engine()
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        save_checkpoint(engine, "somewhere", "engine")
+    assert engine.is_through
+    assert not {"save", "_copy_recovery_script"} & set(vars(engine))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

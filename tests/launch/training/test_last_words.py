@@ -58,6 +58,8 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert str(full).startswith("run/metrics.jsonl: the disk is full. Got No space left on device. Try making room")
     writer = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     assert "a file cannot be written" in str(told(writer, tmp_path))
+    no_inode = RuntimeError("[enforce fail at x.cc:747] . open file failed with strerror: No space left on device")
+    assert str(told(no_inode, tmp_path)).startswith(f"{tmp_path}: the disk is full. Got No space left on device")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     assert "the disk is full. Got No space left on device" in str(told(writer, tmp_path))
     assert told(KeyError("a")) is None

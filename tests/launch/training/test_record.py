@@ -1,6 +1,7 @@
 """Records: which checkpoint a place means, and what is said of a run.json that is not one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from launch.training.config import ConfigError, RunConfig
 from launch.training.record import (
     LossScaleRecord,
     RunRecord,
+    candidates,
     check_corpus,
     check_resumable,
     find_checkpoint,
@@ -26,6 +28,7 @@ def record(step: int = 4) -> RunRecord:
         policy_name="hfp8",
         policy_hash="a" * 64,
         corpus_sha256="c" * 64,
+        files=[],
         loss_scale=SCALE,
         config=RunConfig(out="runs/x", overwrite=True, compare="fp32").model_dump(),
         torch_version="2",
@@ -55,6 +58,12 @@ def test_a_checkpoint_half_written_is_none(run: Path) -> None:
     (run / "checkpoints" / "latest").unlink()
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         find_checkpoint(run)
+
+
+def test_a_checkpoint_that_latest_names_and_is_gone_is_no_reason_to_stop(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    assert [each.name for each in candidates(run)] == ["step-000008", "step-000004"], "what is told, what is used"
+    assert find_checkpoint(run).name == "step-000004"
 
 
 @pytest.mark.parametrize("latest", ["", "\0", "step-9", "../../other/checkpoints/step-000004", "/etc/passwd", b"\xff"])
@@ -87,6 +96,8 @@ BAD: dict[str, Any] = {
     "config that is a list": {"config": []},
     "a field too many": {"extra": 1},
     "corpus of another type": {"corpus_sha256": 7},
+    "files that are no names": {"files": [7]},
+    "no list of files": {"files": None},
 }
 
 

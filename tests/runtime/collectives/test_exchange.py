@@ -39,6 +39,7 @@ def exchange(rank: int, world: int) -> dict[str, Any]:
         "average": all_reduce(torch.full((64, 64), rank + 1.0), average=True)[0, 0].item(),
         "dtypes": [_error_of_dtype(dtype, rank, world) for dtype in (torch.bfloat16, torch.float16)],
         "strided": _strided(rank, world),
+        "ones": _of_ones(world),
         "traffic": _traffic(rank, world),
         "refused": _refused(),
         "tampered": _tampered(rank, world),
@@ -104,6 +105,13 @@ def _strided(rank: int, world: int) -> float:
     mine = total[::2][: 3200 // world * world].chunk(world)[rank]
     worst = max(relative(half, total[::2]) for half in halves)
     return max(relative(y, total.view(80, 80).t()), worst, relative(scattered, mine))
+
+
+def _of_ones(world: int) -> list[bool]:
+    """Views of one dimension and expanded inputs, which once were an error of `view`."""
+    scattered = reduce_scatter(torch.empty(1000), torch.ones(1).expand(1000 * world))
+    sums = [all_reduce(torch.ones(2000, 4)[:, 0]), all_reduce(torch.ones(4000)[::2]), scattered]
+    return [bool((each == world).all()) for each in sums]
 
 
 def _traffic(rank: int, world: int) -> list[bool]:
@@ -174,6 +182,7 @@ def test_all_ranks_end_with_the_same_bits(ranks: list[dict[str, Any]]) -> None:
 def test_result_is_the_tensor_itself(ranks: list[dict[str, Any]]) -> None:
     assert all(found["shape"] for found in ranks)
     assert all(found["strided"] < BOUND["e4m3"] for found in ranks)
+    assert all(found["ones"] == [True] * 3 for found in ranks)
 
 
 def test_specials_reach_every_rank_and_spoil_only_their_block(ranks: list[dict[str, Any]]) -> None:
