@@ -307,8 +307,8 @@ def test_rules_say_the_file_they_come_from(folder: Path) -> None:
     ]
     assert resolved.rule_of["mlp"] == {
         "fwd": "policy.yaml:5: rules[1]",
-        "bwd": "bf16.yaml:8: rules[0]",
-        "grad": "bf16.yaml:8: rules[0]",
+        "bwd": "bf16.yaml:9: rules[0]",
+        "grad": "bf16.yaml:9: rules[0]",
     }
 
 
