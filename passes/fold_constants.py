@@ -65,7 +65,9 @@ def find_constants(graph: fx.Graph) -> set[fx.Node]:
             is_constant = bool(node.meta.get(WEIGHT))
         else:
             inputs = node.all_input_nodes
-            is_call = node.op in ("call_function", "call_method") and node.target not in OP_OF
+            is_call = node.op in ("call_function", "call_method") and (
+                node.target not in OP_OF or node.target in _FOLDS
+            )
             is_constant = is_call and bool(inputs) and found.issuperset(inputs) and not _draws(node)
         if is_constant:
             found.add(node)
@@ -121,6 +123,9 @@ def _draws(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return "dropout" in name or name.rstrip("_") in _RANDOM
 
+
+_FOLDS = {op.run for name, op in OPS.items() if name.startswith(("lp.norm_", "lp.fold_"))}
+"""The ops of the dialect that make a weight of weights: a batch norm that is folded in."""
 
 _RANDOM = frozenset(
     {"bernoulli", "gumbel_softmax", "multinomial", "normal", "poisson", "rand_like", "randint_like", "randn_like"}

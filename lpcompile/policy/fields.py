@@ -16,7 +16,17 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from lpcompile.errors import FormatError, LpError, NotSupported, PolicyError, did_you_mean, nearest_names
-from lpcompile.policy.names import OPERAND_NAMES, ROLE_NAMES, ambiguity, format_of, key_of, nearest_format, word_of
+from lpcompile.policy.names import (
+    OPERAND_NAMES,
+    ROLE_NAMES,
+    ambiguity,
+    as_parts,
+    format_of,
+    key_of,
+    meaning,
+    nearest_format,
+    word_of,
+)
 from runtime.numerics.block_formats import (
     BLOCK_FORMATS,
     get_block_format,
@@ -56,7 +66,8 @@ def _check_format(given: str) -> str:
         is_unknown = error.what.endswith("is not a number format")
         hint = nearest_format(given) if is_unknown else error.hint
         what = did_you_mean(error.what, hint) if hint else error.what
-        raise refusal(what, expected=error.expected, got=error.got) from None
+        more = as_parts(given) if is_unknown else ""
+        raise refusal(what, expected=error.expected, got=error.got, hint=more) from None
     return name
 
 
@@ -77,7 +88,10 @@ def one_of(kind: str, known: tuple[str, ...], planned: tuple[str, ...] = ()) -> 
         if value in planned:
             raise not_built(f'{kind} "{value}" is planned and not in this version', f"one of {', '.join(known)}")
         if value not in known:
-            raise refusal(did_you_mean(f'"{value}" is not a {kind}', nearest_names(str(value), known)))
+            what = f'"{value}" is not a {kind}'
+            if meant := meaning(kind, str(value)):
+                raise refusal(what, expected=f"one of {', '.join(known)}", got=as_written(given), hint=meant)
+            raise refusal(did_you_mean(what, nearest_names(str(value), known)))
         return value
 
     return BeforeValidator(check)

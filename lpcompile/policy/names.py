@@ -46,13 +46,49 @@ def ambiguity(name: str) -> str:
     return _SEVERAL.get(plain, "")
 
 
+def meaning(kind: str, word: str) -> str:
+    """What to write for a word that other systems have for several of these, or for none; "" for any other word."""
+    plain = _plain(word).replace("-", "_").removeprefix("per_").replace("_", "").removesuffix("wise")
+    return _SEVERAL_WORDS.get(kind, {}).get(plain, "")
+
+
 def nearest_format(name: str) -> str:
-    """A hint naming the closest format of the same width and kind, if one is close, and what there is."""
-    known = [*FORMATS, *BLOCK_FORMATS]
+    """A hint naming the closest formats of the same width and kind, if there are, and what there is."""
     plain = _plain(name)
-    close = get_close_matches(plain, [each for each in _ROWS if _family(each) == _family(plain)], 1, 0.75)
-    guess = f'"{_ROWS[close[0]]}"? ' if close else ""
-    return f"{guess}Known: {', '.join(known)}"
+    close = _neighbours(plain)
+    if not close:
+        family = [each for each in _ROWS if _family(each) == _family(plain)]
+        close = [_ROWS[each] for each in get_close_matches(plain, family, 1, 0.75)]
+    guess = " or ".join(f'"{each}"' for each in close) + "? " if close else ""
+    return f"{guess}Known: {', '.join([*FORMATS, *BLOCK_FORMATS])}"
+
+
+def as_parts(name: str) -> str:
+    """How e5m3, which has no row, is said all the same; "" where the name is no such one."""
+    if (sizes := _sizes(_plain(name))) is None or not (2 <= sizes[0] <= 8 and sizes[1] <= 23):
+        return ""
+    return "1-{0}-{1}, which is a sign, {0} bits of exponent and {1} of mantissa".format(*sizes)
+
+
+def _sizes(name: str) -> tuple[int, int] | None:
+    """Bits of exponent and mantissa of a name such as e5m3, ue5m3 or float8_e5m3fn."""
+    found = re.fullmatch(r"(?:(?:fp|float)[0-9]+[-_]?)?u?e([0-9]{1,2})m([0-9]{1,2})(?:fn)?", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _neighbours(name: str) -> list[str]:
+    """The rows whose exponent and mantissa are nearest in size, of these those of the nearest width, two at most; of
+    other names none.
+    """
+    if (sizes := _sizes(name)) is None:
+        return []
+    rows = {each: of for each in FORMATS if each != "e8m0" and (of := _sizes(each)) is not None}
+    steps = {each: (of[0] - sizes[0], of[1] - sizes[1]) for each, of in rows.items()}
+    away = {
+        each: (abs(exponent) + abs(mantissa), abs(exponent + mantissa)) for each, (exponent, mantissa) in steps.items()
+    }
+    nearest = min(away.values())
+    return [each for each in away if away[each] == nearest][:2] if nearest[0] <= 2 else []
 
 
 def _family(name: str) -> str:
@@ -121,6 +157,14 @@ _SEVERAL = {
     "fp64": "fp32, the widest format here",
     "double": "fp32, the widest format here",
     "f64": "fp32, the widest format here",
+}
+
+_SEVERAL_WORDS = {
+    "scale granularity": {
+        "vector": "row or column (one per token or feature), or block, block: [1, 16], for vectors of 16 along the sum",
+        "axis": "row, column, or of a weight channel (one per output channel or feature)",
+        "subchannel": "block, block: [1, 128], for groups of 128 along the sum",
+    }
 }
 
 _OTHER_WORDS = {

@@ -217,9 +217,11 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             return torchs(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or not any(grad is not None and grad.requires_grad for grad in grads):
+        if not any(grad is not None and grad.requires_grad for grad in grads):
             return results
         return _NoSecond.apply(*(None if x is None else x.detach().requires_grad_() for x in results))
 

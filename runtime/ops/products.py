@@ -36,6 +36,7 @@ from runtime.ops.activations import add_and_relu, overwrite_with
 from runtime.ops.contractions import ConvGeometry, Multiply
 from runtime.ops.plan import GemmPlan
 from runtime.ops.sum_scales import varies_along_sum
+from runtime.ops.wide_bias import bf16_with_bias
 from runtime.quantize.qtensor import QTensor
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
@@ -139,7 +140,11 @@ def multiply_fwd(
     lhs, rhs = kernel.load(x.grid), kernel.load(w.grid)
     is_unscaled = x.scale is None and w.scale is None
     if kernel.has_native and spec.out == kernel.out and is_unscaled:
-        return add_and_relu(kind.native(lhs, rhs, bias if bias is None else kernel.load(bias)), residual, relu)
+        if bias is None or kernel.out != "bf16":
+            y = kind.native(lhs, rhs, bias if bias is None else kernel.load(bias))
+        else:
+            y = bf16_with_bias(kind, lhs, rhs, bias)
+        return add_and_relu(y, residual, relu)
     after = (bias, residual, relu) if spec.out == "fp32" else (bias, None, False)
     if plan.geometry is not None:
         y = kind.fwd(lhs, rhs, _product(plan, "fwd", x, w, key))

@@ -10,21 +10,21 @@ dispatch mode, a tracer, the profiler) finds the ops of products.py instead. All
 autocast, casts that are stochastic or have state, and kernels without a C function take the path of large layers.
 """
 
+import threading
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from runtime.kernels.cpu.small import SmallCast, SmallProduct, small_cast, small_product
+from runtime.kernels.cpu.small import Memory, SmallCast, SmallProduct, small_cast, small_product
 from runtime.kernels.torch_ops import is_transformed, is_watched
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
 from runtime.ops import layer
 from runtime.ops.plan import GemmPlan
-from runtime.ops.products import own, with_scales
 from runtime.ops.sum_scales import varies_along_sum
-from runtime.quantize.qtensor import QTensor
 from runtime.state import RunState
 
 LARGEST = 1 << 14
@@ -40,18 +40,62 @@ _SUMMED_ALONG_ROWS: dict[tuple[str, Role], tuple[bool, bool]] = {
 }
 """Whether the sum of a role runs down the rows of its operands' matrices; that which gives the result's rows first."""
 
+_TRANSPOSES: dict[tuple[str, Role], tuple[bool, bool]] = {
+    ("linear", "bwd"): (False, False),
+    ("linear", "grad"): (True, False),
+    ("linear_kn", "bwd"): (False, True),
+    ("linear_kn", "grad"): (False, True),
+}
+"""Whether dy, and the other operand, is transposed in contractions.py."""
 
-_Cast = tuple[QuantSpec, SmallCast | None]
-"""None: the operand is taken as it is."""
+
+class _ThreadMemory(threading.local):
+    """What casts are made in that nothing keeps."""
+
+    def __init__(self) -> None:
+        self.of_left: Memory = {}
+        self.of_right: Memory = {}
+
+
+_MEMORY = _ThreadMemory()
+
+
+@dataclass(frozen=True)
+class _InFp32:
+    """BWD or GRAD as torch multiplies it in fp32, of casts that C++ makes; None: the operand is taken as it is. What
+    products.py computes, with nothing to decide between the steps.
+    """
+
+    left: SmallCast | None
+    right: SmallCast | None
+    transposes: tuple[bool, bool]
+    is_swapped: bool
+    """Whether the right operand gives the rows."""
+
+    def __call__(self, dy: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
+        """The product in `shape`; dy and other as they lie, `other` contiguous."""
+        a, rows = (dy, None) if self.left is None else self.left(dy.contiguous(), _MEMORY.of_left)
+        b, columns = (other, None) if self.right is None else self.right(other, _MEMORY.of_right)
+        a = a if a.dim() == 2 else a.reshape(-1, a.shape[-1])
+        b = b if b.dim() == 2 else b.reshape(-1, b.shape[-1])
+        a, b = a.t() if self.transposes[0] else a, b.t() if self.transposes[1] else b
+        if self.is_swapped:
+            a, rows, b, columns = b, columns, a, rows
+        y = torch.mm(a, b)
+        if rows is not None:
+            y.mul_(rows.view(-1, 1) if rows.dim() else rows)
+        if columns is not None:
+            y.mul_(columns.view(-1) if columns.dim() else columns)
+        return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
 
 class SmallLayer:
-    """The three products of a layer, each None where it has no small form, and the casts of those that have none."""
+    """The three products of a layer, each None where it has no small form, and what multiplies in fp32 instead."""
 
     def __init__(self, plan: GemmPlan) -> None:
         self.key = plan.kind, plan.spec, plan.kernels
         self.products = {role: _small(plan, role) for role in ROLES}
-        self.casts = {role: _casts(plan, role) for role in ROLES}
+        self.in_fp32 = {role: _in_fp32(plan, role) for role in ROLES}
         self.is_swapped = plan.contraction.grad_rows == "rhs"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,27 +151,19 @@ def _small(plan: GemmPlan, role: Role) -> SmallProduct | None:
     return small_product(left, right, kernel.dtype, function, _SUMMED_ALONG_ROWS[plan.kind, role])
 
 
-def _casts(plan: GemmPlan, role: Role) -> tuple[_Cast, _Cast] | None:
-    """Of the operands of BWD or GRAD, if torch multiplies them in fp32 and their scales leave the sum."""
+def _in_fp32(plan: GemmPlan, role: Role) -> _InFp32 | None:
+    """BWD or GRAD, if torch multiplies it in fp32 and its scales leave the sum."""
     spec, kernel, kind = plan.spec.role(role), plan.kernel(role), plan.contraction
     if role == "fwd" or kernel.name != "fp32" or spec.out != "fp32":
         return None
     sides: tuple[tuple[Side, QuantSpec], ...] = (("lhs", spec.lhs), ("rhs", spec.rhs))
     if any(varies_along_sum(kind, role, side, each) for side, each in sides):
         return None
-    casts = [(each, None if each.is_identity else small_cast(each)) for _, each in sides]
-    return None if any(made is None and not each.is_identity for each, made in casts) else (casts[0], casts[1])
-
-
-def _cast(x: Tensor, how: _Cast) -> QTensor:
-    spec, make = how
-    return QTensor(*((x, None) if make is None else make(x.contiguous())), spec)
-
-
-def _multiply_in_fp32(role: Role, plan: GemmPlan, dy: QTensor, other: QTensor, shape: torch.Size) -> Tensor:
-    of_role = plan.contraction.bwd if role == "bwd" else plan.contraction.grad
-    y = of_role(dy.grid, other.grid, shape, torch.matmul)
-    return own(with_scales(role, plan, y, dy.scale, other.scale, None))
+    left, right = (None if each.is_identity else small_cast(each) for _, each in sides)
+    if (left is None and not spec.lhs.is_identity) or (right is None and not spec.rhs.is_identity):
+        return None
+    is_swapped = role == "grad" and kind.grad_rows == "rhs"
+    return _InFp32(left, right, _TRANSPOSES[plan.kind, role], is_swapped)
 
 
 def _is_served(x: Tensor) -> bool:
@@ -160,7 +196,7 @@ class _SmallGemm(torch.autograd.Function):
         layer.note_call(state, plan, "fwd")
         needs_x, needs_w = ctx.needs_input_grad[:2]
         ctx.small, ctx.plan, ctx.state = small, plan, state
-        ctx.shapes = x.shape, w.shape, None if bias is None else bias.shape
+        ctx.shapes = x.shape, w.shape
         ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
         return layer.forward_of(plan, x, w, bias) if made[0] is None else made[0]
 
@@ -168,16 +204,17 @@ class _SmallGemm(torch.autograd.Function):
     @layer.differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        x_shape, w_shape, bias_shape = ctx.shapes
+        x_shape, w_shape = ctx.shapes
         dx = dw = db = None
         matrix = None if is_watched() or is_transformed() else dy.contiguous()
         matrix = matrix if matrix is not None and _is_served(matrix) else None
-        if ctx.needs_input_grad[0]:
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        if needs_x:
             dx = _gradient("bwd", ctx, dy, matrix, w, w_shape, x_shape)
-        if ctx.needs_input_grad[1]:
+        if needs_w:
             dw = _gradient("grad", ctx, dy, matrix, x, x_shape, w_shape)
-        if ctx.needs_input_grad[2]:
-            db = ctx.plan.contraction.bias_grad(dy).sum_to_size(bias_shape)
+        if needs_bias:  # one a column
+            db = ctx.plan.contraction.bias_grad(dy)
         return dx, dw, db, *(None,) * 4
 
 
@@ -187,7 +224,7 @@ def _gradient(
     """BWD or GRAD, in `shape`; as a large layer runs it where it has no small form, where C++ may not read dy (its
     contiguous `matrix` is None), or where what comes back is not what was saved, of the shape `saved`.
     """
-    plan, state, product, casts = ctx.plan, ctx.state, ctx.small.products[role], ctx.small.casts[role]
+    plan, state, product, in_fp32 = ctx.plan, ctx.state, ctx.small.products[role], ctx.small.in_fp32[role]
     if matrix is None or other.shape != saved or not _is_served(other):
         return layer.gradient_of(role, plan, state, dy, other, shape)
     if product is not None:
@@ -200,7 +237,7 @@ def _gradient(
             if state.watch_overflow:
                 state.note_overflow(bool(said & (2 if is_swapped else 1)))
             return out
-    elif casts is not None and not state.watch_overflow:
+    elif in_fp32 is not None and not state.watch_overflow:
         layer.note_backward(state, plan, role)
-        return _multiply_in_fp32(role, plan, _cast(dy, casts[0]), _cast(other, casts[1]), shape)
+        return in_fp32(dy, other, shape)
     return layer.gradient_of(role, plan, state, dy, other, shape)

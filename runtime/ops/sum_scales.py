@@ -31,7 +31,8 @@ def why_not_scaled(kind: AbstractContraction, op: str, role: Role, side: Side, n
     has_channels = not (isinstance(kind, Conv) and kind.geometry.is_transposed)
     if granularity == "channel" and not has_channels:
         return f"{name}: the weight of a {op} has no dim that is its output channels; use granularity tensor"
-    if operand.scale.rule == "pow2":
+    is_line = is_conv and granularity != "channel"  # of the matrix of an image, which is no part of the convolution
+    if operand.scale.rule == "pow2" and not is_line:
         return ""
     if granularity == "channel" or (granularity == "block" and not is_conv):
         if numbers.accumulator == FP32_SUMS:
@@ -41,9 +42,11 @@ def why_not_scaled(kind: AbstractContraction, op: str, role: Role, side: Side, n
     others = ["tensor"] if free == "none" else [free]
     if is_conv and side == "rhs" and role != "grad" and has_channels:
         others = ["channel", "tensor"]
+    what, ways = f"a scale per {granularity} varies along the sum of a {op}", f"use granularity {' or '.join(others)}"
     return (
-        f"{name}: a scale per {granularity} varies along the sum of a {op}; "
-        f"use granularity {' or '.join(others)}, or rule pow2"
+        f"{name}: {what}, whose rows are lines of pixels; {ways}"
+        if is_line
+        else f"{name}: {what}; {ways}, or rule pow2"
     )
 
 

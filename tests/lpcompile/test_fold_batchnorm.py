@@ -213,6 +213,21 @@ def test_the_fold_follows_a_batch_norm_that_changes() -> None:
     torch.testing.assert_close(model(x), restored(x), rtol=1e-4, atol=1e-4)
 
 
+def test_the_kept_cast_of_a_folded_weight_follows_both() -> None:
+    model, x = _pair(*AFTER["conv2d"])
+    twin = copy.deepcopy(model)
+    lpcompile(model, "int8", (x,), mode="infer")
+    state = get_compiled(model).state
+    for change in (None, lambda each: each[1].weight.data.mul_(3), lambda each: each[0].weight.data.neg_()):
+        if change is not None:
+            change(model), change(twin)
+        fresh = lpcompile(copy.deepcopy(twin), "int8", (x,), mode="infer")
+        with torch.no_grad():
+            assert torch.equal(model(x), fresh(x))
+            assert torch.equal(model(x), fresh(x))
+        assert state.constants.num_casts == 1
+
+
 def restored_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     restore(copied)

@@ -136,7 +136,8 @@ def test_a_refusal_names_the_operand_as_the_file_does() -> None:
     row = scaled("int8", granularity="row")
     reason = refusals(nn.Conv2d(4, 8, 3), fwd={"w": row})["fwd"]
     assert reason == (
-        "fwd w: a scale per row varies along the sum of a conv2d; use granularity channel or tensor, or rule pow2"
+        "fwd w: a scale per row varies along the sum of a conv2d, whose rows are lines of pixels; "
+        "use granularity channel or tensor"
     )
     assert refusals(nn.Linear(4, 8), bwd={"w": row})["bwd"].startswith("bwd w: a scale per row varies")
     assert refusals(nn.Linear(4, 8), grad={"dy": row})["grad"].startswith("grad dy: a scale per row varies")
@@ -160,4 +161,20 @@ def test_torch_compile_has_the_same_bits() -> None:
 
 def test_a_transposed_convolution_says_what_it_takes() -> None:
     reason = refusals(nn.ConvTranspose2d(4, 8, 3), fwd={"w": scaled("int8", granularity="row")})["fwd"]
-    assert reason.endswith("of a conv_transpose2d; use granularity tensor, or rule pow2")
+    assert reason.endswith("of a conv_transpose2d, whose rows are lines of pixels; use granularity tensor")
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 8, 3), nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(4, 8, 3)])
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+def test_a_convolution_has_no_scale_per_line_of_pixels_of_any_rule(layer: nn.Module, granularity: str) -> None:
+    scale = scaled("e4m3", granularity=granularity, rule="pow2")
+    found = refusals(layer, fwd={"x": scale}, bwd={"w": scale}, grad={"dy": scale})
+    assert sorted(found) == ["bwd", "fwd", "grad"]
+    assert all("whose rows are lines of pixels; use granularity" in each for each in found.values())
+    kept = scaled("e4m3", granularity="tensor", rule="pow2")
+    assert not refusals(layer, fwd={"x": kept}, bwd={"w": kept}, grad={"dy": kept})
+
+
+def test_a_channel_of_rule_pow2_runs_in_both_directions_of_a_convolution() -> None:
+    scale = scaled("e4m3", granularity="channel", rule="pow2")
+    assert not refusals(nn.Conv2d(4, 8, 3), fwd={"w": scale}, bwd={"w": scale})

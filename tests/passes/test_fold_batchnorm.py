@@ -197,3 +197,15 @@ def test_a_scale_of_other_features_than_the_weight_is_rejected() -> None:
     with pytest.raises(LpError, match="one number per feature along `axis` of w"):
         parse_program(text)
     assert parse_program(text.replace("axis = 0", "axis = 1"))
+
+
+@pytest.mark.parametrize("text", [AFTER, BEFORE], ids=["after", "before"])
+def test_the_cast_of_a_folded_weight_is_kept(text: str) -> None:
+    check(
+        run(text, "annotate,fold-batchnorm,insert-casts,fold-constants{lifetime=forever}"),
+        """
+// CHECK: [[W:%[a-z0-9_]+]] = "lp.fold_weight"(
+// CHECK: "lp.quantize"(%x) {{.*}}slot = 0, operand
+// CHECK: "lp.quantize"([[W]], %_lp_state) {{.*}}slot = 1, lifetime = "forever"
+""",
+    )

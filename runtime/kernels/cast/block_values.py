@@ -17,6 +17,7 @@ from runtime.kernels.cast_plans import block_plan
 from runtime.kernels.cpu.address import can_be_written
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.grid import on_grid
+from runtime.kernels.cpu.odd import odd_in_fp32
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.block_casts import quantize_blocks
 from runtime.numerics.block_formats import BlockFormat, get_block_format, is_block_format
@@ -53,10 +54,8 @@ def _block_values(
     mode = rounding or get_format(row.element).rounding
     if mode == "stochastic":
         check_counter(*draw[1:])
-    # nvfp4 rounds fp64 to fp32 before anything else
-    is_narrowed = row.rule == "two_level" and x.dtype == torch.float64 and out is None
     fast = fast_blocks(
-        x.float() if is_narrowed else x,
+        _narrowed(x, row, mode) if x.dtype == torch.float64 and out is None else x,
         block_plan(row, mode),
         is_divided=True,
         is_stochastic=mode == "stochastic",
@@ -69,6 +68,16 @@ def _block_values(
         _in_pieces(x, row, mode, draw) if row.rule != "two_level" else quantize_blocks(x, row, mode, **draw._asdict())
     )
     return values if out is None else out.copy_(values)
+
+
+def _narrowed(x: Tensor, row: BlockFormat, mode: Rounding) -> Tensor:
+    """float64 in fp32 where the block cast of that is the same: nvfp4 rounds it to fp32 before anything else, an MX
+    format's scale and elements are those of x rounded to odd. Random bits decide by more bits than fp32 has left.
+    """
+    if row.rule == "two_level":
+        return x.float()
+    odd = None if mode == "stochastic" else odd_in_fp32(x)
+    return x if odd is None else odd
 
 
 def _in_pieces(x: Tensor, row: BlockFormat, mode: Rounding, draw: Draw) -> Tensor:

@@ -63,13 +63,18 @@ class SmallProduct:
         """Write left . right + bias into `out`. All fp32, contiguous, of sizes that fit. Returns 1 if a value of left
         overflowed or was NaN, plus 2 if one of right was; if `is_exact_only`, `out` is then not written.
         """
+        left_columns, right_columns = left.shape[-1], right.shape[-1]
         said: int = _library().lp_small(  # type: ignore[union-attr]
             self.product,
-            address(left), left.numel() // left.shape[-1], left.shape[-1],
-            address(right), right.numel() // right.shape[-1], right.shape[-1],
+            address(left), left.numel() // left_columns, left_columns,
+            address(right), right.numel() // right_columns, right_columns,
             None if bias is None else address(bias), address(out),
         )  # fmt: skip
         return said
+
+
+Memory = dict[tuple[torch.Size, int], tuple[Tensor, Tensor | None]]
+"""Of one thread: grid and scale by shape and number of scales. Asking for it anew takes as long as the cast."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,23 @@ class SmallCast:
     plan: CastPlan | TablePlan
     """What `operand` points to."""
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Grid values in fp32 and their scale, as `scaling.compute_scale` lays it. x: fp32, contiguous, not empty."""
-        columns = x.shape[-1]
-        shape = {0: (0,), 1: (), 2: (*x.shape[:-1], 1), 3: (*(1,) * (x.dim() - 1), columns)}[self.operand.scales]
-        grid, scales = (torch.empty(each, dtype=torch.float32, device="cpu") for each in (x.shape, shape))
-        where = address(x), x.numel() // columns, columns, address(grid), address(scales)
-        _library().lp_small_cast(self.operand, *where)  # type: ignore[union-attr]
-        return grid, scales if self.operand.scales else None
+    def __call__(self, x: Tensor, into: Memory) -> tuple[Tensor, Tensor | None]:
+        """Grid values in fp32 and their scale, as `scaling.compute_scale` lays it, in the memory that `into` has for
+        this shape: until the next cast into it. x: fp32, contiguous, not empty.
+        """
+        shape, how = x.shape, self.operand
+        columns, key = shape[-1], (shape, how.scales)
+        grid, scales = into.get(key) or into.setdefault(key, _room(x, how.scales))
+        scales_at = None if scales is None else address(scales)
+        where = address(x), x.numel() // columns, columns, address(grid), scales_at
+        _library().lp_small_cast(how, *where)  # type: ignore[union-attr]
+        return grid, scales
+
+
+def _room(x: Tensor, scales: int) -> tuple[Tensor, Tensor | None]:
+    *lead, columns = x.shape
+    shapes = {1: (), 2: (*lead, 1), 3: (*(1 for _ in lead), columns)}
+    return x.new_empty(x.shape), x.new_empty(shapes[scales]) if scales else None
 
 
 def small_cast(spec: QuantSpec, along_rows: bool = False) -> SmallCast | None:

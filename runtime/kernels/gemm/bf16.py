@@ -1,5 +1,5 @@
 """bf16: torch's own bf16 products, for a policy whose output is bf16: fp32 sums, rounded to bf16 by the library. A bias
-is cast to bf16 and a part of torch's op, as under autocast.
+of more bits is added before that (runtime/ops/wide_bias.py).
 """
 
 import torch

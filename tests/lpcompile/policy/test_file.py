@@ -47,7 +47,8 @@ def fwd(table: str) -> str:
 
 UNKNOWN_FORMAT = (
     f'"e4m4" is not a number format. Did you mean "e4m3"? Known: {NAMES}. '
-    "Expected a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`."
+    "Expected a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`. "
+    "Try 1-4-4, which is a sign, 4 bits of exponent and 4 of mantissa."
 )
 WRONG_VALUES = [
     (
@@ -83,6 +84,35 @@ WRONG_VALUES = [
         fwd("{x: {format: e4m3, scale: {granularity: rows}}}"),
         '3: rules[0].fwd.x.scale.granularity: "rows" is not a scale granularity. Did you mean "row"? '
         "Known: tensor, row, column, channel, block.",
+    ),
+    *(
+        (
+            fwd(f"{{x: {{format: e4m3, scale: {{granularity: {word}}}}}}}"),
+            f'3: rules[0].fwd.x.scale.granularity: "{word}" is not a scale granularity. '
+            f'Expected one of tensor, row, column, channel, block. Got "{word}". Try {what}.',
+        )
+        for word, what in (
+            (
+                "vector",
+                "row or column (one per token or feature), or block, block: [1, 16], for vectors of 16 along the sum",
+            ),
+            ("per-axis", "row, column, or of a weight channel (one per output channel or feature)"),
+            ("sub_channel", "block, block: [1, 128], for groups of 128 along the sum"),
+        )
+    ),
+    *(
+        (
+            fwd(f"{{x: {name}}}"),
+            f'3: rules[0].fwd.x: "{name}" is not a number format. Did you mean {near}? Known: {NAMES}. '
+            "Expected a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]`, `intB` or `uintB`."
+            + (f" Try {parts}." if parts else ""),
+        )
+        for name, near, parts in (
+            ("e5m3", '"e4m3" or "e5m2"', "1-5-3, which is a sign, 5 bits of exponent and 3 of mantissa"),
+            ("float8_e5m3fn", '"e4m3" or "e5m2"', "1-5-3, which is a sign, 5 bits of exponent and 3 of mantissa"),
+            ("e6m1", '"e5m2"', "1-6-1, which is a sign, 6 bits of exponent and 1 of mantissa"),
+            ("e1m2", '"e2m1"', ""),
+        )
     ),
     (
         fwd("{x: {format: e4m3, scale: {block: [1, 2]}}}"),
@@ -307,8 +337,8 @@ def test_rules_say_the_file_they_come_from(folder: Path) -> None:
     ]
     assert resolved.rule_of["mlp"] == {
         "fwd": "policy.yaml:5: rules[1]",
-        "bwd": "bf16.yaml:8: rules[0]",
-        "grad": "bf16.yaml:8: rules[0]",
+        "bwd": "bf16.yaml:9: rules[0]",
+        "grad": "bf16.yaml:9: rules[0]",
     }
 
 

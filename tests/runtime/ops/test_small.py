@@ -5,6 +5,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,22 @@ rules:
       x: {format: e4m3, scale: {granularity: tensor, rule: amax}}
       accumulate: fp32
 """
-POLICIES = ["hfp8", "fp8-rowwise", "int8", "tensorwise"]
+FP16_GRADIENTS = """
+version: 1
+name: fp16-gradients
+source: a test
+rules:
+  - match: {name: "*"}
+    fwd: {x: e4m3, w: e4m3}
+    bwd:
+      dy: {format: fp16, scale: {granularity: row, rule: amax}}
+      w: {format: fp16, scale: {granularity: column, rule: amax}}
+    grad:
+      dy: {format: fp16, scale: {granularity: column, rule: amax}}
+      x: {format: fp16, scale: {granularity: column, rule: amax}}
+"""
+FILES = {"tensorwise": TENSORWISE, "fp16-gradients": FP16_GRADIENTS}
+POLICIES = ["hfp8", "fp8-rowwise", "int8", *FILES]
 
 pytestmark = pytest.mark.skipif(
     gemm_library() is None, reason="no kernel with a C function: no bf16 units, or no compiler"
@@ -49,10 +65,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def _policy(name: str, tmp_path: Path) -> Any:
-    if name != "tensorwise":
+    if name not in FILES:
         return name
-    (tmp_path / "tensorwise.yaml").write_text(TENSORWISE)
-    return tmp_path / "tensorwise.yaml"
+    (tmp_path / f"{name}.yaml").write_text(FILES[name])
+    return tmp_path / f"{name}.yaml"
 
 
 @pytest.fixture
@@ -108,8 +124,18 @@ def _values(kind: str, *shape: int) -> Tensor:
 def test_bits_are_those_of_a_large_product(
     policy: str, layer: Any, values: str, tmp_path: Path, large_path: Callable[[bool], None], calls: list[str]
 ) -> None:
+    if (policy, values) == ("fp16-gradients", "nan"):
+        pytest.skip("a large product stores fp16 casts as fp16, which gives a NaN other bits")
     torch.manual_seed(0)
-    for shape, n in (((4, 32), 32), ((33,), 7), ((2, 3, 17), 5), ((1, 1), 1), ((1, 64), 3), ((40, 2), 40)):
+    for shape, n in (
+        ((4, 32), 32),
+        ((33,), 7),
+        ((2, 3, 17), 5),
+        ((1, 1), 1),
+        ((1, 64), 3),
+        ((40, 2), 40),
+        ((24, 24), 24),
+    ):
         k = shape[-1]
         module = nn.Linear(k, n) if layer is nn.Linear else Conv1D(n, k)
         with torch.no_grad():
@@ -124,6 +150,22 @@ def test_bits_are_those_of_a_large_product(
         large_path(True)
         assert found == _run(model, x, dy)
         assert not calls
+
+
+def test_two_layers_and_threads_do_not_write_into_each_others_casts(tmp_path: Path) -> None:
+    """Casts for products in fp32 are made in memory that a thread keeps."""
+    torch.manual_seed(0)
+    model = lpcompile(nn.Sequential(*(nn.Linear(24, 24) for _ in range(3))), _policy("fp16-gradients", tmp_path))
+    get_compiled(model).state.is_scaled = True
+    inputs = [torch.randn(24, 24) for _ in range(4)]
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+
+    wanted = [gradients(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for found in (list(pool.map(gradients, inputs)) for _ in range(20)):
+            assert all(torch.equal(a, b) for one, other in zip(found, wanted) for a, b in zip(one, other))
 
 
 def test_without_bias_and_without_gradients(calls: list[str], large_path: Callable[[bool], None]) -> None:
