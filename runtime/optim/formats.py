@@ -20,10 +20,8 @@ from runtime.numerics import decode, encode
 from runtime.numerics.embedding import embeds
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import Rounding
+from runtime.numerics.specs import SPLIT, Rounding
 
-SPLIT = "bf16+16"
-"""A master of two parts: the bf16 parameter, nearest to it with ties away, and a signed remainder in 16 bits."""
 PARAMETER_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Of the parameters that can be trained, with the format that each holds."""
 _HELD = {name: dtype for dtype, name in PARAMETER_DTYPES.items()}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import LpError, NotSupported
-from runtime.optim.formats import PARAMETER_DTYPES, SPLIT, Storage, UpdateFormats, joined, split, storage_of
+from runtime.numerics.specs import SPLIT
+from runtime.optim.formats import PARAMETER_DTYPES, Storage, UpdateFormats, joined, split, storage_of
 from runtime.optim.places import Run, local, runs_of
 from runtime.optim.rounding import Draw, rounded
 
@@ -68,11 +69,20 @@ class Weight:
         held = local(self.parameter.detach())
         held.copy_(weight.view(held.shape))
 
+    @property
+    def is_own_master(self) -> bool:
+        """Whether the parameter is the master, with or without a remainder."""
+        return "master" not in self.state
+
     def _storage(self, name: str) -> Storage:
         return storage_of(getattr(self.formats, self.optimizer.MOMENTS.get(name, name)))
 
+    def stream(self, slot: int) -> int:
+        """Of the random bits of a slot, one of four."""
+        return _SLOTS * self.number + slot
+
     def _draw(self, slot: int) -> Draw:
-        return Draw(self.group["seed"], self.step, _SLOTS * self.number + slot, self.runs)
+        return Draw(self.group["seed"], self.step, self.stream(slot), self.runs)
 
 
 class AbstractOptimizer(torch.optim.Optimizer):
@@ -82,6 +92,9 @@ class AbstractOptimizer(torch.optim.Optimizer):
     read: a power of two, 1 where they have been unscaled. State is made at the first step; a master narrower than its
     parameter rounds it then, to nearest. Raises NotSupported for other parameters and for sparse gradients.
     """
+
+    skip: bool = False
+    """While set, step() does nothing: an engine that cannot drop a step calls it all the same."""
 
     MOMENTS: ClassVar[dict[str, str]]
     """Name in the state, as torch's own optimizer calls it -> whose format of UpdateFormats it has."""
@@ -111,6 +124,8 @@ class AbstractOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; the loss that `closure` gives."""
+        if self.skip:
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():

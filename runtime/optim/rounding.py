@@ -14,7 +14,7 @@ from runtime.numerics.random import check_counter
 from runtime.numerics.specs import Rounding
 from runtime.optim.places import Run
 
-_KEY = 0x6D757473796D6F6E
+KEY = 0x6D757473796D6F6E
 """What the optimizer's seed is xored with: a model and its optimizer of one seed draw apart."""
 
 
@@ -23,7 +23,7 @@ class Draw:
 
     def __init__(self, seed: int, step: int, stream: int, runs: list[Run]) -> None:
         check_counter(step, stream, 0)
-        self.seed, self.step, self.stream, self.runs = seed ^ _KEY, step, stream, runs
+        self.seed, self.step, self.stream, self.runs = seed ^ KEY, step, stream, runs
 
 
 def combined(a: float, x: Tensor, b: float, y: Tensor) -> Tensor:

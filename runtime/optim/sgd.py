@@ -10,6 +10,7 @@ torch.optim.SGD has eta in (3), outside of the momentum: other bits, and other n
 from typing import Any, ClassVar
 
 from runtime.optim.formats import UpdateFormats
+from runtime.optim.one_pass import sgd_in_one_pass
 from runtime.optim.optimizer import AbstractOptimizer, Weight, check_at_least
 from runtime.optim.rounding import combined
 
@@ -46,6 +47,8 @@ class LowPrecisionSGD(AbstractOptimizer):
         return self.MOMENTS if group["momentum"] else {}
 
     def _update(self, weight: Weight) -> None:
+        if sgd_in_one_pass(weight, (_DW, _MOMENTUM, _MASTER)):
+            return
         group, master, name = weight.group, weight.load("master"), "momentum_buffer"
         dw = combined(1 / group["loss_scale"], weight.gradient(), group["weight_decay"], master)
         dw = weight.rounded(name, dw, _DW)

@@ -205,12 +205,21 @@ NOT_BUILT = [
         )
         for rule in ("delayed", "static", "mse", "learned")
     ),
-    ("update: {master: dlfloat16}\n", "1: update.master: master dlfloat16 is not in this version. Try master: fp32."),
-    ("update: {momentum: bf16}\n", "1: update.momentum: momentum bf16 is not in this version. Try momentum: fp32."),
     (
-        "update:\n  rounding: stochastic\n",
-        "2: update.rounding: rounding stochastic is not in this version. Try rounding: nearest_even.",
+        "update: {master: int8}\n",
+        "1: update.master: master int8 is no float format, and others hold no weights in this version. "
+        "Try master: bf16, dlfloat16, e4m3 or fp32.",
     ),
+    (
+        "update:\n  momentum: bf16+16\n",
+        '2: update.momentum: "bf16+16" is not a number format. Did you mean "bf16"? ',
+    ),
+    (
+        "update:\n  rounding: stochastik\n",
+        '2: update.rounding: "stochastik" is not a rounding. Did you mean "stochastic"? '
+        "Known: nearest_even, nearest_away, toward_zero, stochastic.",
+    ),
+    ("update: {weights: bf16}\n", '1: update.weights: "weights" is not a key here. Known: master, momentum, '),
     *(
         (
             f"name: a\n{key}: {{format: e4m3}}\n",

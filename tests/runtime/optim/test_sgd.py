@@ -13,7 +13,7 @@ from runtime.numerics.random import random_bits
 from runtime.numerics.rounding import round_to_integer
 from runtime.optim.formats import UpdateFormats
 from runtime.optim.places import Run
-from runtime.optim.rounding import _KEY, Draw, combined, rounded
+from runtime.optim.rounding import KEY, Draw, combined, rounded
 from runtime.optim.sgd import LowPrecisionSGD
 
 DLFLOAT = UpdateFormats("dlfloat16", "dlfloat16", rounding="stochastic")
@@ -60,7 +60,7 @@ def test_an_axpy_is_rounded_once(format: str, rounding: str) -> None:
     y[102], x[102] = 1 + 2.0**-10, -(2.0**-40)
     draw = Draw(7, 3, 5, [Run(0, 300, 1000)])
     ours = rounded(combined(0.3, x, 1.1, y), format, rounding, draw)  # type: ignore[arg-type]
-    words = random_bits(300, seed=7 ^ _KEY, step=3, stream=5, offset=1000).tolist()
+    words = random_bits(300, seed=7 ^ KEY, step=3, stream=5, offset=1000).tolist()
     mode = "nearest_even" if format == "fp32" else rounding
     expected = [
         _on_grid(_exact(0.3, p, 1.1, q), format, mode, word) for p, q, word in zip(x.tolist(), y.tolist(), words)
