@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lpcompile.compiled import get_compiled
+from lpcompile.compiled import Compiled, find_compiled, get_compiled
 from lpcompile.errors import LpError, did_you_mean, nearest_names
 from lpcompile.policy.resolve import Policy
 from runtime.optim.adamw import LowPrecisionAdamW
@@ -33,7 +33,8 @@ def make_optimizer(
     """LowPrecisionAdamW or LowPrecisionSGD with the formats and rounding of `policy`, by default the compiled model's.
 
     params: parameters or groups of them, as torch.optim takes; None: those of the model that require a gradient, and
-    what its quantizers learn in a group of its own that stays in fp32. seed: of stochastic rounding, None: the model's.
+    what its quantizers learn in a group of its own that stays in fp32. seed: of stochastic rounding; None: the model's,
+    or 0 of one that was not compiled.
     numbers: momentum, weight_decay (sgd); betas, eps, weight_decay (adamw); loss_scale, by which gradients are divided.
     LpError for a model that was not compiled, with no policy given, and for a kind that there is not; what the
     optimizers raise.
@@ -41,12 +42,14 @@ def make_optimizer(
     if kind not in get_args(Kind):
         hint = nearest_names(str(kind), get_args(Kind))
         raise LpError(did_you_mean(f'"{kind}" is not an optimizer', hint), where="make_optimizer")
-    compiled = get_compiled(model) if policy is None or seed is None else None
-    update = policy.update if policy is not None else compiled.policy.update  # type: ignore[union-attr]
-    seed = compiled.state.seed if seed is None and compiled is not None else seed
+    compiled = find_compiled(model)
+    update = get_compiled(model).policy.update if policy is None else policy.update
+    if seed is None:
+        seed = 0 if compiled is None else compiled.state.seed
     if params is None:
-        params = _groups(model)
-    return optimizer_class(kind)(params, lr=lr, formats=update.formats(), seed=seed, **numbers)
+        params = _groups(model, compiled)
+    optimizer: AbstractOptimizer = optimizer_class(kind)(params, lr=lr, formats=update.formats(), seed=seed, **numbers)
+    return optimizer
 
 
 def optimizer_class(kind: Kind) -> Any:
@@ -59,8 +62,8 @@ def update_formats(model: nn.Module) -> UpdateFormats:
     return get_compiled(model).policy.update.formats()
 
 
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    quantizers = get_compiled(model).state.quantizers.values()
+def _groups(model: nn.Module, compiled: Compiled | None) -> list[dict[str, Any]]:
+    quantizers = () if compiled is None else compiled.state.quantizers.values()
     learned = {id(parameter): parameter for each in quantizers for parameter in each.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain = {key: getattr(UpdateFormats(), field) for field, key in KEYS.items()}

@@ -42,6 +42,11 @@ def test_a_policy_that_is_silent_means_fp32() -> None:
     assert optimizer.bytes_per_parameter() == 2 + 4 + 4
 
 
+def test_a_model_that_was_not_compiled_takes_a_policy() -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2, dtype=torch.bfloat16), policy=Policy(update=UPDATE))
+    assert (optimizer.bytes_per_parameter(), optimizer.param_groups[0]["seed"]) == (5, 0)
+
+
 def test_what_quantizers_learn_stays_in_fp32() -> None:
     rule = {"match": {"op": "linear"}, "fwd": {"x": {"format": "uint4", "quantizer": {"kind": "pact"}}, "w": "e4m3"}}
     policy = Policy.model_validate({"rules": [rule], "update": {"master": "bf16", "momentum": "bf16"}})
