@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lpcompile.errors import LoweringError, LoweringWarning, LpError, LpWarning, NotSupported, PolicyError
     from lpcompile.frontends.joint.compiling import compile_joint
     from lpcompile.loss_scaler import LossScaler
+    from lpcompile.optimizers import make_optimizer
     from lpcompile.policy.file import load_policy
     from lpcompile.policy.resolve import Policy
     from lpcompile.quantizers import lp_parameters
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LossScaler", "LoweringError", "LoweringWarning", "LpError", "LpWarning", "NotSupported", "Policy", "PolicyError",
-    "advance", "attach", "compile_joint", "load_policy", "lp_parameters", "lpcompile", "original_state_dict", "report",
+    "advance", "attach", "compile_joint", "load_policy", "lp_parameters", "lpcompile", "make_optimizer",
+    "original_state_dict", "report",
 ]  # fmt: skip
 
 
@@ -39,6 +41,7 @@ _FROM = {
     "load_policy": "lpcompile.policy.file",
     "lp_parameters": "lpcompile.quantizers",
     "lpcompile": "lpcompile.api",
+    "make_optimizer": "lpcompile.optimizers",
     "original_state_dict": "lpcompile.api",
     "report": "lpcompile.reporting.certificate",
 }

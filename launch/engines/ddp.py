@@ -9,8 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launch.engines.engine import AbstractEngine, clip_norm
 from launch.training.config import RunConfig
-from launch.training.optimizer import MasterWeights, build_optimizer
+from launch.training.optimizer import MasterWeights, build_optimizer, is_torch_adamw
 from launch.training.world import World
+from lpcompile.optimizers import update_formats
 from runtime.collectives import ledger
 from runtime.collectives.attach.ddp import attach_ddp
 from runtime.collectives.codec import WireSpec
@@ -18,7 +19,7 @@ from runtime.collectives.counter import WireCounter
 
 
 class DdpEngine(AbstractEngine):
-    """DistributedDataParallel with torch's AdamW; bf16 parameters get fp32 masters."""
+    """DistributedDataParallel; torch's AdamW has fp32 masters of bf16 parameters, other optimizers keep their own."""
 
     def __init__(self, model: nn.Module, config: RunConfig, wire: WireSpec | None, world: World) -> None:
         self._config, self._world = config, world
@@ -27,9 +28,11 @@ class DdpEngine(AbstractEngine):
         self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
         self._counter = WireCounter()
         attach_ddp(self._ddp, wire, self._counter)
-        self._masters = MasterWeights(self._parameters) if config.dtype == "bf16" else None
+        update = update_formats(model)
+        needs_masters = config.dtype == "bf16" and is_torch_adamw(config, update)
+        self._masters = MasterWeights(self._parameters) if needs_masters else None
         self._updated = self._masters.masters if self._masters else self._parameters
-        self._optimizer = build_optimizer(config, self._updated)
+        self._optimizer = build_optimizer(config, self._updated, update)
 
     @property
     def name(self) -> str:

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from launch.engines.engine import AbstractEngine
 from launch.training.config import RunConfig
-from launch.training.optimizer import build_optimizer
+from launch.training.optimizer import build_optimizer, is_torch_adamw
 from launch.training.world import World
+from lpcompile.optimizers import update_formats
 from runtime.collectives import ledger
 from runtime.collectives.attach import deepspeed as ds
 from runtime.collectives.codec import WireSpec
 from runtime.collectives.counter import WireCounter
-from runtime.errors import LpError
+from runtime.errors import LpError, NotSupported
+from runtime.numerics.specs import SPLIT
+from runtime.optim.formats import UpdateFormats
 
 _TAG = "engine"
 
@@ -28,7 +31,9 @@ class DeepSpeedEngine(AbstractEngine):
         self._config, self._world = config, world
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._shapes = [tuple(parameter.shape) for parameter in parameters]  # here: ZeRO-3 empties the parameters
-        self._optimizer = build_optimizer(config, parameters)
+        update = update_formats(model)
+        _check_update(config, update)
+        self._optimizer = build_optimizer(config, parameters, update)
         logging.getLogger("DeepSpeed").addFilter(_is_news)
         self._engine: Any = ds.initialize(model.to(world.device), self._optimizer, _settings(config, world))
         self._counter = WireCounter()
@@ -88,6 +93,28 @@ class DeepSpeedEngine(AbstractEngine):
         path = ds.load_checkpoint(self._engine, str(folder), _TAG)
         if path is None:
             raise LpError("DeepSpeed found nothing to load", where=str(folder / _TAG))
+
+
+def _check_update(config: RunConfig, update: UpdateFormats) -> None:
+    """NotSupported for an update that this stage cannot make. From ZeRO-1 on, and with bf16 parameters, DeepSpeed hands
+    over flat fp32 masters of its own, in which no element knows its parameter, and so not its random bits.
+    """
+    stage = config.zero_stage
+    if is_torch_adamw(config, update) or (stage == 0 and config.dtype == "fp32"):
+        return
+    wrong = got = ""
+    if stage == 3:
+        wrong, got = "ZeRO-3 has AdamW in fp32 alone", f"{config.optimizer}, master {update.master}"
+    elif update.rounding == "stochastic":
+        wrong, got = "an element of DeepSpeed's flat masters does not know its random bits", "rounding: stochastic"
+    elif update.master == SPLIT:
+        wrong, got = "DeepSpeed keeps fp32 masters of its own", f"master: {SPLIT}"
+    if wrong:
+        raise NotSupported(
+            wrong, where=f"update of the policy, --engine deepspeed --zero-stage {stage} --dtype {config.dtype}",
+            expected="the defaults" if stage == 3 else "a rounding to nearest and a scalar master", got=got,
+            hint="--engine ddp, or --zero-stage 0 --dtype fp32",
+        )  # fmt: skip
 
 
 def _is_news(line: logging.LogRecord) -> bool:

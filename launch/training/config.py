@@ -71,11 +71,17 @@ class RunConfig(BaseModel):
         description="After warm-up. trapezoid: constant, its last fifth linear to lr / 10; cosine: down to lr / 10.",
     )
     warmup: Whole = Field(default=30, ge=0, description="Steps of linear warm-up.")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="The rule of the update; the policy's `update` says in which formats."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD: share of the last update that goes on.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
     beta2: float = Field(
         default=0.99, ge=0, lt=1, description="AdamW: decay of the second moment (0.99 suits runs this short)."
     )
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW: decoupled decay, on matrices only.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="On matrices only: AdamW decoupled, SGD in the gradient."
+    )
     clip: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Dtype of the parameters (bf16 keeps an fp32 master)."
@@ -132,7 +138,7 @@ class RunConfig(BaseModel):
 # (record.py), of the policy its hash.
 IDENTITY_FIELDS = (
     "model", "layers", "width", "heads", "context", "vocab", "batch", "grad_accumulation", "dtype", "seed", "engine",
-    "zero_stage",
+    "zero_stage", "optimizer",
 )  # fmt: skip
 
 

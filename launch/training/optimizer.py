@@ -1,4 +1,6 @@
-"""The optimizer: torch's AdamW that can be told to skip, so that an engine's own bookkeeping goes on as usual."""
+"""The optimizer of a run: the rule that --optimizer names, in the formats of the policy's `update`. It can be told to
+skip, so that an engine's own bookkeeping goes on as usual.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from launch.training.config import RunConfig
+from lpcompile.optimizers import optimizer_class
+from runtime.optim.formats import UpdateFormats
+from runtime.optim.optimizer import AbstractOptimizer
 
 
 class SkippableAdamW(torch.optim.AdamW):
@@ -47,11 +52,23 @@ class MasterWeights:
             master.copy_(saved)
 
 
-def build_optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> SkippableAdamW:
-    """AdamW with decay on matrices and none on vectors (biases, norms), whose scale is not a matter of size."""
+def is_torch_adamw(config: RunConfig, update: UpdateFormats) -> bool:
+    """Whether torch's own AdamW does what is asked."""
+    return config.optimizer == "adamw" and update.is_plain
+
+
+def build_optimizer(
+    config: RunConfig, parameters: list[nn.Parameter], update: UpdateFormats
+) -> SkippableAdamW | AbstractOptimizer:
+    """The rule, with decay on matrices and none on vectors (biases, norms), whose scale is not a matter of size."""
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return SkippableAdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2)
+    groups, betas = [group for group in groups if group["params"]], (config.beta1, config.beta2)
+    if is_torch_adamw(config, update):
+        return SkippableAdamW(groups, lr=config.lr, betas=betas)
+    numbers: dict[str, Any] = {"betas": betas} if config.optimizer == "adamw" else {"momentum": config.momentum}
+    optimizer: AbstractOptimizer = optimizer_class(config.optimizer)(
+        groups, lr=config.lr, formats=update, seed=config.seed, **numbers
     )
+    return optimizer

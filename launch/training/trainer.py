@@ -136,6 +136,7 @@ class Run:
                     f" {learning_rate(self.config, self.config.steps - 1):g} and never reaches --lr {self.config.lr:g}"
                 )
             monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
+            monitor.say(f"optimizer: {self.config.optimizer}, {self.policy.update}")
             if self.corpus.skipped:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
             certificate = report(self.model)

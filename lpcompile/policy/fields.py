@@ -36,6 +36,7 @@ from runtime.numerics.formats import FORMATS, get_format
 from runtime.numerics.specs import (
     AUTO,
     MAX_SIZE,
+    SPLIT,
 )
 
 
@@ -148,6 +149,11 @@ AccumulatorName = Annotated[
     str,
     AfterValidator(lambda name: AUTO if name.lower() == AUTO else _check_format(name)),
     WithJsonSchema({"type": "string", "examples": [AUTO, *FORMATS]}),
+]
+MasterName = Annotated[
+    str,
+    AfterValidator(lambda name: SPLIT if name.lower() == SPLIT else _check_format(name)),
+    WithJsonSchema({"type": "string", "examples": [SPLIT, *FORMATS]}),
 ]
 Count = Annotated[int, Field(strict=True, gt=0, le=MAX_SIZE)]
 Flag = Annotated[bool, Field(strict=True)]

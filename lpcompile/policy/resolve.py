@@ -30,6 +30,7 @@ from lpcompile.policy.fields import (
     Count,
     Flag,
     FormatName,
+    MasterName,
     Section,
     as_error,
     as_written,
@@ -45,33 +46,50 @@ from lpcompile.policy.resolution import Resolution, resolve
 from lpcompile.policy.rules import Rule, Site
 from lpcompile.policy.yaml_text import Inline, dump
 from runtime.collectives.wire_format import check_wire_format
+from runtime.numerics.format_kinds import FloatFormat
+from runtime.numerics.formats import get_format
 from runtime.numerics.specs import (
     ROLES,
     ROUNDINGS,
+    SPLIT,
     Rounding,
 )
 
 if TYPE_CHECKING:
     from runtime.collectives.codec import WireSpec
+    from runtime.optim.formats import UpdateFormats
 
 
 class Update(Section):
     """The weight update."""
 
-    master: FormatName = "fp32"
-    """Format of the master weights. This version: fp32."""
+    master: MasterName = "fp32"
+    """Format of the master weights: a float format, or bf16+16, a bf16 weight and the 16 bits that make it an fp32."""
     momentum: FormatName = "fp32"
-    """Format of the optimizer's moments. This version: fp32."""
+    """Format of the first moment, a float format."""
+    variance: FormatName = "fp32"
+    """Format of the second moment, a float format; SGD has none."""
     rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] = "nearest_even"
-    """Rounding of the update. This version: nearest_even."""
+    """Rounding of what is kept in another format than fp32."""
 
-    @field_validator("master", "momentum", "rounding")
+    @field_validator("master", "momentum", "variance")
     @classmethod
-    def _check_built(cls, value: str, info: ValidationInfo) -> str:
-        works = "nearest_even" if info.field_name == "rounding" else "fp32"
-        if value != works:
-            raise not_built(f"{info.field_name} {value} is not in this version", f"{info.field_name}: {works}")
+    def _check_float(cls, value: str, info: ValidationInfo) -> str:
+        if value != SPLIT and not isinstance(get_format(value), FloatFormat):
+            raise not_built(
+                f"{info.field_name} {value} is no float format, and others hold no weights in this version",
+                f"{info.field_name}: bf16, dlfloat16, e4m3 or fp32",
+            )
         return value
+
+    def formats(self) -> "UpdateFormats":
+        """What the optimizers take."""
+        from runtime.optim.formats import UpdateFormats  # here: it needs torch, and reading a policy does not
+
+        return UpdateFormats(self.master, self.momentum, self.variance, self.rounding)
+
+    def __str__(self) -> str:
+        return f"master {self.master}, momentum {self.momentum}, variance {self.variance}, {self.rounding}"
 
 
 class LossScale(Section):
@@ -299,7 +317,7 @@ class Policy(Section):
             lines.append("  no rules: every op is left alone")
         if self.extends:
             lines.append(f"  extends {', '.join(self.extends)} (not loaded)")
-        lines.append(f"  update: master {self.update.master}, momentum {self.update.momentum}, {self.update.rounding}")
+        lines.append(f"  update: {self.update}")
         lines.append(f"  loss scale: {_describe_loss_scale(self.loss_scale)}")
         wire = self.wire
         lines.append(f"  wire: {wire.format}, one scale per {wire.block} elements" if wire else "  wire: uncompressed")

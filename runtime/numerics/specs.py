@@ -221,6 +221,8 @@ class QuantSpec:
 
 
 IDENTITY = QuantSpec()
+SPLIT = "bf16+16"
+"""A master weight in two parts: a bf16, nearest to it with ties away, and a signed remainder in 16 bits."""
 AUTO = "auto"
 
 

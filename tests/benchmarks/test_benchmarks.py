@@ -31,6 +31,7 @@ SMALLEST: dict[str, tuple[list[str], dict[str, Any], str]] = {
         },
         "casts of",
     ),
+    "optimizers": ([*ONE_THREAD, "--size", "100"], {}, "bytes a parameter"),
     "small_calls": ([*ONE_THREAD, "--policies", "hfp8"], {"SIZES": ((2, 8, 8),), "CALLS": 2}, "inference"),
     "torch_compile": ([*TINY_LLAMA, "--only", "op by op"], {}, "joint, op by op"),
     "training_step": (ONE_THREAD, {"SHAPES": (Shape("smallest", 64, 1, 1, 8),)}, "where the time goes"),

@@ -6,6 +6,7 @@ import torch
 from launch.training.config import RunConfig
 from launch.training.optimizer import MasterWeights, build_optimizer
 from launch.training.trainer import learning_rate
+from runtime.optim.formats import UpdateFormats
 
 
 def test_learning_rate_warms_up_then_follows_its_schedule() -> None:
@@ -24,7 +25,7 @@ def test_learning_rate_warms_up_then_follows_its_schedule() -> None:
 
 def test_skip_leaves_weights_and_moments_alone() -> None:
     weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer(RunConfig(lr=0.1), [weight, bias])
+    optimizer = build_optimizer(RunConfig(lr=0.1), [weight, bias], UpdateFormats())
     weight.grad, bias.grad = torch.full((2, 2), float("nan")), torch.ones(2)
     optimizer.skip = True
     optimizer.step()
@@ -38,7 +39,7 @@ def test_skip_leaves_weights_and_moments_alone() -> None:
 
 def test_decay_is_on_matrices_only() -> None:
     weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer(RunConfig(lr=0.1, weight_decay=0.5), [weight, bias])
+    optimizer = build_optimizer(RunConfig(lr=0.1, weight_decay=0.5), [weight, bias], UpdateFormats())
     weight.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.equal(weight, torch.full((2, 2), 0.95))
@@ -48,7 +49,7 @@ def test_decay_is_on_matrices_only() -> None:
 def test_masters_keep_what_bf16_would_lose() -> None:
     parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     masters = MasterWeights([parameter])
-    optimizer = build_optimizer(RunConfig(lr=1e-3, weight_decay=0.0), masters.masters)
+    optimizer = build_optimizer(RunConfig(lr=1e-3, weight_decay=0.0), masters.masters, UpdateFormats())
     for _ in range(8):  # 8 steps of 1e-3; one alone is less than half an ulp of bf16 at 1
         parameter.grad = torch.ones(1, dtype=torch.bfloat16)
         masters.take_gradients()

@@ -52,6 +52,11 @@ UNKNOWN_FORMAT = (
 )
 WRONG_VALUES = [
     (
+        "update:\n  rounding: stochastik\n",
+        '2: update.rounding: "stochastik" is not a rounding. Did you mean "stochastic"? '
+        "Known: nearest_even, nearest_away, toward_zero, stochastic.",
+    ),
+    (
         fwd("{x: {format: e4m3, quantizer: {kind: pact}}}"),
         "3: rules[0].fwd.x: a quantizer learns the scale of integers. Expected an integer format without a zero point. "
         "Try int4, uint4, int8, uint8, int4:range=full.",
@@ -195,6 +200,10 @@ WRONG_VALUES = [
 ]
 WRONG_KEYS = [
     (
+        "update: {weights: bf16}\n",
+        '1: update.weights: "weights" is not a key here. Known: master, momentum, variance, rounding.',
+    ),
+    (
         "name: a\nrulez: []\n",
         '2: rulez: "rulez" is not a key here. Did you mean "rules"? Known: version, name, source, '
         "extends, rules, update, loss_scale, wire, schedule, elementwise, calibrate, kv_cache.",
@@ -235,11 +244,10 @@ NOT_BUILT = [
         )
         for rule in ("delayed", "static", "mse", "learned")
     ),
-    ("update: {master: dlfloat16}\n", "1: update.master: master dlfloat16 is not in this version. Try master: fp32."),
-    ("update: {momentum: bf16}\n", "1: update.momentum: momentum bf16 is not in this version. Try momentum: fp32."),
     (
-        "update:\n  rounding: stochastic\n",
-        "2: update.rounding: rounding stochastic is not in this version. Try rounding: nearest_even.",
+        "update: {master: int8}\n",
+        "1: update.master: master int8 is no float format, and others hold no weights in this version. "
+        "Try master: bf16, dlfloat16, e4m3 or fp32.",
     ),
     *(
         (

@@ -307,7 +307,7 @@ def test_describe_is_for_a_person() -> None:
         f"  hash {one.hash[:16]}\n"
         "  rules[0]: op linear\n"
         "    fwd  x e4m3 nearest_even, w e4m3 nearest_even, accumulate fp32, out fp32\n"
-        "  update: master fp32, momentum fp32, nearest_even\n"
+        "  update: master fp32, momentum fp32, variance fp32, nearest_even\n"
         "  loss scale: none\n"
         "  wire: uncompressed"
     )

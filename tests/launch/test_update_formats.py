@@ -1,0 +1,77 @@
+"""Runs whose policy has an `update`: 2 processes, resume is bit-exact, what an engine cannot do is refused."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.launch.test_train import DDP, TINY, ZERO, succeed, train
+
+NEAREST = "{master: dlfloat16, momentum: dlfloat16, variance: bf16}"
+CHANCE = "{master: dlfloat16, momentum: 1-5-2, rounding: stochastic}"
+SPLIT = "{master: bf16+16, momentum: bf16, variance: bf16}"
+SGD, ADAMW = ["--optimizer", "sgd", "--lr", "0.05"], ["--optimizer", "adamw"]
+
+
+def _prepare(folder: Path, update: str) -> None:
+    draw = random.Random(0)
+    words = ["matrix", "kernel", "gradient", "format", "scale", "round", "the", "of", "a", "is"]
+    (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(3300)))
+    (folder / "p.yaml").write_text(f"version: 1\nextends: [hfp8]\nupdate: {update}\n")
+
+
+def _steps(run: Path) -> list[list[Any]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [[step[key] for key in ("step", "loss", "validation", "grad_norm")] for step in lines]
+
+
+@pytest.mark.parametrize(
+    ("update", "arguments"),
+    [
+        pytest.param(CHANCE, [*DDP, *SGD], id="ddp-sgd-stochastic"),
+        pytest.param(NEAREST, [*ZERO, "2", *ADAMW], id="zero2-adamw-nearest"),
+        pytest.param(SPLIT, [*DDP, *ADAMW, "--dtype", "bf16"], id="ddp-adamw-split", marks=pytest.mark.slow),
+        pytest.param(CHANCE, [*ZERO, "0", *SGD], id="zero0-sgd-stochastic", marks=pytest.mark.slow),
+        pytest.param(NEAREST, [*ZERO, "1", *SGD], id="zero1-sgd-nearest", marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_bit_exact(tmp_path: Path, update: str, arguments: list[str]) -> None:
+    _prepare(tmp_path, update)
+    run = [*TINY, *arguments, "--policy", "p.yaml", "--nproc", "2", "--steps", "6", "--save-every", "3"]
+    printed = succeed(tmp_path, *run, "--out", "whole")
+    assert f"optimizer: {arguments[arguments.index('--optimizer') + 1]}, master " in printed
+    succeed(tmp_path, "--resume", "whole/checkpoints/step-000003", "--out", "half")
+    expected = _steps(tmp_path / "whole")
+    assert _steps(tmp_path / "half") == expected[3:]
+    assert expected[-1][1] < expected[0][1]
+
+
+def test_masters_are_what_the_policy_says(tmp_path: Path) -> None:
+    """A checkpoint of one rank: weights on the grid of 1-6-9, momentum in codes of 8 bits."""
+    _prepare(tmp_path, CHANCE)
+    succeed(tmp_path, *TINY, *DDP, *SGD, "--policy", "p.yaml", "--nproc", "1", "--steps", "2", "--out", "run")
+    saved = torch.load(tmp_path / "run/checkpoints/step-000002/replica.pt", weights_only=True)
+    weights = [value for name, value in saved["model"].items() if name.endswith("weight")]
+    assert weights
+    assert all(torch.equal(value.view(torch.int32) & 0x3FFF, torch.zeros_like(value).int()) for value in weights)
+    states = saved["optimizer"]["state"].values()
+    assert {state["momentum_buffer"].dtype for state in states} == {torch.uint8}
+
+
+@pytest.mark.parametrize(
+    ("update", "arguments", "sentence"),
+    [
+        (CHANCE, [*ZERO, "2"], "an element of DeepSpeed's flat masters does not know its random bits"),
+        (NEAREST, [*ZERO, "3"], "ZeRO-3 has AdamW in fp32 alone. Expected the defaults"),
+        (SPLIT, [*ZERO, "1", "--dtype", "bf16"], "DeepSpeed keeps fp32 masters of its own"),
+        (SPLIT, DDP, "a master of bf16+16 is a bf16 parameter and its remainder. Expected bf16 parameters"),
+    ],
+)
+def test_refuses_aloud(tmp_path: Path, update: str, arguments: list[str], sentence: str) -> None:
+    _prepare(tmp_path, update)
+    done = train(tmp_path, *TINY, *arguments, "--policy", "p.yaml", "--nproc", "1", "--steps", "2", "--out", "run")
+    assert done.returncode == 2
+    assert sentence in done.stderr
