@@ -38,6 +38,7 @@ from runtime.numerics.block_formats import (
 )
 from runtime.numerics.format_kinds import IntFormat
 from runtime.numerics.formats import FORMATS
+from runtime.numerics.range_formats import is_range_format
 from runtime.numerics.specs import (
     ACCUMULATE_MODELS,
     ACCUMULATE_OVERFLOWS,
@@ -62,7 +63,7 @@ from runtime.numerics.specs import (
     ScaleSpec,
 )
 
-PLANNED_QUANTIZERS = ("pact+", "sawb", "sawb+", "lsq+", "dorefa", "two-phase", "grad-scale", "psq", "bhq", "luq")
+PLANNED_QUANTIZERS = ("pact+", "sawb", "sawb+", "lsq+", "dorefa", "grad-scale")
 """Of the papers, and not built."""
 
 
@@ -127,8 +128,9 @@ class Operand(Section):
     SHORTHAND, EXAMPLES = "format", (*FORMATS, *BLOCK_FORMATS)
 
     format: OperandFormatName
-    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`. The blocks of a block
-    format lie along the sum of each GEMM."""
+    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`; or `ptqB`, `psqB`,
+    `bhqB`, B bits over the range of a tensor, of each sample, of samples mixed. The blocks of a block format lie along
+    the sum of each GEMM."""
     rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] | None = Field(default=None, validate_default=True)
     """How a value between two of the format is rounded. Default: what the format's row says."""
     scale: Scale | None = None
@@ -147,8 +149,9 @@ class Operand(Section):
     @classmethod
     def _check_scale(cls, value: Scale | None, info: ValidationInfo) -> Scale | None:
         name = info.data.get("format", "")
-        if value is not None and is_block_format(name):
-            raise refusal(f"{name} makes its own scales, one per block", hint="no scale, or a scalar format")
+        if value is not None and (is_block_format(name) or is_range_format(name)):
+            per = "one per block" if is_block_format(name) else "of the range of what is cast"
+            raise refusal(f"{name} makes its own scales, {per}", hint="no scale, or a scalar format")
         return value
 
     @field_validator("transform")

@@ -9,7 +9,8 @@ The named rows are FORMATS; others are written
     binaryKpP[se|sf]                             P3109: K bits, P of precision, signed, with Inf (e) or without (f)
     dlfloat16:e0=normal|zero                     what exponent field 0 means; normal is what `dlfloat16` means
 
-Formats that share a scale among the elements of a block (mxfp8, nvfp4, ...) are rows of block_formats.py.
+Formats that share a scale among the elements of a block (mxfp8, nvfp4, ...) are rows of block_formats.py;
+those that follow the range of what is cast (psq5) are in range_formats.py.
 """
 
 import math
@@ -20,6 +21,7 @@ from typing import get_args
 
 from runtime.errors import FormatError, LpError, NotSupported, nearest_names
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat, Top
+from runtime.numerics.range_formats import is_range_format
 
 
 @lru_cache(maxsize=4096)
@@ -44,6 +46,9 @@ def get_format(name: str) -> Format:
             f'format "{name}" is a block format: it is for the operands of a GEMM and for quantize()',
             hint=f"one of {', '.join(FORMATS)}",
         )
+    if is_range_format(name):
+        what = f'format "{name}" is a range format: it is for the operands of a GEMM and for quantize()'
+        raise NotSupported(what, hint=f"one of {', '.join(FORMATS)}")
     options = text.split(",") if colon else []
     keys = [option.partition("=")[0] for option in options]
     if len(set(keys)) < len(keys):
