@@ -63,7 +63,7 @@ from runtime.numerics.specs import (
     ScaleSpec,
 )
 
-PLANNED_QUANTIZERS = ("pact+", "sawb", "sawb+", "lsq+", "dorefa", "grad-scale")
+PLANNED_QUANTIZERS = ("pact+", "sawb+", "lsq+", "dorefa", "grad-scale")
 """Of the papers, and not built."""
 
 
@@ -86,7 +86,8 @@ class Scale(Section):
     """tensor: one scale. row, column: one per row or column of the matrix view. block: one per `block` tile. channel:
     of a weight, one per output channel or feature."""
     rule: Annotated[ScaleRule, one_of("scale rule", SCALE_RULES, ("delayed", "static", "mse", "learned"))] = "amax"
-    """amax: scale = amax / max(format). pow2: the smallest power of two not below that."""
+    """amax: scale = amax / max(format). pow2: the smallest power of two not below that. sawb: of a weight in int4 or
+    int2, one per tensor from its moments, so that the mean squared error is least; the largest saturate."""
     block: Annotated[tuple[Count, Count], BeforeValidator(_read_block)] = (1, 128)
     """Rows and columns of a tile, in elements; only with granularity block."""
 
@@ -290,6 +291,8 @@ class Gemm(Section):
             if scale is not None and scale.granularity == "channel":
                 hint = "granularity: row (one scale per token) or column (one per feature)"
                 raise refusal("granularity channel is for weights", got=f"{key}: channel", hint=hint, key=key)
+            if scale is not None and scale.rule == "sawb":
+                raise refusal("rule sawb is for weights", got=f"{key}: sawb", hint="rule: amax, or pact", key=key)
         return self
 
     @model_validator(mode="after")

@@ -93,6 +93,8 @@ def moves_scale(op: GridOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
     """
     if spec.scale is None:
         return spec.is_elementwise
+    if spec.scale.rule == "sawb":
+        return False
     match op.kind, spec.scale.granularity:
         case "view" | "cut", "tensor":
             return True

@@ -31,7 +31,7 @@ from runtime.numerics.range_formats import get_range_format, is_range_format
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 Granularity = Literal["tensor", "row", "column", "channel", "block"]
 Along = Literal["row", "column", "batched-column"]
-ScaleRule = Literal["amax", "pow2"]
+ScaleRule = Literal["amax", "pow2", "sawb"]
 Role = Literal["fwd", "bwd", "grad"]
 Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk", "aligned"]
@@ -67,7 +67,8 @@ class ScaleSpec:
 
     tensor: one scale. row: one per row of the matrix view. column: one per column. block: one per `block` tile.
     channel: of a weight, one per output channel, its first dim; a linear layer's is a row or a column of its matrix.
-    amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that. learned: a quantizer's.
+    amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that. sawb: of a weight, one
+    per tensor from its moments (scaling.py), in int4 or int2; the largest saturate. learned: a quantizer's.
     """
 
     granularity: Granularity = "tensor"
@@ -77,6 +78,8 @@ class ScaleSpec:
     def __post_init__(self) -> None:
         _check("scale granularity", self.granularity, GRANULARITIES)
         _check("scale rule", self.rule, (*SCALE_RULES, "learned"))
+        if self.rule == "sawb" and self.granularity != "tensor":
+            raise FormatError("sawb is one scale per tensor", got=f"granularity {self.granularity}", hint="tensor")
         if not all(0 < size <= MAX_SIZE for size in self.block):
             raise FormatError("not a block of a scale", expected=f"1 to {MAX_SIZE} each", got=str(self.block))
 
@@ -98,6 +101,7 @@ class ScaleSpec:
         return ScaleSpec(granularity, rule, block)  # type: ignore[arg-type]
 
 
+SAWB_FORMATS = ("int4", "int2", "ternary")
 LEARNED = ScaleSpec("tensor", "learned")
 """The scale of a cast whose quantizer has it; no rule computes it."""
 
@@ -155,6 +159,8 @@ class QuantSpec:
             raise FormatError("nothing learns this scale", got=str(self.scale), hint="a quantizer, or another scale")
         if self.along is not None:
             _check("way for blocks to lie", self.along, ALONG)
+        if self.scale is not None and self.scale.rule == "sawb" and self.format not in SAWB_FORMATS:
+            raise FormatError("sawb is for few levels", got=self.format, hint=" or ".join(SAWB_FORMATS))
         if is_range_format(self.format):
             get_range_format(self.format)
             if self.scale is not None:
