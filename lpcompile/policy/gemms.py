@@ -67,6 +67,23 @@ PLANNED_QUANTIZERS = ("pact+", "sawb+", "lsq+", "dorefa", "grad-scale")
 """Of the papers, and not built."""
 
 
+SAID_OTHERWISE = {
+    "sawb": "scale: {granularity: tensor, rule: sawb} of int4 or int2",
+    "ptq": "format: ptq5, or other bits",
+    "psq": "format: psq5, or other bits",
+    "bhq": "format: bhq5, or other bits",
+    "luq": "format: fp4-luq, rounding: stochastic, scale: {granularity: tensor}",
+    "two-phase": "fp4-radix4 for dy in bwd and fp4-radix4-odd in grad",
+}
+"""What papers call quantizers and has no state: how a policy says it."""
+
+
+def _refuse_others(given: Any) -> Any:
+    if isinstance(given, str) and (how := SAID_OTHERWISE.get(given.lower())):
+        raise refusal(f"{given} has no state, and is not a quantizer here", hint=how)
+    return given
+
+
 def _read_block(value: Any) -> Any:
     """Two numbers; one says only how long a group is."""
     size = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
@@ -113,7 +130,9 @@ class Quantizer(Section):
     `_lp.SITE.`, and `lp_parameters(model)` gives its parameters.
     """
 
-    kind: Annotated[QuantizerKind, one_of("quantizer", QUANTIZER_KINDS, PLANNED_QUANTIZERS)]
+    kind: Annotated[
+        QuantizerKind, one_of("quantizer", QUANTIZER_KINDS, PLANNED_QUANTIZERS), BeforeValidator(_refuse_others)
+    ]
     """pact: a learned clip; an unsigned format clips at 0 below. lsq: a learned step."""
     init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """What the clip of pact or the step of lsq begins as. Default: pact 8; lsq 2 E|x| / sqrt(Qp) of the weight, or of

@@ -32,7 +32,7 @@ from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Rule, Site
 from passes.finding import Finding, names_of
 from runtime.numerics import encode_blocks
-from runtime.numerics.block_formats import get_block_format, is_block_format
+from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import MIN_SCALE

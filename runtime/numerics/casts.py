@@ -10,7 +10,7 @@ from runtime.numerics.block_casts import grid_of_blocks
 from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.grid import GridOverflow, round_to_grid
-from runtime.numerics.range_casts import IntegerCast, values_in_range
+from runtime.numerics.range_casts import values_in_range
 from runtime.numerics.range_formats import get_range_format
 from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
 from runtime.numerics.specs import QuantSpec
@@ -44,8 +44,10 @@ def to_grid(
         grid = grid_of_blocks(lanes, block, spec.rounding, seed=seed, step=step, stream=stream, offset=offset)
         return from_lanes(grid, x.shape, spec.along)
     if spec.is_range:
-        key = {"seed": seed, "step": step, "stream": stream, "offset": offset}
-        cast: IntegerCast = lambda y, integers, s: to_grid(y, integers, s, **key)  # noqa: E731
+
+        def cast(y: Tensor, integers: QuantSpec, s: Tensor) -> Tensor:
+            return to_grid(y, integers, s, seed=seed, step=step, stream=stream, offset=offset)
+
         return values_in_range(x, get_range_format(spec.format), spec.rounding, cast)
     divisor = None if scale is None else expand_scale(scale, x.shape, spec)
     return round_to_grid(x, get_format(spec.format), spec.rounding, divisor, seed, step, stream, offset, overflow)

@@ -115,8 +115,11 @@ def _groups(x: Tensor) -> _Groups | None:
             row = order[place]
             group[row], direction[row], scale[row] = i, u[not is_leader], s1 if is_leader else s2
         begin = end
-    tensors = (torch.tensor(each, dtype=torch.float64, device=x.device)[:, None] for each in (direction, scale))
-    return _Groups(torch.tensor(group, device=x.device), *tensors, num_leaders)
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=x.device)[:, None]
+
+    return _Groups(torch.tensor(group, device=x.device), column(direction), column(scale), num_leaders)
 
 
 def _num_leaders(v: list[float]) -> int:

@@ -70,9 +70,7 @@ def _sawb_scale(x: Tensor, largest: float) -> Tensor:
     no number of threads changes their order.
     """
     pieces = pad(x.detach().double().flatten(), (0, -x.numel() % 4096)).view(-1, 4096)
-    root, mean = (
-        sums.sum(dim=-1).sum(dim=-1) / max(x.numel(), 1) for sums in (pieces.square(), pieces.abs())
-    )
+    root, mean = (sums.sum(dim=-1).sum(dim=-1) / max(x.numel(), 1) for sums in (pieces.square(), pieces.abs()))
     c1, c2 = SAWB[largest]
     clip = c1 * root.sqrt() - c2 * mean
     scale = (clip / largest).clamp(MIN_SCALE, MAX_SCALE).float()

@@ -96,7 +96,13 @@ def small_cast(spec: QuantSpec, along_rows: bool = False) -> SmallCast | None:
     rows of its matrix.
     """
     library = cast_library()
-    if library is None or _library() is None or not spec.is_elementwise or spec.is_stochastic or spec.quantizer is not None:
+    if (
+        library is None
+        or _library() is None
+        or not spec.is_elementwise
+        or spec.is_stochastic
+        or spec.quantizer is not None
+    ):
         return None
     plan = cast_plan(spec.format, spec.rounding) or table_plan(spec.format, spec.rounding)
     if plan is None or (spec.scale is not None and spec.scale.granularity not in _SCALES):

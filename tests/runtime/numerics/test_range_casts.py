@@ -1,4 +1,4 @@
-"""Range casts (FQT's PTQ, PSQ, BHQ): against their definition written densely, their bounds, and what no range holds."""
+"""Range casts, FQT's PTQ, PSQ and BHQ: against a dense definition, their bounds, and what no range holds."""
 
 import math
 
