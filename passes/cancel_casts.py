@@ -51,8 +51,8 @@ class CancelCasts(Pass):
         """What is the same as the cast, and there already."""
         key, (x, scale, _) = cast_key(cast), cast.args
         spec = key.spec
-        if spec.is_block or key.is_drawn or not isinstance(x, fx.Node):
-            return None  # blocks are scaled anew, and a stochastic cast is left to draw
+        if not spec.is_elementwise or key.is_drawn or not isinstance(x, fx.Node):
+            return None  # blocks and ranges are laid anew, and a stochastic cast is left to draw
         if x.target is _DEQUANTIZE and cast_spec(x) == spec and x.args[1] is scale:
             is_near = spec.rounding in ("nearest_even", "nearest_away")  # q s / s may lie a little below q
             return x.args[0] if scale is None or (self.scaled and is_near) else None  # type: ignore[return-value]

@@ -33,6 +33,7 @@ from runtime.numerics.block_formats import (
     is_block_format,
 )
 from runtime.numerics.formats import FORMATS, get_format
+from runtime.numerics.range_formats import get_range_format, is_range_format
 from runtime.numerics.specs import (
     AUTO,
     MAX_SIZE,
@@ -126,10 +127,10 @@ def words_schema(known: tuple[str, ...] = ()) -> WithJsonSchema:
 
 def _check_operand_format(given: str) -> str:
     name = _read_format(given)
-    if not is_block_format(name):
+    if not is_block_format(name) and not is_range_format(name):
         return _check_format(given)
     try:
-        get_block_format(name)
+        get_range_format(name) if is_range_format(name) else get_block_format(name)
     except FormatError as error:
         raise as_refusal(error) from None
     return name

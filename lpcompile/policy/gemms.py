@@ -38,6 +38,7 @@ from runtime.numerics.block_formats import (
 )
 from runtime.numerics.format_kinds import IntFormat
 from runtime.numerics.formats import FORMATS
+from runtime.numerics.range_formats import is_range_format
 from runtime.numerics.specs import (
     ACCUMULATE_MODELS,
     ACCUMULATE_OVERFLOWS,
@@ -62,8 +63,25 @@ from runtime.numerics.specs import (
     ScaleSpec,
 )
 
-PLANNED_QUANTIZERS = ("pact+", "sawb", "sawb+", "lsq+", "dorefa", "two-phase", "grad-scale", "psq", "bhq", "luq")
+PLANNED_QUANTIZERS = ("pact+", "sawb+", "lsq+", "dorefa", "grad-scale")
 """Of the papers, and not built."""
+
+
+SAID_OTHERWISE = {
+    "sawb": "scale: {granularity: tensor, rule: sawb} of int4 or int2",
+    "ptq": "format: ptq5, or other bits",
+    "psq": "format: psq5, or other bits",
+    "bhq": "format: bhq5, or other bits",
+    "luq": "format: fp4-luq, rounding: stochastic, scale: {granularity: tensor}",
+    "two-phase": "fp4-radix4 for dy in bwd and fp4-radix4-odd in grad",
+}
+"""What papers call quantizers and has no state: how a policy says it."""
+
+
+def _refuse_others(given: Any) -> Any:
+    if isinstance(given, str) and (how := SAID_OTHERWISE.get(given.lower())):
+        raise refusal(f"{given} has no state, and is not a quantizer here", hint=how)
+    return given
 
 
 def _read_block(value: Any) -> Any:
@@ -85,7 +103,8 @@ class Scale(Section):
     """tensor: one scale. row, column: one per row or column of the matrix view. block: one per `block` tile. channel:
     of a weight, one per output channel or feature."""
     rule: Annotated[ScaleRule, one_of("scale rule", SCALE_RULES, ("delayed", "static", "mse", "learned"))] = "amax"
-    """amax: scale = amax / max(format). pow2: the smallest power of two not below that."""
+    """amax: scale = amax / max(format). pow2: the smallest power of two not below that. sawb: of a weight in int4 or
+    int2, one per tensor from its moments, so that the mean squared error is least; the largest saturate."""
     block: Annotated[tuple[Count, Count], BeforeValidator(_read_block)] = (1, 128)
     """Rows and columns of a tile, in elements; only with granularity block."""
 
@@ -111,7 +130,9 @@ class Quantizer(Section):
     `_lp.SITE.`, and `lp_parameters(model)` gives its parameters.
     """
 
-    kind: Annotated[QuantizerKind, one_of("quantizer", QUANTIZER_KINDS, PLANNED_QUANTIZERS)]
+    kind: Annotated[
+        QuantizerKind, one_of("quantizer", QUANTIZER_KINDS, PLANNED_QUANTIZERS), BeforeValidator(_refuse_others)
+    ]
     """pact: a learned clip; an unsigned format clips at 0 below. lsq: a learned step."""
     init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """What the clip of pact or the step of lsq begins as. Default: pact 8; lsq 2 E|x| / sqrt(Qp) of the weight, or of
@@ -127,8 +148,9 @@ class Operand(Section):
     SHORTHAND, EXAMPLES = "format", (*FORMATS, *BLOCK_FORMATS)
 
     format: OperandFormatName
-    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`. The blocks of a block
-    format lie along the sum of each GEMM."""
+    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`; or `ptqB`, `psqB`,
+    `bhqB`, B bits over the range of a tensor, of each sample, of samples mixed. The blocks of a block format lie along
+    the sum of each GEMM."""
     rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] | None = Field(default=None, validate_default=True)
     """How a value between two of the format is rounded. Default: what the format's row says."""
     scale: Scale | None = None
@@ -147,8 +169,9 @@ class Operand(Section):
     @classmethod
     def _check_scale(cls, value: Scale | None, info: ValidationInfo) -> Scale | None:
         name = info.data.get("format", "")
-        if value is not None and is_block_format(name):
-            raise refusal(f"{name} makes its own scales, one per block", hint="no scale, or a scalar format")
+        if value is not None and (is_block_format(name) or is_range_format(name)):
+            per = "one per block" if is_block_format(name) else "of the range of what is cast"
+            raise refusal(f"{name} makes its own scales, {per}", hint="no scale, or a scalar format")
         return value
 
     @field_validator("transform")
@@ -287,6 +310,8 @@ class Gemm(Section):
             if scale is not None and scale.granularity == "channel":
                 hint = "granularity: row (one scale per token) or column (one per feature)"
                 raise refusal("granularity channel is for weights", got=f"{key}: channel", hint=hint, key=key)
+            if scale is not None and scale.rule == "sawb":
+                raise refusal("rule sawb is for weights", got=f"{key}: sawb", hint="rule: amax, or pact", key=key)
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Rule, Site
 from passes.finding import Finding, names_of
 from runtime.numerics import encode_blocks
-from runtime.numerics.block_formats import get_block_format, is_block_format
+from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import MIN_SCALE
@@ -136,7 +136,7 @@ def _unsigned(policy: Policy, resolution: Resolution) -> Iterator[Finding]:
             gemm = rule.role(role)
             for key in ("x", "dy"):
                 operand = getattr(gemm, key, None)
-                if operand is None or is_block_format(operand.format) or get_format(operand.format).min < 0:
+                if operand is None or not operand.spec().is_elementwise or get_format(operand.format).min < 0:
                     continue
                 what = f"{role} {key}: {operand.format} has no negative values: those of {key} become 0"
                 hint = "int8, uint8:zero=128, or a rule for what follows a relu alone"
@@ -193,7 +193,7 @@ def _outside(weights: dict[str, nn.Parameter], resolution: Resolution) -> Iterat
 
 
 def _misfit(w: Tensor, cast: QuantSpec) -> _Misfit | None:
-    if cast.is_identity or cast.format in ("fp32", "bf16"):  # the range of any weight
+    if cast.is_identity or cast.is_range or cast.format in ("fp32", "bf16"):  # the range of any weight
         return None
     smallest, largest = torch.aminmax(w)
     amax = max(-float(smallest), float(largest))

@@ -70,6 +70,8 @@ def why_not_on_grid(op: GridOp, spec: QuantSpec, finite: bool, sees_zero_signs: 
     """
     if spec.is_block:
         return f"{spec.format} scales by blocks, which would hold other elements"
+    if spec.is_range:
+        return f"{spec.format} has the range of what is cast, which would hold other elements"
     if spec.rounding == "stochastic":
         return "stochastic bits go by the place of an element"
     if op.kind not in ("cut", "pool"):
@@ -90,7 +92,9 @@ def moves_scale(op: GridOp, spec: QuantSpec, is_nonnegative: bool) -> bool:
     are.
     """
     if spec.scale is None:
-        return not spec.is_block
+        return spec.is_elementwise
+    if spec.scale.rule == "sawb":
+        return False
     match op.kind, spec.scale.granularity:
         case "view" | "cut", "tensor":
             return True

@@ -32,6 +32,7 @@ import math
 from runtime.numerics.block_formats import get_block_format, is_block_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat
 from runtime.numerics.formats import get_format
+from runtime.numerics.range_formats import get_range_format, is_range_format
 from runtime.numerics.specs import AccumulateSpec, GemmSpec
 
 _SHARE_CUT = 0.36
@@ -77,6 +78,8 @@ def mantissa_of(format: str) -> float:
     """m of a cast to a format: of a float its mantissa bits; values that are evenly spaced, or a table, under a scale
     of amax have 3 bits less than they have in all, as most numbers are a quarter of the largest or so.
     """
+    if is_range_format(format):
+        return get_range_format(format).bits - 3
     row = get_format(get_block_format(format).element if is_block_format(format) else format)
     if isinstance(row, FloatFormat):
         return row.mantissa

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 from runtime.errors import FormatError, nearest_names
 from runtime.numerics.format_kinds import DefaultRounding, FloatFormat, Format
 from runtime.numerics.formats import get_format
+from runtime.numerics.range_formats import is_range_format
 
 BlockScaleRule = Literal["floor", "ceil", "rceil", "even", "two_level"]
 BLOCK_RULES: tuple[BlockScaleRule, ...] = get_args(BlockScaleRule)
@@ -81,6 +82,8 @@ def get_block_format(name: str) -> BlockFormat:
 
 def default_rounding(name: str) -> DefaultRounding:
     """The rounding a bare format name means; of a block format, that of its elements."""
+    if is_range_format(name):
+        return "nearest_even"
     return get_format(get_block_format(name).element if is_block_format(name) else name).rounding
 
 
@@ -89,10 +92,12 @@ def grid_format(name: str) -> Format:
     """The format that holds the grid values of a cast to `name`: its own row, or for a block format the smallest
     `1-E-M` that has every element * scale (nvfp4: tensor_scale left out).
 
+    The values of a range format lie anywhere in fp32.
+
     Under `ceil`, `rceil` and `even` the top block of fp32's range can round to 2^128, Inf in fp32, which no row has.
     """
     if not is_block_format(name):
-        return get_format(name)
+        return get_format("fp32" if is_range_format(name) else name)
     row = get_block_format(name)
     element, scale = get_format(row.element), get_format(row.scale)
     digits = element.mantissa if isinstance(element, FloatFormat) else int(element.max).bit_length() - 1

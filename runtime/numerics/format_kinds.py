@@ -239,6 +239,8 @@ class LookupFormat:
     beyond: float | None = None
     """What would follow the largest value if the table went on: overflow is judged after rounding, and this is what an
     overflow rounds to. None: as far from the largest value as that is from the one before."""
+    fills: float | None = None
+    """Where a scale puts the largest magnitude. None: on the largest value, so that nothing saturates."""
     rounding: DefaultRounding = "nearest_even"
     """The rounding a bare format name means."""
     layout: str = "table"
@@ -309,3 +311,8 @@ class LookupFormat:
 
 
 Format = FloatFormat | IntFormat | LookupFormat
+
+
+def filled_to(row: Format) -> float:
+    """Where a scale puts the largest magnitude of what is cast."""
+    return row.fills if isinstance(row, LookupFormat) and row.fills is not None else row.max

@@ -9,7 +9,8 @@ The named rows are FORMATS; others are written
     binaryKpP[se|sf]                             P3109: K bits, P of precision, signed, with Inf (e) or without (f)
     dlfloat16:e0=normal|zero                     what exponent field 0 means; normal is what `dlfloat16` means
 
-Formats that share a scale among the elements of a block (mxfp8, nvfp4, ...) are rows of block_formats.py.
+Formats that share a scale among the elements of a block (mxfp8, nvfp4, ...) are rows of block_formats.py;
+those that follow the range of what is cast (psq5) are in range_formats.py.
 """
 
 import math
@@ -20,6 +21,7 @@ from typing import get_args
 
 from runtime.errors import FormatError, LpError, NotSupported, nearest_names
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat, Top
+from runtime.numerics.range_formats import is_range_format
 
 
 @lru_cache(maxsize=4096)
@@ -44,6 +46,9 @@ def get_format(name: str) -> Format:
             f'format "{name}" is a block format: it is for the operands of a GEMM and for quantize()',
             hint=f"one of {', '.join(FORMATS)}",
         )
+    if is_range_format(name):
+        what = f'format "{name}" is a range format: it is for the operands of a GEMM and for quantize()'
+        raise NotSupported(what, hint=f"one of {', '.join(FORMATS)}")
     options = text.split(",") if colon else []
     keys = [option.partition("=")[0] for option in options]
     if len(set(keys)) < len(keys):
@@ -166,6 +171,13 @@ def _radix4(unit: float) -> tuple[float, ...]:
     return magnitudes + tuple(-value for value in magnitudes)
 
 
+def _luq() -> tuple[float, ...]:
+    """Zero and 1, 2, 4, 8, 16 of each sign; the two codes above mean nothing."""
+    magnitudes = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+    nothing = (math.nan, math.nan)
+    return (*magnitudes, *nothing, *(-value for value in magnitudes), *nothing)
+
+
 # Quantiles of a normal distribution, scaled to [-1, 1]: with o = 0.9677083, ppf(linspace(o, 1/2, 9)[:-1]) above zero,
 # -ppf(linspace(o, 1/2, 8)[:-1]) below, over the largest; in fp32.
 _NF4 = (
@@ -233,9 +245,17 @@ _ROWS: tuple[Format, ...] = (
         "fp4-radix4-odd",
         _radix4(0.5),
         beyond=128.0,
+        fills=64.0,
         rounding="nearest_away",
         layout="1-3-0, radix 4, halved",
-        source=f"{_FP4}; the odd phase, odd(x) = even(2 x) / 2",
+        source=f"{_FP4}; the odd phase, odd(x) = even(2 x) / 2, under the scale of the even one",
+    ),
+    LookupFormat(
+        "fp4-luq",
+        _luq(),
+        beyond=32.0,
+        layout="1-3-0, radix 2",
+        source="Chmiel et al., LUQ, arXiv 2112.10769: the largest is 16 times the smallest; 4 of 16 codes are not used",
     ),
     LookupFormat("nf4", _NF4, source="Dettmers et al., QLoRA, arXiv 2305.14314, appendix E"),
     LookupFormat(

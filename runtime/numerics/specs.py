@@ -2,6 +2,7 @@
 
     QuantSpec   `e4m3 nearest_even row/amax`      one operand: format, rounding, scale
                 `mxfp8 nearest_even column`       or block format, rounding, which way the blocks lie
+                `psq5 stochastic`                 or range format and rounding
                 `uint4 nearest_even pact[init=8]` or format, rounding, and the quantizer that learns the scale
     AccumulateSpec `1-6-9/64 stochastic`          format, chunk, rounding and kind of the additions
                    `fp32/16 toward_zero aligned[25]` or those of a GPU (accumulators.py has names for them)
@@ -25,11 +26,12 @@ from runtime.numerics.accumulators import ACCUMULATORS
 from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
+from runtime.numerics.range_formats import get_range_format, is_range_format
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 Granularity = Literal["tensor", "row", "column", "channel", "block"]
 Along = Literal["row", "column", "batched-column"]
-ScaleRule = Literal["amax", "pow2"]
+ScaleRule = Literal["amax", "pow2", "sawb"]
 Role = Literal["fwd", "bwd", "grad"]
 Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk", "aligned"]
@@ -65,7 +67,8 @@ class ScaleSpec:
 
     tensor: one scale. row: one per row of the matrix view. column: one per column. block: one per `block` tile.
     channel: of a weight, one per output channel, its first dim; a linear layer's is a row or a column of its matrix.
-    amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that. learned: a quantizer's.
+    amax: scale = amax / max(format), in fp32. pow2: the smallest power of two not below that. sawb: of a weight, one
+    per tensor from its moments (scaling.py), in int4 or int2; the largest saturate. learned: a quantizer's.
     """
 
     granularity: Granularity = "tensor"
@@ -75,6 +78,8 @@ class ScaleSpec:
     def __post_init__(self) -> None:
         _check("scale granularity", self.granularity, GRANULARITIES)
         _check("scale rule", self.rule, (*SCALE_RULES, "learned"))
+        if self.rule == "sawb" and self.granularity != "tensor":
+            raise FormatError("sawb is one scale per tensor", got=f"granularity {self.granularity}", hint="tensor")
         if not all(0 < size <= MAX_SIZE for size in self.block):
             raise FormatError("not a block of a scale", expected=f"1 to {MAX_SIZE} each", got=str(self.block))
 
@@ -96,6 +101,7 @@ class ScaleSpec:
         return ScaleSpec(granularity, rule, block)  # type: ignore[arg-type]
 
 
+SAWB_FORMATS = ("int4", "int2", "ternary")
 LEARNED = ScaleSpec("tensor", "learned")
 """The scale of a cast whose quantizer has it; no rule computes it."""
 
@@ -153,8 +159,15 @@ class QuantSpec:
             raise FormatError("nothing learns this scale", got=str(self.scale), hint="a quantizer, or another scale")
         if self.along is not None:
             _check("way for blocks to lie", self.along, ALONG)
+        if self.scale is not None and self.scale.rule == "sawb" and self.format not in SAWB_FORMATS:
+            raise FormatError("sawb is for few levels", got=self.format, hint=" or ".join(SAWB_FORMATS))
+        if is_range_format(self.format):
+            get_range_format(self.format)
+            if self.scale is not None:
+                raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
         if not is_block_format(self.format):
-            get_format(self.format)
+            if not is_range_format(self.format):
+                get_format(self.format)
             if self.along is not None:
                 raise FormatError(f"{self.format} has no blocks", got=f"along {self.along}", hint="a block format")
         elif get_block_format(self.format) and self.scale is not None:
@@ -162,7 +175,8 @@ class QuantSpec:
 
     def _check_quantizer(self, quantizer: QuantizerSpec) -> None:
         where = f"{self.format} with {quantizer.kind}"
-        row = None if is_block_format(self.format) else get_format(self.format)
+        is_scalar = not is_block_format(self.format) and not is_range_format(self.format)
+        row = get_format(self.format) if is_scalar else None
         if not isinstance(row, IntFormat) or row.zero or row.max < 1:
             what, hint = "a quantizer learns the scale of integers", "int4, uint4, int8, uint8, int4:range=full"
             raise FormatError(what, where=where, expected="an integer format without a zero point", hint=hint)
@@ -187,6 +201,16 @@ class QuantSpec:
     def is_block(self) -> bool:
         """Whether the format is a block format: the grid values then hold the scales of the blocks."""
         return is_block_format(self.format)
+
+    @property
+    def is_range(self) -> bool:
+        """Whether the format is a range format: the grid values then are the values, in fp32."""
+        return is_range_format(self.format)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether a grid value follows from its own x / scale, whatever stands beside it."""
+        return not (self.is_block or self.is_range)
 
     @property
     def has_scale(self) -> bool:

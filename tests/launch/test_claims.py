@@ -19,6 +19,7 @@ import pytest
 
 from tests.multiprocess import free_port
 
+pytestmark = pytest.mark.timeout(900)  # without a compiler casts are many operations
 ROOT = Path(__file__).resolve().parents[2]
 GAP = 0.01  # of fp32's validation loss
 BYTES = 0.27  # of fp32's gradient bytes: a code is a quarter, scales and biases are the rest

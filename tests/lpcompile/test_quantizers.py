@@ -352,7 +352,9 @@ def test_the_policy_reads_prints_and_refuses() -> None:
     policy = _policy()
     assert load_policy(policy).hash == policy.hash
     assert "quantizer: {kind: pact, init: 2.0}" in policy.to_yaml()
-    with pytest.raises(NotSupported, match=r'"sawb" is planned'):
+    with pytest.raises(NotSupported, match=r'"dorefa" is planned'):
+        _policy({"format": "int4", "quantizer": {"kind": "dorefa"}})
+    with pytest.raises(PolicyError, match="rule: sawb"):
         _policy({"format": "int4", "quantizer": {"kind": "sawb"}})
     with pytest.raises(PolicyError, match="is not a quantizer"):
         _policy({"format": "int4", "quantizer": {"kind": "pct"}})

@@ -27,6 +27,8 @@ from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.casts import to_grid
 from runtime.numerics.formats import get_format
 from runtime.numerics.random import check_counter, signed_seed
+from runtime.numerics.range_casts import values_in_range
+from runtime.numerics.range_formats import get_range_format
 from runtime.numerics.scaling import expand_scale, matrix_shape, tile_shape
 from runtime.numerics.specs import QuantSpec, ScaleSpec
 
@@ -99,7 +101,7 @@ def roomy_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
 
 def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype, draw: Draw) -> Tensor:
     """The cast in code that is compiled: operations that fuse, or one opaque op."""
-    if spec.is_block or not is_traced(x, spec.format, spec.rounding):
+    if not spec.is_elementwise or not is_traced(x, spec.format, spec.rounding):
         result: Tensor = torch.ops.lp.to_grid(x, scale, spec.text, dtype, signed_seed(draw.seed), *draw[1:])
         return result
     divisor = None if scale is None else expand_scale(scale, x.shape, spec)
@@ -135,6 +137,8 @@ def _cast(
         return x.clone(memory_format=torch.contiguous_format), 0
     if spec.is_block:
         return _cast_blocks(x, spec, dtype, draw, is_checked=is_checked)
+    if spec.is_range:
+        return _cast_to_range(x, spec, draw)
     if not _is_served(x, spec, scale):
         return _cast_by_oracle(x, scale, spec, dtype, draw, is_checked=is_checked)
     tile = tile_shape(x.shape, spec.scale or _WHOLE)
@@ -154,6 +158,14 @@ def _cast(
     if said and is_checked and dtype == torch.int8 and bool(x.isnan().any()):
         said |= SAID_NARROW
     return out, said
+
+
+def _cast_to_range(x: Tensor, spec: QuantSpec, draw: Draw) -> tuple[Tensor, Tensor]:
+    def cast(y: Tensor, integers: QuantSpec, s: Tensor) -> Tensor:
+        return fast_to_grid(y, integers, s, **draw._asdict())
+
+    values = values_in_range(x, get_range_format(spec.format), spec.rounding, cast)
+    return values, _has_nonfinite(values).to(torch.uint8) * SAID_OVERFLOW
 
 
 def _cast_by_oracle(

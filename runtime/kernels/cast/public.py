@@ -11,6 +11,7 @@ from torch import Tensor
 
 from runtime.errors import FormatError, nearest_names
 from runtime.kernels.cast.block_values import block_values
+from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cast.traced import Draw, is_traced, traced_quantize
 from runtime.kernels.cast.values import Overflow, fast_values, is_served, opaque_values, tiles
 from runtime.kernels.cpu.codes import can_decode, can_encode, codes_on_grid
@@ -26,7 +27,8 @@ from runtime.numerics.codes import code_dtype, grid_of_codes
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format, name_of
 from runtime.numerics.random import check_counter, signed_seed
-from runtime.numerics.specs import ROUNDINGS, Rounding
+from runtime.numerics.range_formats import is_range_format
+from runtime.numerics.specs import ROUNDINGS, QuantSpec, Rounding
 
 
 @torch.no_grad()
@@ -58,7 +60,8 @@ def quantize(
     scale in any other way: what is written is what would have been without that. The memory of a large new result
     costs more than the cast (page faults), so a loop should keep one.
     No gradient passes; the op torch.ops.lp.quantize_values has the straight-through one.
-    A block format makes its own scales, along the last dim, and always saturates: scale and overflow are refused.
+    A block format makes its own scales, along the last dim, and always saturates: scale and overflow are refused. So
+    they are of a range format (psq5), whose samples are x[i].
     Stochastic rounding of element i draws the word of (seed, step, stream, offset + i), i flat in C order.
     Raises FormatError: x integer or complex; scale not positive and finite; an unknown format, rounding or overflow.
     """
@@ -78,6 +81,12 @@ def quantize(
         if out is not None and not torch.compiler.is_compiling():
             return block_values(x, format, rounding, draw, out)
         return _given(block_values(x, format, rounding, draw), out)
+    if isinstance(format, str) and is_range_format(format):
+        if scale is not None or overflow != "saturate":
+            hint = "no scale and no overflow argument, or a scalar format"
+            raise FormatError(f"{format} makes its own scales, and nothing saturates", hint=hint)
+        spec = QuantSpec(format, rounding or "nearest_even")
+        return _given(fast_to_grid(x, spec, None, **draw._asdict()).to(x.dtype), out)
     if torch.compiler.is_compiling():
         return _given(_compiled(x, _name_of(format), rounding, scale, draw, overflow), out)
     name = format if isinstance(format, str) else name_of(format)

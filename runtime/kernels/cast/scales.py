@@ -10,6 +10,7 @@ from runtime.kernels.cpu.block_cast import fast_divisor
 from runtime.kernels.cpu.scale import fast_scale
 from runtime.kernels.torch_ops import declare
 from runtime.numerics import scaling
+from runtime.numerics.format_kinds import filled_to
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import matrix_shape, scale_shape, tile_shape
 from runtime.numerics.specs import QuantSpec
@@ -43,7 +44,9 @@ def _by_kernel(x: Tensor, spec: QuantSpec) -> Tensor | None:
         divisor = fast_divisor(lanes, spec.along not in (None, "row"))
         return None if divisor is None else 1.0 / divisor
     assert spec.scale is not None
-    tile, largest = tile_shape(x.shape, spec.scale), get_format(spec.format).max
+    if spec.scale.rule not in ("amax", "pow2"):
+        return None
+    tile, largest = tile_shape(x.shape, spec.scale), filled_to(get_format(spec.format))
     return fast_scale(x, tile, largest, spec.scale.rule == "pow2", scale_shape(x.shape, spec.scale))
 
 

@@ -15,6 +15,7 @@ from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
 from runtime.kernels.cpu.cast_library import OUT_DTYPES, CastPlan, TablePlan, cast_library
 from runtime.kernels.cpu.epilogue import epilogue_library
+from runtime.numerics.format_kinds import filled_to
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import QuantSpec
 
@@ -109,16 +110,24 @@ def small_cast(spec: QuantSpec, along_rows: bool = False) -> SmallCast | None:
     rows of its matrix.
     """
     library = cast_library()
-    if library is None or _library() is None or spec.is_block or spec.is_stochastic or spec.quantizer is not None:
+    if (
+        library is None
+        or _library() is None
+        or not spec.is_elementwise
+        or spec.is_stochastic
+        or spec.quantizer is not None
+    ):
         return None
     plan = cast_plan(spec.format, spec.rounding) or table_plan(spec.format, spec.rounding)
     if plan is None or (spec.scale is not None and spec.scale.granularity not in _SCALES):
+        return None
+    if spec.scale is not None and spec.scale.rule not in ("amax", "pow2"):
         return None
     operand = _Operand(
         plan=ctypes.addressof(plan),
         cast=_address_of(library.lp_cast if isinstance(plan, CastPlan) else library.lp_cast_table),
         scale=_address_of(library.lp_scale),
-        max=get_format(spec.format).max,
+        max=filled_to(get_format(spec.format)),
         is_pow2=spec.scale is not None and spec.scale.rule == "pow2",
         scales=0 if spec.scale is None else _SCALES[spec.scale.granularity],
         is_summed_along_rows=along_rows,

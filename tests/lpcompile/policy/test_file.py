@@ -229,8 +229,9 @@ NOT_BUILT = [
         f"Try one of {ALL_FORMATS}.",
     ),
     (
-        fwd("{x: {format: int4, quantizer: {kind: sawb}}}"),
-        '3: rules[0].fwd.x.quantizer.kind: quantizer "sawb" is planned and not in this version. Try one of pact, lsq.',
+        fwd("{x: {format: int4, quantizer: {kind: dorefa}}}"),
+        '3: rules[0].fwd.x.quantizer.kind: quantizer "dorefa" is planned and not in this version. '
+        "Try one of pact, lsq.",
     ),
     (
         fwd("{x: {format: e4m3, transform: hadamard16}}"),
@@ -496,10 +497,16 @@ def test_what_a_shipped_policy_computes_in(name: str, stem: str, mlp: str, head:
 
 def test_which_shipped_policies_scale_the_loss_and_compress_the_wire() -> None:
     policies = {name: load_policy(name) for name in shipped_policies()}
-    assert {name for name, policy in policies.items() if policy.loss_scale.kind == "dynamic"} == {"fp16", "hfp8"}
+    assert {name for name, policy in policies.items() if policy.loss_scale.kind == "dynamic"} == {
+        "fp16",
+        "hfp8",
+        "hfp8-2019",
+    }
+    assert {name for name, policy in policies.items() if policy.loss_scale.kind == "static"} == {"fp8-2018"}
     assert {policies[name].loss_scale.init for name in ("fp16", "hfp8")} == {65536}
     wires = {name: (policy.wire.format, policy.wire.block) for name, policy in policies.items() if policy.wire}
-    assert wires == {"hfp8": ("e4m3", 256), "fp8-rowwise": ("e4m3", 256)}
+    compressed = ("hfp8", "hfp8-2019", "fp8-rowwise", "te-current", "deepseek-v3", "mxfp8")
+    assert wires == dict.fromkeys(compressed, ("e4m3", 256))
 
 
 @pytest.mark.parametrize("name", shipped_policies())
