@@ -20,6 +20,7 @@ from runtime.collectives.counter import WireCounter
 from runtime.errors import LpError, NotSupported
 from runtime.numerics.specs import SPLIT
 from runtime.optim.formats import UpdateFormats
+from runtime.optim.optimizer import AbstractOptimizer
 
 _TAG = "engine"
 
@@ -36,6 +37,8 @@ class DeepSpeedEngine(AbstractEngine):
         self._optimizer = build_optimizer(config, parameters, update)
         logging.getLogger("DeepSpeed").addFilter(_is_news)
         self._engine: Any = ds.initialize(model.to(world.device), self._optimizer, _settings(config, world))
+        if isinstance(self._optimizer, AbstractOptimizer) and config.zero_stage in (1, 2):
+            self._optimizer.begin_at(ds.first_elements(self._engine))
         self._counter = WireCounter()
         ds.attach_deepspeed(self._engine, wire, self._counter)
         self._is_checked = False
@@ -97,7 +100,7 @@ class DeepSpeedEngine(AbstractEngine):
 
 def _check_update(config: RunConfig, update: UpdateFormats) -> None:
     """NotSupported for an update that this stage cannot make. From ZeRO-1 on, and with bf16 parameters, DeepSpeed hands
-    over flat fp32 masters of its own, in which no element knows its parameter, and so not its random bits.
+    over flat fp32 masters of its own: of ZeRO 1 and 2 it is known where in its group each begins.
     """
     stage = config.zero_stage
     if is_torch_adamw(config, update) or (stage == 0 and config.dtype == "fp32"):
@@ -105,7 +108,7 @@ def _check_update(config: RunConfig, update: UpdateFormats) -> None:
     wrong = got = ""
     if stage == 3:
         wrong, got = "ZeRO-3 has AdamW in fp32 alone", f"{config.optimizer}, master {update.master}"
-    elif update.rounding == "stochastic":
+    elif stage == 0 and update.rounding == "stochastic":
         wrong, got = "an element of DeepSpeed's flat masters does not know its random bits", "rounding: stochastic"
     elif update.master == SPLIT:
         wrong, got = "DeepSpeed keeps fp32 masters of its own", f"master: {SPLIT}"

@@ -8,7 +8,9 @@ from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Site
 from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, QuantSpec
 
-COLUMNS = ("policy", "y = x.w", "dx = dy.w", "dw = dy.x", "sums", "first, last layer", "loss scale", "wire", "source")
+COLUMNS = (
+    "policy", "y = x.w", "dx = dy.w", "dw = dy.x", "sums", "first, last layer", "loss scale", "update", "wire", "source",
+)  # fmt: skip
 
 _HEAD = """# Recipes
 
@@ -41,8 +43,9 @@ def _cells(policy: Policy) -> list[str]:
     ends = "like the others" if first == middle == last else " and ".join(dict.fromkeys(map(_end, (first, last))))
     scale = policy.loss_scale
     loss = "none" if scale.kind == "none" else f"{scale.kind}, {scale.init:g}"
+    update = "" if policy.update == type(policy.update)() else str(policy.update)
     wire = f"{policy.wire.format} / {policy.wire.block}" if policy.wire else ""
-    return [policy.name, *gemms, sums, ends, loss, wire, policy.source]
+    return [policy.name, *gemms, sums, ends, loss, update, wire, policy.source]
 
 
 def _gemm(spec: GemmSpec) -> str:

@@ -1,12 +1,15 @@
 """Optimizer: what the optimizers share. States in formats of their own, kept as they are by state_dict and its load,
-and random bits that belong to an element of the whole parameter.
+and random bits that belong to an element of the whole group of parameters.
 
     per parameter    step, master (where the parameter is not its own), remainder (of bf16+16), and the moments
-    random bits      (seed, step, 4 x number of the parameter + slot, flat index in the whole parameter)
+    random bits      (seed, step, 4 x number of the group + slot, flat index in the group)
+
+A group is its whole parameters, one behind the other, as ZeRO lays them out: however an engine cuts it, an element has
+the same bits.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,13 +27,16 @@ _SLOTS = 4
 
 
 class Weight:
-    """One parameter at one step: its gradient, master and states as flat fp32 tensors, and the way back."""
+    """One parameter at one step: its gradient, master and states as flat fp32 tensors, and the way back.
 
-    def __init__(self, optimizer: "AbstractOptimizer", parameter: Tensor, group: dict[str, Any], number: int) -> None:
-        self.optimizer, self.parameter, self.group, self.number = optimizer, parameter, group, number
+    `first`: where in the group the parameter begins.
+    """
+
+    def __init__(self, optimizer: "AbstractOptimizer", parameter: Tensor, group: dict[str, Any], first: int) -> None:
+        self.optimizer, self.parameter, self.group = optimizer, parameter, group
         self.formats = formats_of(group)
         self.state: dict[str, Any] = optimizer.state[parameter]
-        self.runs: list[Run] = runs_of(parameter)
+        self.runs = [Run(begin, size, first + offset) for begin, size, offset in runs_of(parameter)]
 
     @property
     def step(self) -> int:
@@ -79,7 +85,7 @@ class Weight:
 
     def stream(self, slot: int) -> int:
         """Of the random bits of a slot, one of four."""
-        return _SLOTS * self.number + slot
+        return _SLOTS * int(self.group["number"]) + slot
 
     def _draw(self, slot: int) -> Draw:
         return Draw(self.group["seed"], self.step, self.stream(slot), self.runs)
@@ -101,6 +107,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], formats: UpdateFormats | None, seed: int) -> None:
         formats = formats or UpdateFormats()
+        self._firsts: dict[int, int] = {}
         super().__init__(
             params, {**defaults, "seed": seed, **{key: getattr(formats, field) for field, key in KEYS.items()}}
         )
@@ -108,6 +115,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["number"] = len(self.param_groups) - 1  # in the group: DeepSpeed shows step() one of them at a time
         formats = formats_of(group)
         for parameter in group["params"]:
             if parameter.dtype not in PARAMETER_DTYPES:
@@ -121,6 +129,12 @@ class AbstractOptimizer(torch.optim.Optimizer):
                     expected="bf16 parameters", got=str(parameter.dtype), hint="model.bfloat16(), or master: fp32",
                 )  # fmt: skip
 
+    def begin_at(self, firsts: Sequence[int]) -> None:
+        """Where in its group the first element lies that each group holds here: of an engine that keeps a group as one
+        flat tensor, cut over ranks.
+        """
+        self._firsts = dict(enumerate(firsts))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; the loss that `closure` gives."""
@@ -130,19 +144,19 @@ class AbstractOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
         for group in self.param_groups:
             self._check_loss_scale(group["loss_scale"])
+            first = self._firsts.get(group["number"], 0)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group, number)
-                number += 1
+                    self._step_one(parameter, group, first)
+                first += parameter.numel()
         return loss
 
-    def _step_one(self, parameter: nn.Parameter, group: dict[str, Any], number: int) -> None:
+    def _step_one(self, parameter: nn.Parameter, group: dict[str, Any], first: int) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
             raise NotSupported("sparse gradients are not updated", where=type(self).__name__, hint="sparse=False")
-        weight = Weight(self, parameter, group, number)
+        weight = Weight(self, parameter, group, first)
         if "step" not in weight.state:
             self._begin(weight)
         weight.state["step"] += 1
@@ -202,7 +216,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
                 self._check_state(state, parameter, group)
                 found[parameter] = state
         filled = [
-            {**{key: group[key] for key in (*KEYS.values(), "seed", "loss_scale")}, **saved}
+            {**{key: group[key] for key in (*KEYS.values(), "seed", "loss_scale", "number")}, **saved}
             for group, saved in zip(self.param_groups, saved_groups)
         ]
         super().load_state_dict({"state": {}, "param_groups": filled})

@@ -34,6 +34,7 @@ def _steps(run: Path) -> list[list[Any]]:
         pytest.param(CHANCE, [*DDP, *SGD], id="ddp-sgd-stochastic"),
         pytest.param(NEAREST, [*ZERO, "2", *ADAMW], id="zero2-adamw-nearest"),
         pytest.param(SPLIT, [*DDP, *ADAMW, "--dtype", "bf16"], id="ddp-adamw-split", marks=pytest.mark.slow),
+        pytest.param(CHANCE, [*ZERO, "2", *SGD], id="zero2-sgd-stochastic", marks=pytest.mark.slow),
         pytest.param(CHANCE, [*ZERO, "0", *SGD], id="zero0-sgd-stochastic", marks=pytest.mark.slow),
         pytest.param(NEAREST, [*ZERO, "1", *SGD], id="zero1-sgd-nearest", marks=pytest.mark.slow),
     ],
@@ -47,6 +48,19 @@ def test_resume_is_bit_exact(tmp_path: Path, update: str, arguments: list[str]) 
     expected = _steps(tmp_path / "whole")
     assert _steps(tmp_path / "half") == expected[3:]
     assert expected[-1][1] < expected[0][1]
+
+
+def test_random_bits_are_an_elements_own_under_every_engine(tmp_path: Path) -> None:
+    """DDP, whose ranks hold all, and ZeRO 1 and 2, which cut a flat group anywhere, train alike."""
+    _prepare(tmp_path, CHANCE)
+    (tmp_path / "p.yaml").write_text(f"version: 1\nextends: [fp32-emulated]\nupdate: {CHANCE}\n")
+    run = [*TINY, *SGD, "--policy", "p.yaml", "--nproc", "2", "--steps", "4", "--clip", "0"]
+    losses = {}
+    for name, engine in {"ddp": DDP, "zero1": [*ZERO, "1"], "zero2": [*ZERO, "2"]}.items():
+        succeed(tmp_path, *run, *engine, "--out", name)
+        losses[name] = [line[:3] for line in _steps(tmp_path / name)]
+    assert losses["zero1"] == losses["ddp"]
+    assert losses["zero2"] == losses["ddp"]
 
 
 def test_masters_are_what_the_policy_says(tmp_path: Path) -> None:
@@ -64,7 +78,7 @@ def test_masters_are_what_the_policy_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("update", "arguments", "sentence"),
     [
-        (CHANCE, [*ZERO, "2"], "an element of DeepSpeed's flat masters does not know its random bits"),
+        (CHANCE, [*ZERO, "0", "--dtype", "bf16"], "an element of DeepSpeed's flat masters does not know its random"),
         (NEAREST, [*ZERO, "3"], "ZeRO-3 has AdamW in fp32 alone. Expected the defaults"),
         (SPLIT, [*ZERO, "1", "--dtype", "bf16"], "DeepSpeed keeps fp32 masters of its own"),
         (SPLIT, DDP, "a master of bf16+16 is a bf16 parameter and its remainder. Expected bf16 parameters"),

@@ -4,6 +4,7 @@ initialize            deepspeed.initialize without its JIT build
 save_checkpoint       its engine.save_checkpoint, which a rank whose disk is full leaves with the others
 load_checkpoint       its engine.load_checkpoint with an unpickler that runs nothing
 attach_deepspeed      wraps the entry points of one engine (deepspeed_entry_points.py) and puts the proxy in place
+first_elements        where this rank's part of each flat group begins
 detach, detach_all    the way back
 assert_active         a wire that carries nothing is an error
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from runtime.collectives.attach.deepspeed_entry_points import Attachment
@@ -102,6 +104,13 @@ _IN_CHECKPOINTS = (
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
 """What DeepSpeed 0.19 puts into its files beside tensors and plain values, at every stage."""
+
+
+def first_elements(engine: Any) -> list[int]:
+    """Of each group of parameters that ZeRO 1 or 2 keeps as one flat tensor: where in it this rank's part begins."""
+    zero = engine.optimizer
+    ranks = [dist.get_rank(group) for group in zero.real_dp_process_group]
+    return [rank * int(size) for rank, size in zip(ranks, zero.partition_size, strict=True)]
 
 
 def attach_deepspeed(
