@@ -9,7 +9,8 @@ from lpcompile.policy.rules import Site
 from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, QuantSpec
 
 COLUMNS = (
-    "policy", "y = x.w", "dx = dy.w", "dw = dy.x", "sums", "first, last layer", "loss scale", "update", "wire", "source",
+    "policy", "y = x.w", "dx = dy.w", "dw = dy.x", "sums", "first, last layer", "loss scale", "update", "wire",
+    "source",
 )  # fmt: skip
 
 _HEAD = """# Recipes
