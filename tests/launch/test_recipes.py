@@ -9,7 +9,6 @@ from lpcompile.policy.file import shipped_policies
 from tests.launch.test_train import TINY, succeed
 from tests.launch.test_update_formats import _prepare
 
-
 NAMES = [name for name in shipped_policies() if not name.startswith(("fqt-6", "fqt-7", "fqt-8"))]
 """Of FQT two numbers of bits: the others differ in that alone."""
 
