@@ -77,7 +77,8 @@ def _find(source: str | Path, folder: Path, where: str = "") -> tuple[Path, str]
     except (OSError, ValueError) as error:
         kind = f"not the name of a file ({getattr(error, 'strerror', None) or error})"
     shown = text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
-    what = did_you_mean(f'"{shown}" is {kind}', nearest_names(text[:100], tuple(shipped)))
+    guess, _, _ = nearest_names(text[:100], tuple(shipped)).partition("Known")
+    what = did_you_mean(f'"{shown}" is {kind}', f"{guess}Known: a path, or one of `lpcompile policy list`")
     raise PolicyError(what, where=where)
 
 
