@@ -11,6 +11,7 @@ from runtime.numerics.specs import (
     ALONG,
     GRANULARITIES,
     ROUNDINGS,
+    SAWB_FORMATS,
     SCALE_RULES,
     AccumulateSpec,
     GemmSpec,
@@ -21,9 +22,10 @@ from runtime.numerics.specs import (
 
 formats = st.sampled_from([*FORMATS, "1-6-9", "1-4-3:bias=11,top=none", "int5", "int8:range=full", "pow2:bits=5,max=0"])
 blocks = st.tuples(st.integers(1, 256), st.integers(1, 256))
+rules = st.sampled_from([rule for rule in SCALE_RULES if rule != "sawb"])
 scales = st.one_of(
-    st.builds(ScaleSpec, st.just("block"), st.sampled_from(SCALE_RULES), blocks),
-    st.builds(ScaleSpec, st.sampled_from([g for g in GRANULARITIES if g != "block"]), st.sampled_from(SCALE_RULES)),
+    st.builds(ScaleSpec, st.just("block"), rules, blocks),
+    st.builds(ScaleSpec, st.sampled_from([g for g in GRANULARITIES if g != "block"]), rules),
 )
 blocks_of = st.builds(
     QuantSpec,
@@ -33,7 +35,11 @@ blocks_of = st.builds(
     st.sampled_from([None, *ALONG]),
 )
 scalars = st.builds(QuantSpec, formats, st.sampled_from(ROUNDINGS), st.one_of(st.none(), scales))
-casts = st.one_of(scalars, scalars, blocks_of)
+of_few_levels = st.builds(
+    QuantSpec, st.sampled_from(SAWB_FORMATS), st.sampled_from(ROUNDINGS), st.just(ScaleSpec("tensor", "sawb"))
+)
+ranges = st.builds(QuantSpec, st.sampled_from(["ptq2", "psq5", "bhq8"]), st.sampled_from(ROUNDINGS))
+casts = st.one_of(scalars, scalars, blocks_of, of_few_levels, ranges)
 accumulators = st.builds(
     AccumulateSpec,
     st.sampled_from(["fp32", "fp16", "dlfloat16", "1-6-9", "int32"]),
