@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
+import torch
 from torch._guards import TracingContext
 from torch.fx.experimental.sym_node import DynamicInt
 
@@ -20,8 +21,11 @@ class Read(DynamicInt):
     ask: Callable[[], int]
 
     def __new__(cls, ask: Callable[[], int]) -> Self:
+        from torch._dynamo.eval_frame import skip_code  # here: it is imported where something is traced
+
         read = super().__new__(cls, _EXAMPLE)
-        read.ask = ask
+        read.ask = torch.compiler.disable(ask)  # it runs in the middle of compiled code, where Dynamo takes what runs
+        skip_code(cls.__int__.__code__)
         return read
 
     def __int__(self) -> int:

@@ -155,6 +155,33 @@ def test_compiled_code_in_an_eager_checkpoint_recomputes_with_the_bits_of_the_fi
     assert are_same(*results)
 
 
+def test_what_is_asked_for_as_the_graph_is_called_is_not_compiled() -> None:
+    """Dynamo takes every frame that runs inside of what it compiled, where it may break the graph."""
+    model, x = made(policy("bwd")), inputs()
+    run = torch.compile(model.encode, backend="aot_eager")
+    for step in range(4):
+        advance(model, to_step=step)
+        for _ in range(2):
+            run(x).square().sum().backward()
+        if step == 0:
+            seen = dict(torch._dynamo.utils.counters["frames"])
+    assert dict(torch._dynamo.utils.counters["frames"]) == seen
+
+
+@pytest.mark.parametrize("role", ["fwd", "bwd", "grad"])
+def test_inductor_gives_casts_the_bits_of_eager_code(role: str) -> None:
+    x, results = inputs(), []
+    for is_compiled in (False, True):
+        model = made(policy(role))
+        encode = _compiled(model.encode, "inductor") if is_compiled else model.encode
+        found = []
+        for _ in range(2):
+            grads = torch.autograd.grad(encode(x).sum(), [x, *model.parameters()], allow_unused=True)
+            found += [grad for grad in grads if grad is not None]
+        results.append(found)
+    assert are_same(*results)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["fwd", "bwd"])
 def test_inductor_gives_sums_the_bits_of_eager_code_in_every_call(role: str) -> None:

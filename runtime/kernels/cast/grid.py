@@ -105,7 +105,7 @@ def _traced(x: Tensor, spec: QuantSpec, scale: Tensor | None, dtype: torch.dtype
         result: Tensor = torch.ops.lp.to_grid(x, scale, spec.text, dtype, signed_seed(draw.seed), *draw[1:])
         return result
     divisor = None if scale is None else expand_scale(scale, x.shape, spec)
-    return traced_to_grid(x, spec.format, spec.rounding, divisor, draw).to(dtype)
+    return traced_to_grid(x, spec.format, spec.rounding, divisor).to(dtype)
 
 
 def _has_nonfinite(x: Tensor) -> Tensor:

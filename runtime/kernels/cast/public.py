@@ -102,7 +102,7 @@ def _compiled(
 ) -> Tensor:
     """quantize in code that is compiled, on a scalar format: operations that fuse, or one opaque op."""
     if overflow == "saturate" and is_traced(x, format, rounding):
-        return traced_quantize(x, format, rounding, scale, draw)
+        return traced_quantize(x, format, rounding, scale)
     divisor = None if scale is None else _scale_tensor(scale, x)
     return opaque_values(x, format, rounding, divisor, draw, overflow)
 

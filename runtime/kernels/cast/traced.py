@@ -1,7 +1,7 @@
 """Traced cast: the loop of runtime/kernels/cpu/cast.cpp in torch operations, bit for bit, for torch.compile.
 
 A compiler fuses these with their neighbours, where it would stop before an opaque kernel. cast.cpp explains the
-arithmetic. Stochastic rounding computes Philox for every element instead of for every four, which keeps it one kernel.
+arithmetic. Stochastic rounding is left to the kernel: ten rounds of Philox an element take a compiler a minute.
 """
 
 import math
@@ -16,7 +16,6 @@ from runtime.kernels.cast_plans import cast_plan, table_plan
 from runtime.kernels.cpu.cast_library import DTYPES
 from runtime.numerics.block_formats import is_block_format
 from runtime.numerics.formats import get_format
-from runtime.numerics.random import check_counter, philox
 from runtime.numerics.specs import Rounding
 
 
@@ -73,27 +72,23 @@ def _facts(format: str, rounding: Rounding | None) -> _Facts | None:
 
 def is_traced(x: Tensor, format: str, rounding: Rounding | None) -> bool:
     """Whether `traced_to_grid` is called for and can do this cast; the oracle, which can be traced as well, has all."""
-    return torch.compiler.is_compiling() and x.dtype in DTYPES and _facts(format, rounding) is not None
+    facts = _facts(format, rounding) if torch.compiler.is_compiling() and x.dtype in DTYPES else None
+    return facts is not None and facts.rounding != "stochastic"
 
 
-def traced_quantize(
-    x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | float | None, draw: Draw
-) -> Tensor:
+def traced_quantize(x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | float | None) -> Tensor:
     """`casts.quantize` on a scalar format, saturating. A scale that is a tensor is trusted: its values are not known
     when code is compiled.
     """
     if isinstance(scale, int | float) and not _LEAST_SCALE < scale < _PAST_FP32:
         raise FormatError("a scale divides and must not be zero, negative, Inf or NaN", expected="0 < scale < Inf")
-    facts = _facts(format, rounding)
-    if facts is not None and facts.rounding == "stochastic":
-        check_counter(*draw[1:])
     divisor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
-    q = traced_to_grid(x, format, rounding, divisor, draw)
+    q = traced_to_grid(x, format, rounding, divisor)
     return (q if divisor is None else q * divisor).to(x.dtype)
 
 
 def traced_to_grid(
-    x: Tensor, format: str, rounding: Rounding | None, divisor: Tensor | None, draw: Draw, *, saturate: bool = True
+    x: Tensor, format: str, rounding: Rounding | None, divisor: Tensor | None, *, saturate: bool = True
 ) -> Tensor:
     """x / divisor rounded to the values of a scalar format, as `casts.to_grid` does; fp32. `is_traced` must hold.
 
@@ -104,8 +99,7 @@ def traced_to_grid(
     y = x.float() if divisor is None else x.float() / divisor
     if saturate and _is_sum(facts):
         return _round_by_sums(y, facts)
-    word = _words(y, draw) if facts.rounding == "stochastic" else None
-    q = _look_up(y, facts, word) if facts.values else _round(y, facts, word)
+    q = _look_up(y, facts) if facts.values else _round(y, facts)
     if not facts.has_negative_zero:  # not by adding 0, which a compiler drops
         q = torch.where(q == 0, 0.0, q)
     q = torch.where(y == y, q, y)  # Inductor has no vector code for isnan, nor for copysign below
@@ -148,60 +142,26 @@ def _round_by_sums(y: Tensor, facts: _Facts) -> Tensor:
     return torch.where(y == 0, y, q) if facts.has_negative_zero else torch.where(q == 0, 0.0, q)
 
 
-def _round(y: Tensor, facts: _Facts, word: Tensor | None) -> Tensor:
+def _round(y: Tensor, facts: _Facts) -> Tensor:
     a = y.abs()
     bits = a.view(torch.int32).clamp(max=0x7F800000)  # of NaN too, so that no sum wraps
-    if word is None:
-        raised = bits + facts.round_bias
-        if facts.is_even:
-            raised = raised + (bits >> facts.shift & 1)
-        nearest = (a + facts.magic) - facts.magic
-        rest = a - nearest
-        lower = nearest
-        if facts.up_at < math.inf:
-            lower = lower + torch.where(rest >= facts.up_at, facts.spacing, 0.0)
-        if facts.down_below > -math.inf:
-            lower = lower - torch.where(rest < facts.down_below, facts.spacing, 0.0)
-    else:
-        raised = bits + (word >> 32 - facts.shift).int()
-        t = a.clamp(max=facts.low).double() / facts.spacing
-        below = torch.floor(t)
-        up = t - below >= 1.0 - word.double() * 2.0**-32
-        lower = ((below + torch.where(up, 1.0, 0.0)) * facts.spacing).float()
+    raised = bits + facts.round_bias
+    if facts.is_even:
+        raised = raised + (bits >> facts.shift & 1)
+    nearest = (a + facts.magic) - facts.magic
+    rest = a - nearest
+    lower = nearest
+    if facts.up_at < math.inf:
+        lower = lower + torch.where(rest >= facts.up_at, facts.spacing, 0.0)
+    if facts.down_below > -math.inf:
+        lower = lower - torch.where(rest < facts.down_below, facts.spacing, 0.0)
     upper = (raised >> facts.shift << facts.shift).view(torch.float32)
     magnitude = torch.where(a < facts.low, lower, upper)
     return torch.where(y == 0, y, torch.where(y < 0, -magnitude, magnitude))
 
 
-def _look_up(y: Tensor, facts: _Facts, word: Tensor | None) -> Tensor:
+def _look_up(y: Tensor, facts: _Facts) -> Tensor:
     q = torch.full_like(y, facts.values[0])
-    above = torch.full_like(y, facts.values[1])
     for entry in range(1, len(facts.values)):
-        is_reached = y >= facts.starts[entry]
-        q = torch.where(is_reached, facts.values[entry], q)
-        above = torch.where(is_reached, facts.values[min(entry + 1, len(facts.values) - 1)], above)
-    if word is not None:
-        is_mirrored = above <= 0
-        near = torch.where(is_mirrored, above, q).double()
-        far = torch.where(is_mirrored, q, above).double()
-        inside = y.clamp(min=facts.values[0]).double()
-        is_far = (inside - near).abs() / (far - near).abs() >= 1.0 - word.double() * 2.0**-32
-        q = torch.where(q == above, q, torch.where(is_far, far, near).float())
+        q = torch.where(y >= facts.starts[entry], facts.values[entry], q)
     return torch.where(q == 0, torch.copysign(q, y), q)
-
-
-def _words(y: Tensor, draw: Draw) -> Tensor:
-    """The 32 random bits of every element, int64. What may be a symbol in compiled code (a step, a stream) becomes a
-    tensor before its bits are taken apart: Inductor has no vector code for bits of symbols.
-    """
-    element = torch.arange(y.numel(), dtype=torch.int64, device=y.device).view(y.shape) + draw.offset
-    n = element >> 2
-    seed, step, stream = (torch.zeros_like(n) + number for number in (draw.seed, draw.step, draw.stream))
-    high = (n >> 32) + (stream >> 32 << 16)
-    key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
-    words = philox((n & 0xFFFFFFFF, high, step, stream & 0xFFFFFFFF), key)
-    place = element & 3
-    word = words[3]
-    for number in range(3):
-        word = torch.where(place == number, words[number], word)
-    return word

@@ -62,6 +62,8 @@ def opaque_values(
     x: Tensor, format: str, rounding: Rounding | None, scale: Tensor | None, draw: Draw, overflow: Overflow
 ) -> Tensor:
     """Any cast to a scalar format as one op, for code that is compiled. A rounding of None is the row's own."""
+    if rounding == "stochastic":
+        check_counter(*draw[1:])
     given = (format, rounding, signed_seed(draw.seed), *draw[1:], overflow)
     values: Tensor = torch.ops.lp.quantize_values(x.detach(), scale, *given)
     return values

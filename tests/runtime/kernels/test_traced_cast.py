@@ -50,11 +50,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_equals_the_oracle_in_every_mode_and_dtype(name: str) -> None:
     one = torch.tensor(1.0)
     for mode, dtype in itertools.product(ROUNDINGS, (torch.float32, torch.bfloat16, torch.float16)):
-        if mode == "toward_zero" and name == "int1":
+        if mode == "stochastic" or (mode == "toward_zero" and name == "int1"):
             continue
         x = hard_values(name).to(dtype)
         expected = to_grid(x, QuantSpec(name, mode, ScaleSpec()), one, **DRAW._asdict())
-        assert same_bits(traced_to_grid(x, name, mode, one, DRAW), expected), (mode, dtype)
+        assert same_bits(traced_to_grid(x, name, mode, one), expected), (mode, dtype)
 
 
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
@@ -89,7 +89,7 @@ def test_rounding_by_sums_holds_for_every_mantissa(name: str) -> None:
     first, last = math.floor(math.log2(row.tiny)) - row.mantissa - 2, math.floor(math.log2(row.max)) + 1
     for exponent in range(first, last + 1):
         x = ((exponent + 127 << 23) + mantissas).view(torch.float32)
-        assert same_bits(traced_to_grid(-x, name, None, None, Draw()), fast_to_grid(-x, QuantSpec(name), None))
+        assert same_bits(traced_to_grid(-x, name, None, None), fast_to_grid(-x, QuantSpec(name), None))
 
 
 def test_compiled_stochastic_rounding_draws_the_bits_of_eager_code() -> None:
