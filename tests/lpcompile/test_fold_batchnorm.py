@@ -22,6 +22,7 @@ from passes.pipelines import PASSES, PIPELINES
 from runtime.numerics import quantize
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from tests.lpcompile.program_results import calls_by_graph
+from tests.machine_facts import HAS_COMPILER
 from tests.passes.ir.xdsl_dialect import verify_text
 from tests.zoo.models import ZOO, build
 
@@ -225,7 +226,7 @@ def test_the_kept_cast_of_a_folded_weight_follows_both() -> None:
         with torch.no_grad():
             assert torch.equal(model(x), fresh(x))
             assert torch.equal(model(x), fresh(x))
-        assert state.constants.num_casts == 1
+        assert state.constants.num_casts == HAS_COMPILER  # without one nothing tells that a weight is as it was
 
 
 def restored_copy(model: nn.Module) -> nn.Module:
