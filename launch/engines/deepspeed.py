@@ -18,9 +18,9 @@ from runtime.collectives.attach import deepspeed as ds
 from runtime.collectives.codec import WireSpec
 from runtime.collectives.counter import WireCounter
 from runtime.errors import LpError, NotSupported
-from runtime.numerics.specs import SPLIT
 from runtime.optim.formats import UpdateFormats
 from runtime.optim.optimizer import AbstractOptimizer
+from runtime.optim.split_master import SPLIT
 
 _TAG = "engine"
 

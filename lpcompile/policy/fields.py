@@ -37,8 +37,8 @@ from runtime.numerics.range_formats import get_range_format, is_range_format
 from runtime.numerics.specs import (
     AUTO,
     MAX_SIZE,
-    SPLIT,
 )
+from runtime.optim.split_master import SPLIT
 
 
 def refusal(what: str, *, expected: str = "", got: str = "", hint: str = "", key: str = "") -> PydanticCustomError:

@@ -51,9 +51,9 @@ from runtime.numerics.formats import get_format
 from runtime.numerics.specs import (
     ROLES,
     ROUNDINGS,
-    SPLIT,
     Rounding,
 )
+from runtime.optim.split_master import SPLIT
 
 if TYPE_CHECKING:
     from runtime.collectives.codec import WireSpec

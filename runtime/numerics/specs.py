@@ -161,22 +161,16 @@ class QuantSpec:
             _check("way for blocks to lie", self.along, ALONG)
         if self.scale is not None and self.scale.rule == "sawb" and self.format not in SAWB_FORMATS:
             raise FormatError("sawb is for few levels", got=self.format, hint=" or ".join(SAWB_FORMATS))
-        if is_range_format(self.format):
-            get_range_format(self.format)
-            if self.scale is not None:
-                raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
-        if not is_block_format(self.format):
-            if not is_range_format(self.format):
-                get_format(self.format)
-            if self.along is not None:
-                raise FormatError(f"{self.format} has no blocks", got=f"along {self.along}", hint="a block format")
-        elif get_block_format(self.format) and self.scale is not None:
+        look_up = get_block_format if self.is_block else get_range_format if self.is_range else get_format
+        look_up(self.format)  # raises for one that there is not
+        if self.along is not None and not self.is_block:
+            raise FormatError(f"{self.format} has no blocks", got=f"along {self.along}", hint="a block format")
+        if self.scale is not None and not self.is_elementwise:
             raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
 
     def _check_quantizer(self, quantizer: QuantizerSpec) -> None:
         where = f"{self.format} with {quantizer.kind}"
-        is_scalar = not is_block_format(self.format) and not is_range_format(self.format)
-        row = get_format(self.format) if is_scalar else None
+        row = get_format(self.format) if self.is_elementwise else None
         if not isinstance(row, IntFormat) or row.zero or row.max < 1:
             what, hint = "a quantizer learns the scale of integers", "int4, uint4, int8, uint8, int4:range=full"
             raise FormatError(what, where=where, expected="an integer format without a zero point", hint=hint)
@@ -245,8 +239,6 @@ class QuantSpec:
 
 
 IDENTITY = QuantSpec()
-SPLIT = "bf16+16"
-"""A master weight in two parts: a bf16, nearest to it with ties away, and a signed remainder in 16 bits."""
 AUTO = "auto"
 
 

@@ -20,7 +20,8 @@ from runtime.numerics import decode, encode
 from runtime.numerics.embedding import embeds
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import SPLIT, Rounding
+from runtime.numerics.specs import Rounding
+from runtime.optim.split_master import SPLIT
 
 PARAMETER_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Of the parameters that can be trained, with the format that each holds."""

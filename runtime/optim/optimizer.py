@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import LpError, NotSupported
-from runtime.numerics.specs import SPLIT
 from runtime.optim.formats import PARAMETER_DTYPES, Storage, UpdateFormats, joined, split, storage_of
 from runtime.optim.places import Run, local, runs_of
 from runtime.optim.rounding import Draw, rounded
+from runtime.optim.split_master import SPLIT
 
 KEYS = {"master": "master_format", "momentum": "momentum_format", "variance": "variance_format", "rounding": "rounding"}
 """Field of UpdateFormats -> its key in a group of parameters; `momentum` of torch's SGD is a number."""

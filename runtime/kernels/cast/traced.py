@@ -87,23 +87,18 @@ def traced_quantize(x: Tensor, format: str, rounding: Rounding | None, scale: Te
     return (q if divisor is None else q * divisor).to(x.dtype)
 
 
-def traced_to_grid(
-    x: Tensor, format: str, rounding: Rounding | None, divisor: Tensor | None, *, saturate: bool = True
-) -> Tensor:
-    """x / divisor rounded to the values of a scalar format, as `casts.to_grid` does; fp32. `is_traced` must hold.
-
-    saturate=False leaves a value that rounds out of range where it is: what is beyond [min, max] then overflowed.
-    """
+def traced_to_grid(x: Tensor, format: str, rounding: Rounding | None, divisor: Tensor | None) -> Tensor:
+    """x / divisor rounded to the values of a scalar format, as `casts.to_grid` does; fp32. `is_traced` must hold."""
     facts = _facts(format, rounding)
     assert facts is not None
     y = x.float() if divisor is None else x.float() / divisor
-    if saturate and _is_sum(facts):
+    if _is_sum(facts):
         return _round_by_sums(y, facts)
     q = _look_up(y, facts) if facts.values else _round(y, facts)
     if not facts.has_negative_zero:  # not by adding 0, which a compiler drops
         q = torch.where(q == 0, 0.0, q)
     q = torch.where(y == y, q, y)  # Inductor has no vector code for isnan, nor for copysign below
-    return q.clamp(facts.min, facts.max) if saturate else q
+    return q.clamp(facts.min, facts.max)
 
 
 def _is_sum(facts: _Facts) -> bool:
