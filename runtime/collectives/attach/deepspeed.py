@@ -39,6 +39,10 @@ def initialize(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message=r".*torch\.distributed.* is deprecated", category=FutureWarning)
+    # its timers around a model that is compiled, where Dynamo stops as it should
+    warnings.filterwarnings(
+        "ignore", message="Dynamo does not know how to trace the builtin `time.time", category=UserWarning
+    )
     deepspeed = load("deepspeed")
     for name in ("deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
