@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lpcompile import advance, compile_joint, lpcompile
 from lpcompile.api import run_state
 from tests.lpcompile.test_stochastic_calls import Net, are_same, inputs, made, policy, share_of_equal
+from tests.machine_facts import needs_compiler
 
 Frontend = Literal["torch.compile", "joint"]
 
@@ -168,6 +169,7 @@ def test_what_is_asked_for_as_the_graph_is_called_is_not_compiled() -> None:
     assert dict(torch._dynamo.utils.counters["frames"]) == seen
 
 
+@needs_compiler
 @pytest.mark.parametrize("role", ["fwd", "bwd", "grad"])
 def test_inductor_gives_casts_the_bits_of_eager_code(role: str) -> None:
     x, results = inputs(), []
@@ -182,6 +184,7 @@ def test_inductor_gives_casts_the_bits_of_eager_code(role: str) -> None:
     assert are_same(*results)
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["fwd", "bwd"])
 def test_inductor_gives_sums_the_bits_of_eager_code_in_every_call(role: str) -> None:
