@@ -191,6 +191,9 @@ def _compile_products(
     parameter = next(model.parameters(), None)
     device = "cpu" if parameter is None else parameter.device.type
     phases = [PhaseCode.of(from_step, each, device) for from_step, each in policy.phases]
+    if (evaluation := policy.evaluation) is not None:
+        state.evaluation = len(phases)
+        phases.append(PhaseCode.of(None, evaluation, device))
     unreached |= seen.asides if seen else {}
     called = None if seen is None else frozenset(seen.calls)
     compiled = Compiled(policy, state, [], phases, leaves, unreached, mode, strict, called)
@@ -297,7 +300,8 @@ def advance(model: nn.Module, to_step: int | None = None) -> None:
     state.step = state.step + 1 if to_step is None else to_step
     state.micro_batch = 0
     state.constants.end_step()
-    state.phase = sum(phase.from_step <= state.step for phase in compiled.phases) - 1
+    starts = [phase.from_step for phase in compiled.phases if phase.from_step is not None]
+    state.phase = sum(start <= state.step for start in starts) - 1
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -78,7 +78,12 @@ class Compiled:
 
     @property
     def phase(self) -> PhaseCode:
+        """The entry of the schedule in force."""
         return self.phases[self.state.phase]
+
+    def phase_of(self, root: nn.Module) -> PhaseCode:
+        """What holds for the model as it is, in training or evaluation mode."""
+        return self.phases[self.state.phase_in(root.training)]
 
     def add_all(self, model: nn.Module, sights: Sequence[Sight]) -> None:
         """Ask every phase of the policy about all products that are known when the model is compiled."""

@@ -44,11 +44,12 @@ class Sight:
 
 @dataclass
 class PhaseCode:
-    """One entry of the policy's schedule, compiled. `program` keeps specs, choices, refusals and findings; only what is
-    compiled from whole graphs has graphs in it.
+    """One entry of the policy's schedule, or what holds in evaluation, compiled. `program` keeps specs, choices,
+    refusals and findings; only what is compiled from whole graphs has graphs in it.
     """
 
-    from_step: int
+    from_step: int | None
+    """None: of modules in evaluation mode."""
     policy: Policy
     program: Program
     resolution: Resolution
@@ -60,7 +61,7 @@ class PhaseCode:
     products: dict[str, Product] = field(default_factory=dict)
 
     @staticmethod
-    def of(from_step: int, policy: Policy, device: str) -> "PhaseCode":
+    def of(from_step: int | None, policy: Policy, device: str) -> "PhaseCode":
         """Of a policy that was asked nothing yet."""
         return PhaseCode(from_step, policy, Program({}, {}, device=device), Resolution({}, {}))
 

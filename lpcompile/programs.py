@@ -40,10 +40,12 @@ def program_of(
     example_kwargs: Mapping[str, Any] | None = None,
     phase: int = 0,
 ) -> Program:
-    """The graph of the model in evaluation mode, or without example inputs a graph of each leaf, and what the policy's
-    phase says of its sites; the model itself is left as it is. Raises NotSupported where it has no such graph.
+    """The graph of the model in evaluation mode, or without example inputs a graph of each leaf, and what the policy
+    says of its sites in evaluation, or in a phase; the model itself is left as it is. Raises NotSupported where it has
+    no such graph.
     """
-    policy = load_policy(policy).phases[phase][1]
+    policy = load_policy(policy)
+    policy = policy.evaluation or policy.phases[phase][1]
     restore(model)
     leaves, _ = find_leaves(model)
     call, shown = _call(example_inputs, example_kwargs), []
@@ -64,7 +66,7 @@ def program_of(
     device = "cpu" if parameter is None else parameter.device.type
     plan = Compiled(policy, RunState(), [], [PhaseCode.of(0, policy, device)], leaves, {}, "infer", False)
     plan.add_all(model, _all_sights(model, leaves, shown))
-    known = plan.phase.program
+    known = plan.phases[0].program
     return Program(units, known.specs, device=device, decisions=known.decisions, findings=known.findings)
 
 

@@ -95,9 +95,10 @@ class RunState:
 
     `step` counts optimizer steps and `micro_batch` the model's forwards with gradients since the last one, within which
     every site counts its calls; `rank` is that of torch.distributed unless it is given. `phase` is the entry of the
-    policy's schedule that is in force. `overflow` is set when a gradient operand exceeded its format's largest value
-    (it saturates all the same), as a bool tensor (), so that nobody waits for a GPU before whoever owns the loss scale
-    reads and clears it. `is_scaled` says that somebody owns it: else the first gradient that is cast warns.
+    policy's schedule that is in force, `evaluation` what holds for modules in evaluation mode instead. `overflow` is
+    set when a gradient operand exceeded its format's largest value (it saturates all the same), as a bool tensor (), so
+    that nobody waits for a GPU before whoever owns the loss scale reads and clears it. `is_scaled` says that somebody
+    owns it: else the first gradient that is cast warns.
     `strict`: a call that does not run as the policy says raises. `gemm_calls` counts executed forward GEMMs, for tests
     and reports.
     """
@@ -107,6 +108,7 @@ class RunState:
     step: int = 0
     micro_batch: int = 0
     phase: int = 0
+    evaluation: int | None = None
     watch_overflow: bool = False
     overflow: bool | Tensor = False
     is_scaled: bool = False
@@ -149,6 +151,10 @@ class RunState:
         self.__dict__.update(fields)
         self.is_joint, self.reads = False, Reads()  # a copy is not under torch.compile
         self.__post_init__()
+
+    def phase_in(self, is_training: bool) -> int:
+        """What a module runs by, in training or evaluation mode."""
+        return self.phase if is_training or self.evaluation is None else self.evaluation
 
     def note_overflow(self, beyond: Tensor | bool) -> None:
         """Set `overflow` where `beyond`, bool or bool (), is True; on the device of the last gradient noted."""

@@ -101,14 +101,17 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
     built = example_model(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoweringWarning)  # told below, of every phase
-        compiled = lpcompile(built.model, policy, built.args, built.kwargs)
+        compiled = lpcompile(built.model, policy.over(_STEPS), built.args, built.kwargs)
     is_fit = True
-    for step, phase in policy.phases:
-        advance(compiled, to_step=step)
+    plan = get_compiled(compiled)
+    for code in plan.phases:
+        compiled.train(code.from_step is not None)
+        if code.from_step is not None:
+            advance(compiled, to_step=code.from_step)
         found = report(compiled)
-        _say(f"from step {step}: {phase.name}")
+        when = "in evaluation mode" if code.from_step is None else f"from step {code.from_step}"
+        _say(f"{when}: {code.policy.name}")
         _print_rows(found)
-        code = get_compiled(compiled).phase
         _print_rules(code.resolution)
         refused = [row for row in found.gemms if not row.runs_as_policy_says]
         wrong = [finding for finding in code.program.findings if finding.is_wrong]
@@ -120,6 +123,10 @@ def check_policy(source: str, strict: bool = False, model: str | None = None) ->
             _say(trouble)
         is_fit = is_fit and not refused and not (strict and wrong)
     return is_fit
+
+
+_STEPS = 100
+"""Of the run that a share in the schedule is a share of: the step is then its per cent."""
 
 
 def _print_rows(found: "Report") -> None:

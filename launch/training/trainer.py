@@ -166,7 +166,7 @@ class Run:
             warnings.simplefilter("ignore", LoweringWarning)  # the monitor tells it
             lpcompile(
                 self.model,
-                self.policy,
+                self.policy.over(self.config.steps),
                 example_kwargs={"input_ids": x_BT.to(self.world.device)},
                 mode="train",
                 strict=self.config.strict,
@@ -256,6 +256,7 @@ class Run:
             targets = y_BT[:counted].flatten().to(self.world.device)
             losses = cross_entropy(logits_BTV[:counted].flatten(0, 1).float(), targets, reduction="sum")
             sums += torch.stack([losses.double(), sums.new_tensor(targets.numel())])
+        self.model.train()  # the certificate is of the mode that the model is in
         self.engine.counter.close_step()  # what evaluation gathers is no training step's
         dist.all_reduce(sums)
         return (sums[0] / sums[1]).item()

@@ -10,9 +10,9 @@ from lpcompile.policy.rules import Site
 
 
 def describe(sites: Sequence[Site], model: nn.Module, called: Collection[str] | None = None) -> list[Site]:
-    """The sites with the module that holds each, its classes, and how many layers there are where it is: those with
-    parameters. `called`: paths of the leaves that example calls ran;
-    first and last are then among these.
+    """The sites with the module that holds each, its classes, a convolution's geometry, and how many layers there are
+    where it is: those with parameters. `called`: paths of the leaves that example calls ran; first and last are then
+    among these.
     """
     modules = dict(model.named_modules())
     counts = count_layers([path for path, _ in model.named_parameters(remove_duplicate=False)])
@@ -22,7 +22,12 @@ def describe(sites: Sequence[Site], model: nn.Module, called: Collection[str] | 
         while owner and owner not in modules:
             owner = owner.rpartition(".")[0]
         stem, _ = layer_of(site.name) or ("", 0)
-        described.append(replace(site, owner=owner, classes=classes_of(modules[owner]), num_layers=counts.get(stem)))
+        module = modules[owner]
+        site = replace(site, owner=owner, classes=classes_of(module), num_layers=counts.get(stem))
+        if site.index is not None and site.op.startswith("conv"):
+            sides, groups = getattr(module, "kernel_size", None), getattr(module, "groups", None)
+            site = replace(site, kernel=max(sides) if sides else None, groups=groups)
+        described.append(site)
     return described if called is None else _renumbered(described, called)
 
 

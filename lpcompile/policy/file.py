@@ -5,7 +5,6 @@
 A name that is shipped means the shipped policy, also where a file of that name exists (`./hfp8` means the file).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 
 from lpcompile.errors import PolicyError, did_you_mean, nearest_names
 from lpcompile.policy.fields import Section, key_path
-from lpcompile.policy.resolve import Phase, PhasePolicy, Policy
+from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Origin, Rule
+from lpcompile.policy.schedule import Evaluate, Phase, PhasePolicy
 from lpcompile.policy.yaml_read import KeyPath, read_mapping
 
 MOST_FILES_IN_A_CHAIN = 32
@@ -116,19 +116,22 @@ def _link(policy: Policy, place: _Place, chain: tuple[tuple[Path, str], ...], lo
 
     parents = [load(name, ("extends", index)) for index, name in enumerate(policy.extends)]
     linked = _merge(policy, parents)
-    phases = [
-        _link_phase(phase, ("schedule", index, "policy"), place, load) for index, phase in enumerate(linked.schedule)
-    ]
-    return linked.model_copy(update={"schedule": tuple(phases)}) if phases else linked
 
+    def rules_of(name: str, path: KeyPath) -> tuple[Rule, ...]:
+        other = load(name, path)
+        if other.schedule:
+            raise PolicyError(f'"{other.name}" has a schedule of its own', where=place.where(path), hint="one without")
+        return other.rules
 
-def _link_phase(phase: Phase, path: KeyPath, place: _Place, load: Callable[[str, KeyPath], Policy]) -> Phase:
-    if phase.policy is None or phase.policy.rules is not None:
-        return phase
-    other = load(phase.policy.name, path)
-    if other.schedule:
-        raise PolicyError(f'"{other.name}" has a schedule of its own', where=place.where(path), hint="one without")
-    return phase.model_copy(update={"policy": PhasePolicy(name=other.name, rules=other.rules)})
+    def linked_phase(index: int, phase: Phase) -> Phase:
+        return phase.link(lambda key, name: rules_of(name, ("schedule", index, key)))
+
+    phases = [linked_phase(index, phase) for index, phase in enumerate(linked.schedule)]
+    evaluate = linked.evaluate
+    if evaluate is not None and evaluate.policy.rules is None:
+        name = evaluate.policy.name
+        evaluate = Evaluate(policy=PhasePolicy(name=name, rules=rules_of(name, ("evaluate", "policy"))))
+    return linked.model_copy(update={"schedule": tuple(phases), "evaluate": evaluate})
 
 
 def _merge(own: Policy, parents: list[Policy]) -> Policy:

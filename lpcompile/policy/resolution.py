@@ -68,7 +68,7 @@ def resolve(rules: Sequence[Rule], sites: Sequence[Site]) -> Resolution:
         gemms: dict[Role, GemmSpec] = {}
         rule_of[name] = {}
         for role in ROLES:
-            setting = [index for index in indices if rules[index].leave or rules[index].role(role) is not None]
+            setting = [index for index in indices if rules[index].decides(role)]
             for index in setting[:1]:
                 decided[index] += 1
                 rule_of[name][role] = labels[index]

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -44,6 +43,7 @@ from lpcompile.policy.fields import (
 )
 from lpcompile.policy.resolution import Resolution, resolve
 from lpcompile.policy.rules import Rule, Site
+from lpcompile.policy.schedule import Evaluate, Phase, PhasePolicy, check_schedule
 from lpcompile.policy.yaml_text import Inline, dump
 from runtime.collectives.wire_format import check_wire_format
 from runtime.numerics.format_kinds import FloatFormat
@@ -169,26 +169,6 @@ class Wire(Section):
         return value
 
 
-class PhasePolicy(Section):
-    """The rules of a phase: a name, and once loaded the rules behind it."""
-
-    SHORTHAND = "name"
-
-    name: str
-    """A shipped name, or a path relative to the file."""
-    rules: tuple[Rule, ...] | None = None
-    """Its rules, filled when the policy is loaded."""
-
-
-class Phase(Section):
-    """From which optimizer step on which rules hold."""
-
-    from_step: Annotated[int, Field(strict=True, ge=0)]
-    """First optimizer step of the phase."""
-    policy: PhasePolicy | None = None
-    """Whose rules hold. Only its rules: update, loss scale and wire stay this policy's. Default: its own rules."""
-
-
 class Policy(Section):
     """Which number format, scale, rounding and accumulator each GEMM of a model computes in."""
 
@@ -215,6 +195,8 @@ class Policy(Section):
     """Gradient compression. Default: none."""
     schedule: tuple[Phase, ...] = ()
     """Which rules hold from which optimizer step on; one entry starts at 0. Default: these rules from the start."""
+    evaluate: Evaluate | None = None
+    """What modules in evaluation mode compute in. Default: what the step does."""
     elementwise: Any = None
     """Format of everything that is not a GEMM. Not built in this version: refused."""
     calibrate: Any = None
@@ -264,14 +246,7 @@ class Policy(Section):
     @field_validator("schedule")
     @classmethod
     def _check_schedule(cls, value: tuple[Phase, ...]) -> tuple[Phase, ...]:
-        steps = sorted(phase.from_step for phase in value)
-        if steps and steps[0] != 0:
-            raise refusal(
-                "no rules hold at step 0", expected="an entry with from_step: 0", got=f"from_step: {steps[0]}"
-            )
-        for step, following in pairwise(steps):
-            if step == following:
-                raise refusal(f"two entries start at step {step}", expected="one entry per step")
+        check_schedule(value)
         return value
 
     def resolve(self, sites: Sequence[Site]) -> Resolution:
@@ -279,13 +254,32 @@ class Policy(Section):
         self._check_linked()
         return resolve(self.rules, sites)
 
+    def over(self, steps: int) -> "Policy":
+        """Of a run of so many optimizer steps: what its schedule says in shares of the run is said in steps."""
+        return self.model_copy(update={"schedule": tuple(phase.over(steps) for phase in self.schedule)})
+
     @property
     def phases(self) -> list[tuple[int, "Policy"]]:
-        """(first step, policy), sorted by step. The policies differ in name and rules only and have no schedule."""
+        """(first step, policy), sorted by step. The policies differ in name and rules only and have no schedule. Raises
+        PolicyError for shares of a run whose length is not known.
+        """
         self._check_linked()
-        own = self.model_copy(update={"schedule": ()})
-        schedule = sorted(self.schedule or (Phase(from_step=0),), key=lambda phase: phase.from_step)
-        return [(phase.from_step, _with_rules(own, phase.policy) if phase.policy else own) for phase in schedule]
+        phases: list[tuple[int, Policy]] = []
+        for phase in self.schedule or (Phase(from_step=0),):
+            if isinstance(phase.from_step, str):
+                raise PolicyError(
+                    "a share of a run, and how many steps that has is not known",
+                    where=f'policy "{self.name}", from_step: {phase.from_step}',
+                    hint="lpcompile(model, load_policy(policy).over(steps))",
+                )
+            phases.append((phase.from_step, phase.of(self)))
+        return sorted(phases, key=lambda phase: phase[0])
+
+    @property
+    def evaluation(self) -> "Policy | None":
+        """The policy of modules in evaluation mode; None: that of the step."""
+        self._check_linked()
+        return None if self.evaluate is None else Phase(from_step=0, policy=self.evaluate.policy).of(self)
 
     @property
     def hash(self) -> str:
@@ -305,7 +299,9 @@ class Policy(Section):
             if getattr(self, section) != type(self).model_fields[section].default:
                 values[section] = Inline(getattr(self, section).model_dump(mode="json"))
         if self.schedule:
-            values["schedule"] = [_plain_phase(phase) for phase in self.schedule]
+            values["schedule"] = [phase.plain() for phase in self.schedule]
+        if self.evaluate:
+            values["evaluate"] = {"policy": self.evaluate.policy.plain()}
         return dump(values)
 
     def describe(self) -> str:
@@ -322,14 +318,22 @@ class Policy(Section):
         wire = self.wire
         lines.append(f"  wire: {wire.format}, one scale per {wire.block} elements" if wire else "  wire: uncompressed")
         for phase in self.schedule:
-            lines.append(f"  from step {phase.from_step}: {phase.policy.name if phase.policy else self.name}")
+            lines.append(f"  from step {phase.from_step}: {phase}")
+        if self.evaluate:
+            lines.append(f"  in evaluation mode: {self.evaluate.policy.name}")
         return "\n".join(lines)
+
+    @property
+    def named_policies(self) -> list[PhasePolicy]:
+        """Those of the schedule and of evaluation."""
+        named = [policy for phase in self.schedule for policy in phase.named.values()]
+        return [*named, self.evaluate.policy] if self.evaluate else named
 
     def _check_linked(self) -> None:
         """Names of other policies are followed by load_policy, which knows where files are."""
         names = [
             *self.extends,
-            *(phase.policy.name for phase in self.schedule if phase.policy and phase.policy.rules is None),
+            *(policy.name for policy in self.named_policies if policy.rules is None),
         ]
         if names:
             raise PolicyError(
@@ -337,12 +341,9 @@ class Policy(Section):
             )
 
 
-def _with_rules(policy: Policy, other: PhasePolicy) -> Policy:
-    return policy.model_copy(update={"name": other.name, "rules": other.rules})
-
-
 def _describe_rule(index: int, rule: Rule) -> list[str]:
-    lines = [f"  rules[{index}]: {rule.match}" + (", left alone" if rule.leave else "")]
+    left = "" if not rule.leave else ", left alone" if rule.leave == ROLES else f", {', '.join(rule.leave)} left alone"
+    lines = [f"  rules[{index}]: {rule.match}{left}"]
     for role in ROLES:
         if gemm := rule.role(role):
             operands = ", ".join(f"{key} {getattr(gemm, key).spec()}" for key in (gemm.LHS, gemm.RHS))
@@ -363,12 +364,3 @@ def _describe_loss_scale(scale: LossScale) -> str:
 
 def _yaml_list(value: str | tuple[str, ...]) -> str | list[str]:
     return value if isinstance(value, str) else list(value)
-
-
-def _plain_phase(phase: Phase) -> dict[str, Any]:
-    values: dict[str, Any] = {"from_step": phase.from_step}
-    if phase.policy is None:
-        return values
-    if phase.policy.rules is None:
-        return values | {"policy": phase.policy.name}
-    return values | {"policy": {"name": phase.policy.name, "rules": [rule.plain() for rule in phase.policy.rules]}}

@@ -1,6 +1,7 @@
 """Rules: which sites of a model a policy speaks of, and what their GEMMs compute in."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -12,9 +13,10 @@ from pydantic import (
     model_validator,
 )
 
+from lpcompile.errors import did_you_mean, nearest_names
 from lpcompile.policy.fields import Section, as_written, refusal, words, words_schema
 from lpcompile.policy.gemms import Bwd, Fwd, Gemm, Grad
-from lpcompile.policy.names import ROLE_NAMES
+from lpcompile.policy.names import ROLE_NAMES, key_of
 from lpcompile.policy.patterns import (
     check_bound,
     check_layers,
@@ -67,6 +69,10 @@ class Site:
     """Path of the module that holds it, where known."""
     num_layers: int | None = None
     """How many layers stand beside the one that it is in, itself included, where known."""
+    kernel: int | None = None
+    """The longest side of a convolution's kernel, where known."""
+    groups: int | None = None
+    """Groups of a convolution, where known."""
 
     @property
     def module(self) -> str:
@@ -99,19 +105,26 @@ Bound = Annotated[
 
 
 class Shape(Section):
-    """Bounds on the sizes of FWD, an (m, k) by (k, n) product. A size that is not known fulfils no bound."""
+    """Bounds on the sizes of FWD, an (m, k) by (k, n) product, and on a convolution's geometry. An unknown size is not
+    within any bound.
+    """
 
     n: Bound = None
     """Output features: ">=64", ">=64,<=4096", "%16" (a multiple), "!%16", 64."""
     k: Bound = None
     """Length of the reduction, the same."""
+    kernel: Bound = None
+    """The longest side of a convolution's kernel: 1 is a convolution of 1 x 1. Of the layers that are convolutions."""
+    groups: Bound = None
+    """Groups of a convolution: ">1" is a grouped or a depthwise one. Of the layers that are convolutions."""
 
     @classmethod
     def _hint_for(cls, key: str) -> str:
         return "m is not known when a model is compiled; n and k are" if key == "m" else ""
 
     def matches(self, site: Site) -> bool:
-        return all(fulfils(size, bound) for size, bound in ((site.n, self.n), (site.k, self.k)) if bound is not None)
+        bounds = {key: bound for key in self.keys() if (bound := getattr(self, key)) is not None}
+        return all(fulfils(getattr(site, key), bound) for key, bound in bounds.items())
 
 
 def _patterns(value: Any) -> Any:
@@ -190,6 +203,21 @@ class Match(Section):
         return ", ".join(shape if key == "shape" else f"{key} {value}" for key, value in words.items())
 
 
+def _roles(value: Any) -> Any:
+    if isinstance(value, bool):
+        return ROLES if value else ()
+    roles = (value,) if isinstance(value, str) else value
+    if not isinstance(roles, list | tuple) or not all(isinstance(role, str) for role in roles):
+        raise refusal(
+            "not what a rule leaves", expected=f"true, or a list of {', '.join(ROLES)}", got=as_written(value)
+        )
+    read = [key_of(role, ROLE_NAMES, ROLES) for role in roles]
+    for given, role in zip(roles, read):
+        if role not in ROLES:
+            raise refusal(did_you_mean(f'"{given}" is not a role', nearest_names(given[:100], ROLES)))
+    return tuple(role for role in ROLES if role in read)
+
+
 class Rule(Section):
     """What the GEMMs of the sites it matches compute in. A role it does not name is left to the rules below it."""
 
@@ -210,8 +238,20 @@ class Rule(Section):
     """dx = dy.w"""
     grad: Grad | None = None
     """dw = dy.x"""
-    leave: Annotated[bool, Field(strict=True)] = False
-    """true: what the rules above do not decide runs as in the original model. Instead of fwd, bwd and grad."""
+    leave: Annotated[
+        tuple[Role, ...],
+        BeforeValidator(_roles),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "boolean"},
+                    {"type": "string", "enum": list(ROLES)},
+                    {"type": "array", "items": {"type": "string", "enum": list(ROLES)}, "minItems": 1},
+                ]
+            }
+        ),
+    ] = ()
+    """Roles that the rules above do not decide and that run as in the original model; true: all three."""
 
     _origin: Origin = PrivateAttr(default=Origin())
 
@@ -220,11 +260,22 @@ class Rule(Section):
         sets = [role for role in ROLES if self.role(role) is not None]
         if not sets and not self.leave:
             raise refusal("the rule sets no role", expected=f"at least one of {', '.join(ROLES)}, or leave: true")
-        if sets and self.leave:
+        if both := [role for role in sets if role in self.leave]:
             raise refusal(
-                "the rule leaves alone what it sets", got=f"leave and {sets[0]}", hint="one of them", key="leave"
+                "the rule leaves alone what it sets", got=f"leave and {both[0]}", hint="one of them", key="leave"
             )
         return self
+
+    def decides(self, role: Role) -> bool:
+        """Whether it says something of a role, be it that it is left alone."""
+        return role in self.leave or self.role(role) is not None
+
+    def only(self, roles: Sequence[Role]) -> "Rule | None":
+        """What it says of these roles; None if nothing."""
+        if not any(self.decides(role) for role in roles):
+            return None
+        others: dict[str, Any] = {role: None for role in ROLES if role not in roles}
+        return self.model_copy(update={**others, "leave": tuple(role for role in self.leave if role in roles)})
 
     def role(self, role: Role) -> Gemm | None:
         return {"fwd": self.fwd, "bwd": self.bwd, "grad": self.grad}[role]
@@ -235,5 +286,5 @@ class Rule(Section):
         tables = {role: gemm.plain(twins=self.match.op == ("matmul",)) for role in ROLES if (gemm := self.role(role))}
         written: dict[str, Any] = {"match": Inline(match)} if match else {}
         if self.leave:
-            written["leave"] = True
+            written["leave"] = True if self.leave == ROLES else list(self.leave)
         return written | {role: inline_table(table) for role, table in tables.items()}

@@ -12,6 +12,7 @@ from torch import nn
 
 from lpcompile.compiled import COMPILED, Compiled, get_root
 from lpcompile.frontends.install import installed
+from lpcompile.plan import PhaseCode
 from lpcompile.policy.rules import Site
 from lpcompile.reporting.changes import AGAIN, added_sites, added_writers, lost_leaves, uncalled_leaves
 from lpcompile.reporting.page import make_page
@@ -24,7 +25,7 @@ from runtime.numerics.specs import ROLES, LayerSpec, Role
 
 @dataclass(frozen=True)
 class Report:
-    """What lpcompile did to a model under the phase of the schedule in force."""
+    """What lpcompile did to a model under the phase of the schedule in force, or of evaluation in that mode."""
 
     policy: str
     policy_hash: str
@@ -107,7 +108,7 @@ def report(model: nn.Module) -> Report:
     """
     root = get_root(model)
     compiled: Compiled = vars(root)[COMPILED]
-    phase = compiled.phase
+    phase = compiled.phase_of(root)
     exported, unserved = installed(root), ""
     if num_unserved := getattr(exported, "num_unserved", 0):
         unserved = f"{_counted(num_unserved)} ran module by module, first as {exported.first_unserved}"
@@ -116,9 +117,9 @@ def report(model: nn.Module) -> Report:
     rows = [
         row
         for site in compiled.sites
-        for row in _rows_of_site(compiled, site, lost.get(site.name, ""), uncalled.get(site.name, ""))
+        for row in _rows_of_site(compiled, phase, site, lost.get(site.name, ""), uncalled.get(site.name, ""))
     ]
-    rows += [row for site in added_sites(root, compiled) for row in _rows_of_added(compiled, site)]
+    rows += [row for site in added_sites(root, compiled) for row in _rows_of_added(phase, site)]
     findings = [*dict.fromkeys(each for phase in compiled.phases for each in phase.program.findings)]
     return Report(
         policy=phase.policy.name,
@@ -151,9 +152,9 @@ def _counted(num_calls: int) -> str:
     return f"{num_calls} call" if num_calls == 1 else f"{num_calls} calls"
 
 
-def _rows_of_site(compiled: Compiled, site: Site, lost: str, uncalled: str) -> list[GemmRow]:
+def _rows_of_site(compiled: Compiled, phase: PhaseCode, site: Site, lost: str, uncalled: str) -> list[GemmRow]:
     """`lost`: why the site no longer runs as it was compiled; `uncalled`: why it does not run at all."""
-    name, phase, counts = site.name, compiled.phase, compiled.state.calls
+    name, counts = site.name, compiled.state.calls
     spec: LayerSpec | None = phase.program.specs.get(name)
     if spec is None:
         return []
@@ -179,9 +180,9 @@ def _rows_of_site(compiled: Compiled, site: Site, lost: str, uncalled: str) -> l
     return rows
 
 
-def _rows_of_added(compiled: Compiled, site: Site) -> list[GemmRow]:
+def _rows_of_added(phase: PhaseCode, site: Site) -> list[GemmRow]:
     """Of a leaf that was not there when the model was compiled."""
-    found = compiled.phase.policy.resolve([site])
+    found = phase.policy.resolve([site])
     spec, rules = found.specs[site.name], found.rule_of.get(site.name, {})
     assert spec is not None
     how = "original", REFUSED, f"the module came after compiling. Try {AGAIN}"

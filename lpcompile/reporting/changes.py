@@ -33,7 +33,7 @@ def lost_leaves(root: nn.Module, compiled: Compiled) -> Mapping[str, str]:
             running |= record.sites
     modules = dict(root.named_modules())
     for leaf in compiled.leaves:
-        if leaf.name in compiled.phase.products and leaf.name not in running:
+        if leaf.name in compiled.phase_of(root).products and leaf.name not in running:
             now = modules.get(leaf.path)
             what = "was taken out of the model" if now is None else f"was replaced by a {type(now).__name__}"
             reasons[leaf.name] = f"the module {what} after compiling. Try {AGAIN}"
@@ -47,7 +47,7 @@ def uncalled_leaves(root: nn.Module, compiled: Compiled) -> dict[str, str]:
     counts, named = compiled.state.calls, {site.name for site in compiled.sites}
     passed = dict.fromkeys(compiled.uncalled, "not called by the example forward")
     if counts.are_all and compiled.mode == "train" and any(counts.seen(name, "fwd") for name in counts.sites):
-        products = compiled.phase.products
+        products = compiled.phase_of(root).products
         passed = {leaf.name: "not called so far" for leaf in compiled.leaves if leaf.name in products} | passed
     if counts.are_all:
         passed = _below_overridden(compiled, root) | passed
@@ -76,7 +76,7 @@ def added_writers(root: nn.Module, compiled: Compiled) -> dict[str, str]:
         path: module for path, module in root.named_modules()
         if installed(module) is None and may_write(module) and compiled.classes.get(path) != classes_of(module)
     }  # fmt: skip
-    named = nameable(compiled.phase.policy, added, compiled.num_layers)
+    named = nameable(compiled.phase_of(root).policy, added, compiled.num_layers)
     return {path: f"the {type(added[path]).__name__} came after compiling. Try {AGAIN}" for path in sorted(named)}
 
 
@@ -87,7 +87,7 @@ def added_sites(root: nn.Module, compiled: Compiled) -> list[Site]:
     leaves = [leaf for leaf in find_leaves(root)[0] if leaf.name not in known and installed(modules[leaf.path]) is None]
     sights = [Sight(leaf.name, leaf.op, leaf.kind, leaf.n, leaf.k, index=leaf.index) for leaf in leaves]
     sites = describe([compiled.site_of(sight) for sight in sights], root, None) if sights else []
-    specs = compiled.phase.policy.resolve(sites).specs
+    specs = compiled.phase_of(root).policy.resolve(sites).specs
     return [site for site in sites if specs.get(site.name) is not None]
 
 

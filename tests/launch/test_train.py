@@ -51,6 +51,27 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_role_changes_at_a_share_of_the_run_and_evaluation_has_a_policy_of_its_own(tmp_path: Path) -> None:
+    later, whole = {"steps": "{from_step: 2, fwd: bf16}", "share": "{from_step: 50%, fwd: bf16}"}, {}
+    for name, phase in {
+        **later,
+        "none": "{from_step: 9, fwd: bf16}",
+        "evaluated": "{from_step: 50%, fwd: bf16}",
+    }.items():
+        evaluate = "evaluate: fp32\n" if name == "evaluated" else ""
+        (tmp_path / f"{name}.yaml").write_text(f"extends: [hfp8]\nschedule: [{{from_step: 0}}, {phase}]\n{evaluate}")
+        succeed(tmp_path, *TINY, *DDP, "--policy", f"{name}.yaml", "--nproc", "1", "--steps", "4", "--out", name)
+        whole[name] = metrics(tmp_path / name)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["gemms_as_asked"] == summary["gemms"]
+    losses = {name: [line["loss"] for line in lines] for name, lines in whole.items()}
+    assert losses["share"] == losses["steps"] == losses["evaluated"]
+    assert losses["none"][:2] == losses["share"][:2]
+    assert losses["none"][2] != losses["share"][2]
+    validations = [[line.get("validation") for line in whole[name]] for name in ("share", "evaluated")]
+    assert validations[0] != validations[1]
+
+
 ENGINES = [
     pytest.param(DDP, id="ddp"),
     pytest.param([*ZERO, "2"], id="zero2"),

@@ -125,6 +125,20 @@ def test_other_sizes_are_compiled_once(policy: str) -> None:
     assert _num_graphs() == 2
 
 
+def test_attention_of_another_tensor_is_not_compiled_anew() -> None:
+    """What tells q, k and v apart in a trace must not be the identity of a tensor."""
+    counter = CompileCounterWithBackend("aot_eager")
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    run = torch.compile(lpcompile(attention, "fp8-rowwise"), backend=counter, fullgraph=True)
+    others = [torch.randn(2, 4, 16) for _ in range(6)]
+    for x in others:
+        run(x, x, x)
+    assert counter.frame_count == 1
+    for x, y in zip(others, reversed(others)):
+        run(x, y, y)
+    assert counter.frame_count == 2
+
+
 def test_evaluation_and_training_are_a_graph_each() -> None:
     model, x = _model(), torch.randn(64, 32)
     lpcompile(model, "fp8-rowwise", example_inputs=(x,))

@@ -130,7 +130,7 @@ class ExportedForward:
             tensors = self.fitting(args, kwargs)
             if isinstance(tensors, list):
                 self.num_calls += 1
-                results = self.codes[self.state.phase](module, tensors)
+                results = self.codes[self.state.phase_in(is_training=False)](module, tensors)
                 return results[0] if self.out_spec.is_leaf() else pytree.tree_unflatten(results, self.out_spec)
             self.num_unserved += 1
             self.first_unserved = self.first_unserved or tensors

@@ -208,9 +208,11 @@ class _LookingHost:
 class _LookingScope(Scope):
     """A scope that forgets what it found, since each call may have other sizes."""
 
-    def product(self, name: str, op: str, kind: str, lhs: Tensor, rhs: Tensor, *rest: Any, **more: Any) -> None:
+    def product(
+        self, is_training: bool, name: str, op: str, kind: str, lhs: Tensor, rhs: Tensor, *rest: Any, **more: Any
+    ) -> None:
         self._forget(name)
-        super().product(name, op, kind, lhs, rhs, *rest, **more)
+        super().product(is_training, name, op, kind, lhs, rhs, *rest, **more)
         seen, site = self.host.seen, self._site(name)  # type: ignore[attr-defined]
         seen.note(site, seen.last, lhs, rhs)
         unreal = why_not_cast(lhs) or why_not_cast(rhs)

@@ -34,7 +34,7 @@ def run_call(frame: Frame, func: Any, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
     if not isinstance(call, GemmNode):
         return _COMPOSITES[call.stem](frame, name, func, args, kwargs)
-    product = frame.scope.product(name, call.op, call.kind, call.lhs, call.rhs, _sizes(call), call.geometry)
+    product = frame.product(name, call.op, call.kind, call.lhs, call.rhs, _sizes(call), call.geometry)
     if product is None:
         return func(*args, **kwargs)
     is_weight, is_scaled = _is_weight(call.rhs), (call.alpha, call.beta) != (1, 1)
@@ -112,7 +112,7 @@ def _without_data(x: Tensor) -> Tensor:
 def _product_of(frame: Frame, name: str, equation: str, left: Tensor, right: Tensor) -> Any:
     """What runs an equation of two operands, as one product of matrices; None where torch does."""
     lhs, rhs = einsum.left_matrices(left, equation), einsum.right_matrices(right, equation)
-    return frame.scope.product(name, "matmul", "matmul", lhs, rhs)
+    return frame.product(name, "matmul", "matmul", lhs, rhs)
 
 
 def _multiply_pair(product: Any, equation: str, left: Tensor, right: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def _run_attention(frame: Frame, name: str, func: Any, args: Args, kwargs: Kwarg
     mask, dropout_p = given(args, kwargs, 3, "attn_mask"), given(args, kwargs, 4, "dropout_p", default=0.0)
     is_causal = given(args, kwargs, 5, "is_causal", default=False)
     scale, enable_gqa = kwargs.get("scale"), kwargs.get("enable_gqa", False)
-    qk = frame.scope.product(f"{name}.qk", "matmul", "matmul", q, k.transpose(-2, -1))
-    pv = frame.scope.product(f"{name}.pv", "matmul", "matmul", q, v, lhs_shape=(*q.shape[:-1], k.shape[-2]))
+    qk = frame.product(f"{name}.qk", "matmul", "matmul", q, k.transpose(-2, -1))
+    pv = frame.product(f"{name}.pv", "matmul", "matmul", q, v, lhs_shape=(*q.shape[:-1], k.shape[-2]))
     if qk is None and pv is None:
         return func(*args, **kwargs)
     lhs, rhs = attention.scaled_query(q, scale), attention.scaled_key(k, q, scale, enable_gqa)
@@ -143,7 +143,7 @@ def _run_grouped(frame: Frame, name: str, func: Any, args: Args, kwargs: Kwargs)
     x, weight, offs = (given(args, kwargs, position, key) for position, key in enumerate(("mat_a", "mat_b", "offs")))
     is_nk = weight.stride(-2) == 1  # stored as (G, N, K), the weight of a linear layer per group
     kind, matrices = ("linear", weight.transpose(-2, -1)) if is_nk else ("linear_kn", weight)
-    product = frame.scope.product(name, "linear", kind, x, matrices[0], (weight.shape[2], weight.shape[1]))
+    product = frame.product(name, "linear", kind, x, matrices[0], (weight.shape[2], weight.shape[1]))
     if product is None:
         return func(*args, **kwargs)
     is_weight = _is_weight(weight)
@@ -164,10 +164,10 @@ def _run_multihead(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: Kwarg
     first, last = given["q_proj_weight"] if is_apart else given["in_proj_weight"], given["out_proj_weight"]
     scores, heads = (*q.shape[:-1], k.shape[0]), q.shape[-1] // given["num_heads"]
     products = {
-        "in_proj": frame.scope.product(f"{name}.in_proj", "linear", "linear", q, first, (3 * width, width)),
-        "qk": frame.scope.product(f"{name}.qk", "matmul", "matmul", q[..., :heads], k[..., :heads].mT),
-        "pv": frame.scope.product(f"{name}.pv", "matmul", "matmul", q, v, lhs_shape=scores),
-        "out_proj": frame.scope.product(f"{name}.out_proj", "linear", "linear", q, last, tuple(last.shape)),
+        "in_proj": frame.product(f"{name}.in_proj", "linear", "linear", q, first, (3 * width, width)),
+        "qk": frame.product(f"{name}.qk", "matmul", "matmul", q[..., :heads], k[..., :heads].mT),
+        "pv": frame.product(f"{name}.pv", "matmul", "matmul", q, v, lhs_shape=scores),
+        "out_proj": frame.product(f"{name}.out_proj", "linear", "linear", q, last, tuple(last.shape)),
     }
     if all(product is None for product in products.values()):
         return func(*args, **kwargs)

@@ -36,7 +36,7 @@ class Host(Protocol):
     state: RunState
 
     def find(self, sight: Sight) -> "list[Product | None]":
-        """By phase of the schedule; None where the product runs as the uncompiled model has it."""
+        """By phase of the schedule, evaluation last; None where the product runs as the uncompiled model has it."""
         ...
 
 
@@ -69,10 +69,10 @@ class Scope:
                 return original(module, *args, **kwargs)
             mode = Interception()
             with mode:
-                mode.frame = Frame(self)
+                mode.frame = Frame(self, module.training)
                 return original(module, *args, **kwargs)
         outer = mode.frame
-        mode.frame = Frame(self)
+        mode.frame = Frame(self, module.training)
         try:
             return original(module, *args, **kwargs)
         finally:
@@ -80,6 +80,7 @@ class Scope:
 
     def product(
         self,
+        is_training: bool,
         name: str,
         op: str,
         kind: str,
@@ -89,19 +90,19 @@ class Scope:
         geometry: ConvGeometry | None = None,
         lhs_shape: Sequence[int] | None = None,
     ) -> "Product | TracedProduct | None":
-        """What runs the product `name` of this module; None: torch does. `sizes`: n and k, where the right operand is
-        the weight of a layer. `lhs_shape`: of the left operand, where `lhs` is what it will be made of.
+        """What runs the product `name` of this module in its mode; None: torch does. `sizes`: n and k, where the
+        right operand is the weight of a layer. `lhs_shape`: of the left operand, where `lhs` is what it is made of.
         """
         if torch.compiler.is_compiling():
             n, k = sizes
-            text = _texts_of(self.key, name, op, kind, n, k)[self.host.state.phase]
+            text = _texts_of(self.key, name, op, kind, n, k)[self.host.state.phase_in(is_training)]
             return TracedProduct(text, self.host.state) if text else None
         phases = self.found.get(name)
         if phases is None:
             lengths = lengths_of(kind, lhs_shape or lhs.shape, rhs.shape, geometry)
             sight = Sight(self._site(name), op, kind, *sizes, lengths, owner=self.path)
             phases = self.found[name] = self.host.find(sight)
-        product = phases[self.host.state.phase]
+        product = phases[self.host.state.phase_in(is_training)]
         if product is None:
             return None
         if product.is_identity:
@@ -129,10 +130,10 @@ class Scope:
 
 
 class Frame:
-    """One call of a module: how many products of each kind it has written so far."""
+    """One call of a module in training or evaluation mode: how many products of each kind it has written so far."""
 
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
+    def __init__(self, scope: Scope, is_training: bool) -> None:
+        self.scope, self.is_training = scope, is_training
         self.numbers: dict[str, int] = {}
 
     def name(self, stem: str) -> str:
@@ -140,6 +141,10 @@ class Frame:
         number = self.numbers.get(stem, 0)
         self.numbers[stem] = number + 1
         return f"{stem}_{number}"
+
+    def product(self, name: str, *product: Any, **more: Any) -> "Product | TracedProduct | None":
+        """Scope.product, in the mode of the call."""
+        return self.scope.product(self.is_training, name, *product, **more)
 
 
 class Interception(TorchFunctionMode):

@@ -45,7 +45,7 @@ class LeafForward:
     def _run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        products = self.phases[self.state.phase]
+        products = self.phases[self.state.phase_in(module.training)]
         if products is None:
             return original(module, *args, **kwargs)
         return self.forward(module, products, *args, **kwargs)

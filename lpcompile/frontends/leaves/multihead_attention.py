@@ -100,9 +100,12 @@ def _projected(
 
 
 def _thrice(query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-    """The three changed; what was one tensor stays one tensor."""
-    changed: dict[int, Tensor] = {}
-    return tuple(changed.setdefault(id(x), change(x)) for x in (query, key, value))
+    """The three changed; what was one tensor stays one tensor. torch.compile decides `is` as it traces; it would
+    guard on an id, and compile anew for every other tensor.
+    """
+    first = change(query)
+    second = first if key is query else change(key)
+    return first, second, first if value is query else second if value is key else change(value)
 
 
 def _project(

@@ -149,6 +149,23 @@ def test_the_owner_is_told_by_the_name_where_no_model_is_at_hand() -> None:
     assert Site("layers.fc_1", "linear", 3, 9, 4, 4).module == "layers.fc_1"
 
 
+def test_convolutions_are_told_by_their_geometry() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, (1, 3), groups=8), nn.Conv1d(8, 8, 1), nn.Linear(8, 8))
+    sites = describe(
+        [Site(str(i), op, i, 4, 8, 8) for i, op in enumerate(("conv2d", "conv2d", "conv1d", "linear"))], model
+    )
+    for shape, expected in (
+        ({"kernel": 1}, "02"),
+        ({"kernel": ">1"}, "1"),
+        ({"groups": ">1"}, "1"),
+        ({"groups": 1}, "02"),
+        ({"kernel": "<9", "groups": 8, "n": 8}, "1"),
+        ({"kernel": ">=0"}, "012"),
+    ):
+        match = Match.model_validate({"shape": shape})
+        assert "".join(site.name for site in sites if match.matches(site)) == expected
+
+
 def test_positions_count_leaves_that_are_called() -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"})
     sites = [Site(name, "linear", index, 4, 4, 4) for index, name in enumerate("abcd")]
