@@ -104,7 +104,7 @@ def is_worker() -> bool:
 
 
 def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
-    """Train a language model under a policy, on one or many workers.
+    """Train a language model or an image classifier under a policy, on one or many workers.
 
     Flags override --config, which overrides the config of the checkpoint in --resume, which overrides the defaults.
 
@@ -112,6 +112,9 @@ def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
     Examples:
       lpcompile train --policy hfp8 --nproc 2
       lpcompile train --policy hfp8 --engine ddp --nproc 2 --compare fp32
+      lpcompile train --model resnet --data digits --policy hfp8-2019 --engine none --compare fp32
+      lpcompile train --model mobilenet --data mnist --layers 6 --policy fqt-5-psq --engine ddp --nproc 2
+      lpcompile train --model resnet --data cifar-10-batches-py --layers 9 --augment crop-flip --optimizer sgd --lr 0.1
       lpcompile train --config run.yaml --steps 1000 --out runs/mine
       lpcompile train --resume runs/mine
       torchrun --nproc-per-node 8 -m launch train --config run.yaml --policy hfp8
