@@ -144,6 +144,11 @@ class RunConfig(BaseModel):
         if reads_images(self.model):
             if self.tokenizer or self.vocab:
                 raise ValueError(f"{self.model} reads images: tokenizer and vocab are of text")
+            if self.engine == "deepspeed" and self.dtype == "bf16":
+                raise ValueError(
+                    f"DeepSpeed makes batch norms of {self.model} bf16 too, whose running means then stand still:"
+                    " engine ddp, or dtype fp32"
+                )
             return self._checked_engine()
         if self.image_size or self.augment != "none":
             raise ValueError(f"{self.model} reads text: image_size and augment are of images")

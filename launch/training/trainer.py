@@ -271,7 +271,8 @@ class Run:
         return loss, accuracy
 
     def _inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {MODELS[self.config.model].input_name: x.to(self.world.device)}
+        dtype = torch.bfloat16 if x.is_floating_point() and self.config.dtype == "bf16" else x.dtype
+        return {MODELS[self.config.model].input_name: x.to(self.world.device, dtype)}
 
     def _rows_per_step(self) -> int:
         return self.config.batch * self.config.grad_accumulation * self.world.size
