@@ -27,6 +27,10 @@ _APART = {
     "inspect": (
         "launch.commands.inspect", "inspect_app", "Number formats: what there is, and what a number becomes."
     ),
+    "reproduce": (
+        "launch.commands.reproduce", "reproduce",
+        "Run published claims about low-precision training again, and write tables and plots beside their numbers.",
+    ),
     "opt": ("launch.commands.opt", "opt", "Run passes over a program and print it as text. See docs/ir.md."),
 }  # fmt: skip
 
@@ -35,7 +39,6 @@ _PLANNED = {
     "quantize": "calibrate and quantize a trained model",
     "search": "find a policy under a budget",
     "export": "write a quantized model for another runtime",
-    "reproduce": "rerun a paper's table",
 }
 
 _OTHER_NAMES = {
@@ -217,7 +220,7 @@ def _bench(
 
 def _refuse(verb: str, what: str) -> Any:
     def refuse() -> None:
-        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, opt, policy, inspect or bench")
+        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, opt, policy, inspect, bench")
 
     refuse.__doc__ = f"Not in this version: {what}."
     return refuse
