@@ -137,10 +137,10 @@ def tell(results: Mapping[str, Result], form: Form, plots: Path) -> str:
 
 
 _WHAT = """A seed sets the weights, the order of the batches and the random bits; the recipes of a seed differ in
-nothing but their policy. Differences are recipe minus fp32 of the same seed: points of accuracy, or of the GPT validation loss
-in 0.01 nats per token with the sign turned, so that below zero is always worse. The interval is Student's at 95%;
-`visible` is the smallest difference that would have been seen four times of five. These are small nets on small data:
-they can show that a recipe loses, and cannot show that it will not on ImageNet."""
+nothing but their policy. Differences are recipe minus fp32 of the same seed: points of accuracy, or of the GPT
+validation loss in 0.01 nats per token with the sign turned, so that below zero is always worse. The interval is
+Student's at 95%; `visible` is the smallest difference that would have been seen four times of five. These are small
+nets on small data: they can show that a recipe loses, and cannot show that it will not on ImageNet."""
 
 
 def _told(task: _Task, results: Mapping[str, Result], form: Form, plots: Path) -> str:

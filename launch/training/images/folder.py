@@ -25,6 +25,7 @@ def image_folder(folder: Path, size: int) -> Source:
     """The pictures below a folder. ConfigError where there are none, one class alone, or classes that differ."""
     pillow()
     train, skipped = _listed(folder / "train" if (folder / "train").is_dir() else folder)
+    validation: list[Path] = []
     held_out = next((folder / name for name in _OF_VALIDATION if (folder / name).is_dir()), None)
     classes = sorted({file.parent.name for file in train})
     if (folder / "train").is_dir() and held_out:
@@ -33,7 +34,7 @@ def image_folder(folder: Path, size: int) -> Source:
         unknown = sorted({file.parent.name for file in validation} - set(classes))
         if unknown:
             raise ConfigError(f'no picture to train on is of class "{unknown[0]}"', where=str(held_out / unknown[0]))
-    else:
+    elif train:
         labels_N = _labels(train, classes)
         rows, others = stratified(labels_N, round(_TRAIN_SHARE * len(train)))
         train, validation = [train[row] for row in rows], [train[row] for row in others]
