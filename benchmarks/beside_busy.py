@@ -19,9 +19,9 @@ _LOOP = """
 import sys, time, torch
 from torch.nn.functional import cross_entropy
 from launch.training.config import RunConfig
-from launch.training.models import build_model
+from launch.training.models.build import build_model
 config = RunConfig()
-model = build_model(config, 256)
+model = build_model(config, vocab=256)
 optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
 x = torch.randint(0, 256, (config.batch, config.context))
 times = []

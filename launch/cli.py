@@ -27,6 +27,10 @@ _APART = {
     "inspect": (
         "launch.commands.inspect", "inspect_app", "Number formats: what there is, and what a number becomes."
     ),
+    "reproduce": (
+        "launch.commands.reproduce", "reproduce",
+        "Run published claims about low-precision training again, and write tables and plots beside their numbers.",
+    ),
     "opt": ("launch.commands.opt", "opt", "Run passes over a program and print it as text. See docs/ir.md."),
 }  # fmt: skip
 
@@ -35,7 +39,6 @@ _PLANNED = {
     "quantize": "calibrate and quantize a trained model",
     "search": "find a policy under a budget",
     "export": "write a quantized model for another runtime",
-    "reproduce": "rerun a paper's table",
 }
 
 _OTHER_NAMES = {
@@ -104,7 +107,7 @@ def is_worker() -> bool:
 
 
 def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
-    """Train a language model under a policy, on one or many workers.
+    """Train a language model or an image classifier under a policy, on one or many workers.
 
     Flags override --config, which overrides the config of the checkpoint in --resume, which overrides the defaults.
 
@@ -112,6 +115,9 @@ def _train(config: Path | None, prepared: bool, **flags: Any) -> None:
     Examples:
       lpcompile train --policy hfp8 --nproc 2
       lpcompile train --policy hfp8 --engine ddp --nproc 2 --compare fp32
+      lpcompile train --model resnet --data digits --policy hfp8-2019 --engine none --compare fp32
+      lpcompile train --model mobilenet --data mnist --layers 6 --policy fqt-5-psq --engine ddp --nproc 2
+      lpcompile train --model resnet --data cifar-10-batches-py --layers 9 --augment crop-flip --optimizer sgd --lr 0.1
       lpcompile train --config run.yaml --steps 1000 --out runs/mine
       lpcompile train --resume runs/mine
       torchrun --nproc-per-node 8 -m launch train --config run.yaml --policy hfp8
@@ -214,7 +220,7 @@ def _bench(
 
 def _refuse(verb: str, what: str) -> Any:
     def refuse() -> None:
-        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, opt, policy, inspect or bench")
+        raise NotSupported(f'"{verb}" ({what}) is not in this version', hint="train, opt, policy, inspect, bench")
 
     refuse.__doc__ = f"Not in this version: {what}."
     return refuse

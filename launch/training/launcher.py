@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from launch.training.config import ConfigError, RunConfig
-from launch.training.data import check_data
+from launch.training.dataset import check_dataset
 from launch.training.last_words import WorkerError, first_cause, resume_hint, told
 from launch.training.record import check_corpus, check_resumable, find_checkpoint, read_record
 from launch.training.run_folder import prepare_folder, write_config
@@ -47,13 +47,13 @@ def check_run(config: RunConfig, world_size: int) -> Policy:
             raise ConfigError(
                 "a resumed run cannot be compared: the other run would start from nothing", where="--compare"
             )
-    corpus_sha256 = check_data(config)
+    corpus_sha256 = check_dataset(config)
     if config.resume:
         found = find_checkpoint(config.resume)
         record = read_record(found)
         check_resumable(found, policy.name, policy.hash, world_size)
         if corpus_sha256:
-            check_corpus(found, record, corpus_sha256, config.data or "Python's documentation")
+            check_corpus(found, record, corpus_sha256, config.data or "the data of this model if --data is silent")
         if (step := record.step) >= config.steps:
             raise ConfigError(
                 "this checkpoint is past the end of the run",

@@ -13,10 +13,10 @@ class StepMetrics:
     """One optimizer step, as one line of metrics.jsonl."""
 
     step: int  # from 1: steps done
-    loss: float  # mean over ranks and micro-batches, nats per token; not finite: null in the file
+    loss: float  # mean over ranks and micro-batches, nats per token or image; not finite: null in the file
     lr: float
     ms: float  # milliseconds, from the first micro-batch to the end of the update
-    tokens: int  # of all ranks
+    tokens: int  # of all ranks; images of a model that reads images
     loss_scale: float
     skipped: bool
     grad_norm: float | None  # before clipping, where the engine knows it
@@ -24,7 +24,8 @@ class StepMetrics:
     parameter_bytes: int  # sent by rank 0 to gather parameters
     predicted_gradient_bytes: int  # by the ledger
     wire_agrees: bool  # counted == predicted, for gradients and parameters
-    validation: float | None = None  # loss on the validation split after this step, nats per token
+    validation: float | None = None  # loss on the validation split after this step, nats per token or image
+    accuracy: float | None = None  # share of the validation split that is answered right
 
     @property
     def tokens_per_s(self) -> float:
@@ -50,6 +51,7 @@ class MetricsLog:
         scalars = {
             "loss/train": step.loss,
             "loss/validation": step.validation,
+            "accuracy/validation": step.accuracy,
             "speed/ms_per_step": step.ms,
             "speed/tokens_per_s": step.tokens_per_s,
             "scaling/loss_scale": step.loss_scale,

@@ -18,8 +18,8 @@ _PLAIN_LINES = 15  # per run, where there is no terminal
 class Monitor:
     """Shows steps. Does nothing on ranks other than the first."""
 
-    def __init__(self, title: str, start: int, steps: int, is_first: bool) -> None:
-        self._title, self._steps, self._is_first = title, steps, is_first
+    def __init__(self, title: str, start: int, steps: int, is_first: bool, unit: str = "token") -> None:
+        self._unit, self._title, self._steps, self._is_first = unit, title, steps, is_first
         self._every = max(1, steps // _PLAIN_LINES)
         self._console = Console(file=sys.stdout, highlight=False)
         self._progress: Progress | None = None
@@ -55,12 +55,12 @@ class Monitor:
     def show(self, step: StepMetrics) -> None:
         if not self._is_first:
             return
-        state = describe_step(step)
+        state = describe_step(step, self._unit)
         if self._progress:
             shown = f"loss {step.loss:.4f}  {step.ms:.0f} ms" if self._console.width < _NARROW else state
             self._progress.update(self._task, completed=step.step, state=shown)
         if step.validation is not None:
-            self.say(f"{self._title}: step {step.step}/{self._steps}  {state}  validation {step.validation:.4f}")
+            self.say(f"{self._title}: step {step.step}/{self._steps}  {state}{_validation(step)}")
         elif step.skipped:
             self.say(f"{self._title}: step {step.step} skipped: {why_skipped(step)}")
         elif not self._progress and (step.step % self._every == 0 or step.step in (1, self._steps)):
@@ -84,6 +84,11 @@ def why_skipped(step: StepMetrics) -> str:
     return "a gradient is not finite at loss scale 1: the run diverges"
 
 
-def describe_step(step: StepMetrics) -> str:
+def _validation(step: StepMetrics) -> str:
+    right = "" if step.accuracy is None else f", {100 * step.accuracy:.1f} % right"
+    return f"  validation {step.validation:.4f}{right}"
+
+
+def describe_step(step: StepMetrics, unit: str = "token") -> str:
     scale = f"  scale {step.loss_scale:g}" if step.loss_scale != 1.0 else ""
-    return f"loss {step.loss:.4f}  {step.ms:.0f} ms  {step.tokens_per_s:,.0f} tokens/s{scale}"
+    return f"loss {step.loss:.4f}  {step.ms:.0f} ms  {step.tokens_per_s:,.0f} {unit}s/s{scale}"

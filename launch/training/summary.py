@@ -27,10 +27,10 @@ class Summary:
     world_size: int
     parameters: int
     steps: int
-    train_loss: float  # mean of the last tenth of the steps, nats per token
-    validation_loss: float  # nats per token
-    validation_per_byte: float  # nats per byte
-    bigram: float  # nats per byte
+    train_loss: float  # mean of the last tenth of the steps, nats per token or image
+    validation_loss: float  # nats per token or image
+    validation_per_byte: float | None  # nats per byte; None of images
+    bigram: float | None  # nats per byte; None of images
     ms_per_step: float  # median
     tokens_per_s: float  # of all ranks, at the median step
     gradient_bytes: float
@@ -50,6 +50,8 @@ class Summary:
     folder: str
     graphs: int = 0  # that torch.compile captured, if it did
     products_in_graphs: int = 0  # FWD, BWD and GRAD each one, rewritten in them
+    unit: str = "token"  # of a loss: token or image
+    accuracy: float = math.nan  # share of the validation split that is answered right
 
     def save(self) -> None:
         text = json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
@@ -142,12 +144,16 @@ def build_table(runs: list[Summary]) -> Table:
     for label, cell, difference in _ROWS:
         cells = [cell(run) for run in runs]
         if any(cells):
-            table.add_row(label, *cells, *([difference(runs[0], runs[1])] if is_pair else []))
+            table.add_row(
+                label.replace("UNIT", runs[0].unit), *cells, *([difference(runs[0], runs[1])] if is_pair else [])
+            )
     return table
 
 
 def plot_losses(path: Path, runs: list[Summary]) -> None:
-    """Training loss (mean over a fiftieth of the run), validation points, the byte-bigram baseline; nats per byte."""
+    """Training loss (mean over a fiftieth of the run) and validation points; of text in nats per byte, beside the byte
+    bigram's.
+    """
     import matplotlib as mpl  # here: its import takes a second that no other verb should wait
 
     mpl.use("Agg")
@@ -156,7 +162,8 @@ def plot_losses(path: Path, runs: list[Summary]) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for run in runs:
         steps = read_metrics(Path(run.folder))
-        per_byte = run.validation_per_byte / run.validation_loss if run.validation_loss else 1.0
+        per_byte = (run.validation_per_byte or 0.0) / run.validation_loss if run.validation_loss else 1.0
+        per_byte = per_byte or 1.0
         color = f"C{runs.index(run)}"
         axes.plot(
             [step.step for step in steps],
@@ -166,10 +173,11 @@ def plot_losses(path: Path, runs: list[Summary]) -> None:
         )
         seen = [(step.step, step.validation * per_byte) for step in steps if step.validation is not None]
         axes.plot([x for x, _ in seen], [y for _, y in seen], "o", color=color, label=f"{run.policy}: validation")
-    axes.axhline(runs[0].bigram, color="grey", linestyle="--", label="byte bigram")
+    if runs[0].bigram is not None:
+        axes.axhline(runs[0].bigram, color="grey", linestyle="--", label="byte bigram")
     axes.set(
         xlabel="optimizer step",
-        ylabel="loss, nats per byte",
+        ylabel=f"loss, nats per {'byte' if runs[0].unit == 'token' else runs[0].unit}",
         title=f"{runs[0].engine}, {num_workers(runs[0].world_size)}",
     )
     axes.legend()
@@ -205,6 +213,10 @@ def _uncompressed(run: Summary) -> str:
     return f"{run.gradient_bytes_fp32 / run.gradient_bytes:.2f}x / {run.gradient_bytes_bf16 / run.gradient_bytes:.2f}x"
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
 def _gemms(run: Summary) -> str:
     return f"{run.gemms_as_asked} of {run.gemms}" if run.gemms else "left alone"
 
@@ -219,13 +231,15 @@ def _backends(run: Summary) -> str:
 
 # One row: label, one run's cell, the difference of two runs. A row whose cells are all empty is not shown.
 _ROWS: list[tuple[str, Callable[[Summary], str], Callable[[Summary, Summary], str]]] = [
-    ("final training loss (nats/token)", lambda run: f"{run.train_loss:.4f}", _gap(lambda run: run.train_loss)),
-    ("final validation loss (nats/token)", lambda run: f"{run.validation_loss:.4f}",
+    ("final training loss (nats/UNIT)", lambda run: f"{run.train_loss:.4f}", _gap(lambda run: run.train_loss)),
+    ("final validation loss (nats/UNIT)", lambda run: f"{run.validation_loss:.4f}",
      _gap(lambda run: run.validation_loss)),
-    ("  in nats/byte", lambda run: f"{run.validation_per_byte:.4f}", _gap(lambda run: run.validation_per_byte)),
-    ("  byte-bigram baseline", lambda run: f"{run.bigram:.4f}", _none),
+    ("  in nats/byte", lambda run: _number(run.validation_per_byte), _gap(lambda run: run.validation_per_byte or 0.0)),
+    ("  byte-bigram baseline", lambda run: _number(run.bigram), _none),
+    ("final validation accuracy", lambda run: f"{100 * run.accuracy:.2f} %",
+     lambda ours, theirs: f"{100 * (ours.accuracy - theirs.accuracy):+.2f} points"),
     ("ms per step (median)", lambda run: f"{run.ms_per_step:.0f}", _ratio(lambda run: run.ms_per_step)),
-    ("tokens/s", lambda run: f"{run.tokens_per_s:,.0f}", _ratio(lambda run: run.tokens_per_s)),
+    ("UNITs/s", lambda run: f"{run.tokens_per_s:,.0f}", _ratio(lambda run: run.tokens_per_s)),
     ("gradient bytes per step: counted, predicted", _gradient_bytes, _ratio(lambda run: run.gradient_bytes)),
     ("  smaller than this engine's fp32 / bf16", _uncompressed, _none),
     ("bytes per step with parameter gathers", lambda run: f"{run.total_bytes:,.0f}" if run.total_bytes else "",

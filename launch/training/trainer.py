@@ -1,6 +1,6 @@
 """The story of a run, as one worker lives it.
 
-    corpus -> model -> lpcompile -> engine -> (resume) -> steps -> checkpoint, certificate, summary
+    data -> model -> lpcompile -> engine -> (resume) -> steps -> checkpoint, certificate, summary
 
 A step: micro-batches forward and backward under the loss scale, one small all-reduce of loss and overflow, clip and
 update (or skip), advance the compiled model's clock.
@@ -22,13 +22,15 @@ from launch.engines.registry import engine_class
 from launch.training import checkpoint
 from launch.training.agreement import check_agreement
 from launch.training.config import RunConfig, with_absolute_paths
-from launch.training.data import Corpus, load_corpus
+from launch.training.dataset import Dataset, load_dataset
 from launch.training.last_words import WorkerError, is_lost_peer, is_timeout, leave_last_words, resume_hint, told
 from launch.training.metrics import MetricsLog, StepMetrics
-from launch.training.models import build_model
+from launch.training.models.build import build_model
+from launch.training.models.registry import MODELS
 from launch.training.monitor import Monitor
 from launch.training.record import LossScaleRecord, RunRecord, check_corpus, check_resumable, has_checkpoint
 from launch.training.run_folder import prepare_folder
+from launch.training.running_statistics import RunningStatistics
 from launch.training.scaling import GradientUnscaler
 from launch.training.summary import Summary, total
 from launch.training.world import World, bound_waiting, join_world
@@ -111,14 +113,15 @@ class Run:
     def __init__(self, config: RunConfig, policy: Policy, folder: Path, world: World) -> None:
         self.config, self.policy, self.folder, self.world = config, policy, folder, world
         with world.together():
-            self.corpus: Corpus = load_corpus(config)
-            self.model: nn.Module = build_model(config, self.corpus.vocab).to(world.device)
+            self.data: Dataset = load_dataset(config)
+            self.model: nn.Module = build_model(config, **self.data.sizes).to(world.device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        check_agreement(config, policy.hash, self.corpus.tokens_sha256, self.num_parameters, world)
+        check_agreement(config, policy.hash, self.data.content_sha256, self.num_parameters, world)
         self.scale = _loss_scale(policy)
         self._compile()
         self.unscaler = GradientUnscaler(self.model, self.scale, world)
         self.engine = _build_engine(self.model, config, policy, world)
+        self.statistics = RunningStatistics(self.model, world)
         if config.capture in _BACKENDS:
             compile_joint(self.model, backend=_BACKENDS[config.capture])
         bound_waiting(config)
@@ -127,7 +130,7 @@ class Run:
     def train(self) -> None:
         start, notes = self._resume()
         log = MetricsLog(self.folder, start) if self.world.is_first else None
-        with Monitor(self.policy.name, start, self.config.steps, self.world.is_first) as monitor:
+        with Monitor(self.policy.name, start, self.config.steps, self.world.is_first, self.data.unit) as monitor:
             for note in notes:
                 monitor.say(f"warning: {note}")
             if self.config.warmup >= self.config.steps:
@@ -135,10 +138,11 @@ class Run:
                     f"warning: --warmup {self.config.warmup} is not over in {self.config.steps} steps: the rate ends at"
                     f" {learning_rate(self.config, self.config.steps - 1):g} and never reaches --lr {self.config.lr:g}"
                 )
-            monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
+            monitor.say(f"data: {self.data.name}, sha256 {self.data.sha256[:16]}")
             monitor.say(f"optimizer: {self.config.optimizer}, {self.policy.update}")
-            if self.corpus.skipped:
-                monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
+            if self.data.skipped:
+                what = "UTF-8 text" if self.data.unit == "token" else "pictures of a class"
+                monitor.say(f"warning: {self.data.skipped} files are not {what} and were left out")
             certificate = report(self.model)
             for finding in certificate.warnings:
                 if not finding.is_wrong:
@@ -161,13 +165,13 @@ class Run:
 
     def _compile(self) -> None:
         """Rewrite the model as its policy says, and write the certificate of what became of each GEMM."""
-        x_BT, _ = self.corpus.batch(self.config, 0, 0, self.world.rank)
+        x, _ = self.data.batch(self.config, 0, 0, self.world.rank, self.world.size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LoweringWarning)  # the monitor tells it
             lpcompile(
                 self.model,
                 self.policy.over(self.config.steps),
-                example_kwargs={"input_ids": x_BT.to(self.world.device)},
+                example_kwargs=self._inputs(x),
                 mode="train",
                 strict=self.config.strict,
                 seed=self.config.seed,
@@ -195,7 +199,7 @@ class Run:
         check_resumable(found, self.policy.name, self.policy.hash, self.world.size)
         with self.world.together():
             record = checkpoint.load_checkpoint(found, self.engine, self.world)
-        check_corpus(found, record, self.corpus.tokens_sha256, self.corpus.name)
+        check_corpus(found, record, self.data.content_sha256, self.data.name)
         self.scale.load_state_dict(record.loss_scale.model_dump())
         advance(self.model, to_step=record.step)
         if notes:
@@ -205,8 +209,10 @@ class Run:
     def step(self, step: int) -> StepMetrics:
         """One optimizer step, and the validation if one is due; called by all ranks."""
         began = time.perf_counter()
+        self.statistics.keep()
         sums = self.unscaler.gather(self._accumulate(step))
         skip = sums.must_skip(self.scale)
+        self.statistics.agree(skip)
         lr = learning_rate(self.config, step)
         grad_norm = self.engine.step(lr, skip)
         self.scale.update(skip)
@@ -215,12 +221,13 @@ class Run:
         ms = 1000 * (time.perf_counter() - began)
         self._check_alive(step, skip)
         is_evaluated = _is_due(step + 1, self.config.eval_every, self.config.steps)
+        validation, accuracy = self.evaluate() if is_evaluated else (None, None)
         return StepMetrics(
             step=step + 1,
             loss=sums.loss,
             lr=lr,
             ms=ms,
-            tokens=self.config.batch * self.config.context * self.config.grad_accumulation * self.world.size,
+            tokens=self._rows_per_step() * self.data.units_per_row(self.config),
             loss_scale=self.scale.value,
             skipped=skip,
             grad_norm=grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
@@ -228,7 +235,8 @@ class Run:
             parameter_bytes=sent.counted.get("parameter_gather", 0),
             predicted_gradient_bytes=_predicted_gradient(sent),
             wire_agrees=sent.agrees,
-            validation=self._evaluate() if is_evaluated else None,
+            validation=validation,
+            accuracy=accuracy,
         )
 
     def _accumulate(self, step: int) -> torch.Tensor:
@@ -236,30 +244,39 @@ class Run:
         config, losses = self.config, []
         self.model.train()
         for micro in range(config.grad_accumulation):
-            x_BT, y_BT = self.corpus.batch(config, step, micro, self.world.rank)
+            x, y = self.data.batch(config, step, micro, self.world.rank, self.world.size)
             self._set_micro_batch(micro)
             with self.engine.micro_batch(last=micro == config.grad_accumulation - 1):
-                logits_BTV = self.engine.forward(x_BT.to(self.world.device))
-                loss = cross_entropy(logits_BTV.flatten(0, 1).float(), y_BT.flatten().to(self.world.device))
+                logits_NK = self.engine.forward(self._inputs(x)).flatten(0, -2)
+                loss = cross_entropy(logits_NK.float(), y.flatten().to(self.world.device))
                 self.engine.backward(self.unscaler.scaled(loss))
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Mean loss over the validation split, the same on every rank."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss over the validation split and the share of it that is answered right, the same on every rank."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         self.model.eval()
         self._set_micro_batch(_EVALUATION_STREAM)
-        for x_BT, y_BT, counted in self.corpus.validation_batches(self.config, self.world.rank, self.world.size):
-            logits_BTV = self.engine.forward(x_BT.to(self.world.device))
-            targets = y_BT[:counted].flatten().to(self.world.device)
-            losses = cross_entropy(logits_BTV[:counted].flatten(0, 1).float(), targets, reduction="sum")
-            sums += torch.stack([losses.double(), sums.new_tensor(targets.numel())])
+        for x, y, counted in self.data.validation_batches(self.config, self.world.rank, self.world.size):
+            logits_NK = self.engine.forward(self._inputs(x))[:counted].flatten(0, -2).float()
+            targets_N = y[:counted].flatten().to(self.world.device)
+            losses = cross_entropy(logits_NK, targets_N, reduction="sum")
+            right = (logits_NK.argmax(dim=-1) == targets_N).sum()
+            sums += torch.stack([losses.double(), right.double(), sums.new_tensor(targets_N.numel())])
         self.model.train()  # the certificate is of the mode that the model is in
         self.engine.counter.close_step()  # what evaluation gathers is no training step's
         dist.all_reduce(sums)
-        return (sums[0] / sums[1]).item()
+        loss, accuracy = (sums[:2] / sums[2]).tolist()
+        return loss, accuracy
+
+    def _inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        dtype = torch.bfloat16 if x.is_floating_point() and self.config.dtype == "bf16" else x.dtype
+        return {MODELS[self.config.model].input_name: x.to(self.world.device, dtype)}
+
+    def _rows_per_step(self) -> int:
+        return self.config.batch * self.config.grad_accumulation * self.world.size
 
     def _set_micro_batch(self, micro: int) -> None:
         if state := run_state(self.model):
@@ -282,7 +299,7 @@ class Run:
             world_size=self.world.size,
             policy_name=self.policy.name,
             policy_hash=self.policy.hash,
-            corpus_sha256=self.corpus.tokens_sha256,
+            corpus_sha256=self.data.content_sha256,
             files=[],
             loss_scale=LossScaleRecord(**self.scale.state_dict()),
             config=with_absolute_paths(self.config).model_dump(),
@@ -294,6 +311,8 @@ class Run:
     def _summarize(self, steps: list[StepMetrics], peak_memory: int) -> Summary:
         sums = total(steps)
         validation = next((step.validation for step in reversed(steps) if step.validation is not None), math.nan)
+        accuracy = next((step.accuracy for step in reversed(steps) if step.accuracy is not None), math.nan)
+        per_byte = self.data.bytes_per_unit
         certificate = report(self.model)
         return Summary(
             policy=self.policy.name,
@@ -304,8 +323,10 @@ class Run:
             steps=steps[-1].step,
             train_loss=sums.train_loss,
             validation_loss=validation,
-            validation_per_byte=validation / self.corpus.bytes_per_token,
-            bigram=self.corpus.bigram,
+            validation_per_byte=validation / per_byte if per_byte else None,
+            bigram=self.data.bigram,
+            accuracy=accuracy,
+            unit=self.data.unit,
             ms_per_step=sums.ms_per_step,
             tokens_per_s=sums.tokens_per_s,
             gradient_bytes=sums.gradient_bytes,
@@ -320,8 +341,8 @@ class Run:
             skipped_steps=sums.skipped_steps,
             loss_scale=self.scale.value,
             peak_memory=peak_memory,
-            corpus=self.corpus.name,
-            corpus_sha256=self.corpus.sha256,
+            corpus=self.data.name,
+            corpus_sha256=self.data.sha256,
             folder=str(self.folder),
             graphs=certificate.num_graphs,
             products_in_graphs=certificate.num_rewritten,

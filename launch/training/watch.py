@@ -25,9 +25,11 @@ _BEAT_S = 1.0
 class Watch:
     """The heart of this worker, and its view of the others'. For the time in which it joins them and is joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int | None = None, size: int | None = None) -> None:
+        """None: what torchrun says."""
         self._heart: Any = None
-        self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._rank = int(os.environ["RANK"]) if rank is None else rank
+        self._size = int(os.environ["WORLD_SIZE"]) if size is None else size
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
 

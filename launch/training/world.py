@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from launch.training.config import ConfigError, RunConfig
 from launch.training.last_words import told
@@ -125,6 +126,17 @@ def join_world(config: RunConfig) -> Iterator[World]:
         gc.collect()  # engines hold groups in cycles, and a group that outlives this point can abort the process
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def lone_world(device: torch.device) -> Iterator[World]:
+    """A world of this process alone, without torchrun, for many runs one after another (`--engine none`)."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield World(rank=0, size=1, local_rank=0, device=device, restart=0, watch=Watch(0, 1))
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def bound_waiting(config: RunConfig) -> None:

@@ -83,7 +83,7 @@ def _observe(variant: str, base: RunConfig, folder: Path, world: World) -> dict[
         "variant": variant,
         "parameters": run.num_parameters,
         "validation": steps[-1].validation,
-        "bigram": run.corpus.bigram,
+        "bigram": run.data.bigram,
         "skipped": sum(step.skipped for step in steps),
         "counted": [step.gradient_bytes for step in steps],
         "predicted": [step.predicted_gradient_bytes for step in steps],

@@ -46,7 +46,15 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--compare", "hfp9"], "hfp9"),
         (["--width", "wide"], "--width: this value does not fit. Expected a valid integer"),
         (["--heads", "3"], "width (256) must be a multiple of heads (3)"),
-        (["--model", "bert"], "--model: this value does not fit. Expected 'gpt' or 'llama'. Got 'bert'"),
+        (
+            ["--model", "bert"],
+            "--model: this value does not fit. Expected one of gpt, llama, resnet, mobilenet. Got 'bert'",
+        ),
+        (["--model", "mobilnet"], 'did you mean "mobilenet"'),
+        (["--model", "resnet", "--data", "mnst"], '--data mnst: these images are not known. Did you mean "mnist"?'),
+        (["--model", "resnet", "--data", "no-such-folder"], "Expected digits, mnist, a folder of CIFAR-10's batches"),
+        (["--data", "mnist"], "Try --model resnet or mobilenet, which read images"),
+        (["--engine", "none", "--nproc", "2"], "engine none is one process"),
         (["--engine", "fsdp"], "--engine: this value does not fit"),
         (["--zero-stage", "4"], "--zero-stage: this value does not fit"),
         (["--data", "no-such-file"], "--data no-such-file: the corpus cannot be read"),
@@ -127,7 +135,7 @@ def test_a_link_to_nothing_is_named(capsys: pytest.CaptureFixture[str], tmp_path
     assert "this is a link to what is not there" in refuse(capsys, "train", "--out", "run")
 
 
-@pytest.mark.parametrize("verb", ["quantize", "search", "export", "reproduce"])
+@pytest.mark.parametrize("verb", ["quantize", "search", "export"])
 def test_planned_verbs_are_refused_by_name(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert f'"{verb}"' in refuse(capsys, verb, "--any", "thing")
 
@@ -140,7 +148,7 @@ def test_bench_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> No
     assert "bench" in refuse(capsys, "bench", "no-such-benchmark")
 
 
-@pytest.mark.parametrize("verb", ["train", "bench"])
+@pytest.mark.parametrize("verb", ["train", "bench", "reproduce"])
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert run([verb, "--help"]) == 0
     assert f"lpcompile {verb}" in capsys.readouterr().out

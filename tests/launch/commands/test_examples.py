@@ -11,7 +11,7 @@ from launch.cli import command_line
 from launch.commands.bench import find_benchmarks
 
 ROOT = Path(__file__).resolve().parents[3]
-_VERBS = "train|opt|policy|inspect|bench"
+_VERBS = "train|opt|policy|inspect|bench|reproduce"
 _COMMAND = re.compile(rf"(?:\blpcompile|-m launch) ((?:{_VERBS})(?: [^|#`>\n]*)?)(?=[|#`>\n]|$)")
 
 

@@ -24,9 +24,20 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        (
+            "model: resnt\n",
+            'model: this value does not fit. Expected one of gpt, llama, resnet, mobilenet; did you mean "resnet"?',
+        ),
+        ("model: resnet\nvocab: 9\n", "resnet reads images: tokenizer and vocab are of text"),
+        ("augment: crop-flip\n", "gpt reads text: image_size and augment are of images"),
+        ("engine: none\nnproc: 2\n", "engine none is one process, not 2"),
+        ("model: mobilenet\ndtype: bf16\n", "DeepSpeed makes batch norms of mobilenet bf16 too"),
         ("steps: 10\nlayrs: 2\n", 'run.yaml:2: layrs: "layrs" is not a field of a run. Did you mean "layers"?'),
         ("lr: 0.1\n\nlayers: 0\n", "run.yaml:3: layers: this value does not fit. Expected greater than or equal to 1."),
-        ("engine: fsdp\n", "run.yaml:1: engine: this value does not fit. Expected deepspeed or ddp. Got 'fsdp'."),
+        (
+            "engine: fsdp\n",
+            "run.yaml:1: engine: this value does not fit. Expected one of deepspeed, ddp, none. Got 'fsdp'.",
+        ),
         ("width: wide\n", "run.yaml:1: width: this value does not fit. Expected a valid integer"),
         ("width: 100\nheads: 3\n", "run.yaml: width (100) must be a multiple of heads (3)."),
         ("width: 36\nheads: 4\nmodel: llama\n", "must be even"),
@@ -41,6 +52,13 @@ def test_names_file_line_and_field(tmp_path: Path, text: str, sentence: str) -> 
         load_config({}, file)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_has_defaults_of_its_own_under_what_is_said() -> None:
+    assert (RunConfig(model="resnet").width, RunConfig(model="resnet").batch) == (16, 32)
+    assert (RunConfig(model="resnet", width=24).width, RunConfig().width, RunConfig().batch) == (24, 256, 4)
+    base = RunConfig(model="resnet", width=24, batch=8).model_dump()
+    assert load_config({}, None, base, "old").width == 24
 
 
 @pytest.mark.parametrize("written", ["1e3", "1000", "1E3"])

@@ -1,0 +1,1 @@
+"""Reproduction: published claims about low-precision training, run again."""
