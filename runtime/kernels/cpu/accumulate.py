@@ -143,13 +143,13 @@ def _least_sum(spec: GemmSpec) -> float:
     return max(row.quantum if row.subnormals else row.tiny, 2.0**-126)
 
 
-def _is_general(spec: GemmSpec) -> bool:
-    """Whether accumulate.cpp shall not run its default loop."""
+def is_default_loop(spec: GemmSpec) -> bool:
+    """Whether accumulate.cpp runs its default loop, which the convolutions of accumulate_conv.cpp have too."""
     if is_plain(spec):
-        return False
+        return True
     how = spec.accumulator
     is_nearest, is_fused = how.mode in ("nearest_even", "nearest_away"), how.product == "fma"
-    return not is_nearest or how.model != "per_mac" or not (is_fused or _is_away(spec) or is_direct(spec))
+    return is_nearest and how.model == "per_mac" and (is_fused or _is_away(spec) or is_direct(spec))
 
 
 def _is_away(spec: GemmSpec) -> bool:
@@ -166,7 +166,7 @@ def how_of(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int
         is_fp32=is_plain(spec),
         is_odd=not is_direct(spec),
         is_away=_is_away(spec),
-        is_general=_is_general(spec),
+        is_general=not is_default_loop(spec),
         is_cut=how.mode not in ("nearest_even", "nearest_away"),
         is_rounded_product=how.product == "rounded",
         is_per_chunk=how.model == "per_chunk",
@@ -200,17 +200,22 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How)
     a_MK, b_KN = a_MK.float(), b_KN.float()
     check_product(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    plan = cast_plan(spec.accumulate, spec.accumulator.mode)
-    if spec.accumulate == "fp32" and plan is not None:  # does not saturate: Inf stays
-        plan = CastPlan.from_buffer_copy(plan)
-        plan.max = math.inf
     library.lp_accumulate(
-        *(plan, how),
+        *(accumulator_plan(spec), how),
         *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
         *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),
         *(address(out), m, n, k, spec.chunk or max(k, 1)),
         torch.get_num_threads() if m * n * k > _SERIAL else 1,
     )
+
+
+def accumulator_plan(spec: GemmSpec) -> CastPlan | None:
+    """How to round to the accumulator."""
+    plan = cast_plan(spec.accumulate, spec.accumulator.mode)
+    if spec.accumulate == "fp32" and plan is not None:  # does not saturate: Inf stays
+        plan = CastPlan.from_buffer_copy(plan)
+        plan.max = math.inf
+    return plan
 
 
 def _product_bits(spec: GemmSpec) -> int:
