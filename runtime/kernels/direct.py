@@ -1,5 +1,5 @@
-"""Direct convolutions: what a kernel may have in the place of products of matrices. Bit for bit the sums over the matrices
-of runtime/ops/im2col.py, which lays out the images and says the order of each sum.
+"""Direct convolutions: what a kernel may have in the place of products of matrices. Bit for bit the sums over the
+matrices of runtime/ops/im2col.py, which lays out the images and says the order of each sum.
 
     y[b, g N + n, out]  = sum over k = (c, t) of x[b, g C + c, lane + tap] w[g, c, number, n]
     dw[g N + n, c, t]   = sum over k = (b, p) of dy[b, g N + n, p] x[b, g C + c, lane + tap]
@@ -15,8 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Where products lie. lane (P,): the first place of each position in a channel of x; tap (T,): the place of each tap
-    beside it; number (T,): which of the kernel's `all_taps` positions it is; out (P,): the place in y. All int32.
+    """Where products lie. lane (P,): the first place of each position in a channel of x; tap (T,): the place of each
+    tap beside it; number (T,): which of the kernel's `all_taps` positions it is; out (P,): the place in y. All int32.
     """
 
     lane: Tensor

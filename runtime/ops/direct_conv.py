@@ -1,10 +1,10 @@
-"""Direct convolutions: where in an image the products of each sum lie, for kernels that need no matrices. The sums are those
-of runtime/ops/im2col.py, bit for bit.
+"""Direct convolutions: where in an image the products of each sum lie, for kernels that need no matrices. The sums are
+those of runtime/ops/im2col.py, bit for bit.
 
 Between the rows of dy that a stride sets apart, BWD has zeros. The output positions of one remainder modulo the stride
-meet the same taps, so each of them is a convolution of dy as it is with fewer taps: adding a zero product changes no sum
-but -0, which becomes 0. What is left of that is looked for, and such a result, like one of weights that are not finite,
-is left to the matrices.
+meet the same taps, so each of them is a convolution of dy as it is with fewer taps: adding a zero product changes no
+sum but -0, which becomes 0. What is left of that is looked for, and such a result, like one of weights that are not
+finite, is left to the matrices.
 """
 
 from functools import lru_cache
@@ -28,9 +28,7 @@ def forward(direct: AbstractDirect, padded: Tensor, w: Tensor, size: torch.Size,
     return y
 
 
-def input_gradient(
-    direct: AbstractDirect, dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry
-) -> Tensor | None:
+def input_gradient(direct: AbstractDirect, dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry) -> Tensor | None:
     """dx (B, C, *size); None where products with zeros cannot be left out."""
     is_apart = any(s > 1 for s in g.stride)
     if is_apart and not bool(w.isfinite().all()):
@@ -49,9 +47,7 @@ def input_gradient(
     return dx
 
 
-def weight_gradient(
-    direct: AbstractDirect, dy: Tensor, padded: Tensor, w_shape: torch.Size, g: ConvGeometry
-) -> Tensor:
+def weight_gradient(direct: AbstractDirect, dy: Tensor, padded: Tensor, w_shape: torch.Size, g: ConvGeometry) -> Tensor:
     """dw (O, C / groups, ...) of the padded x."""
     x, size = padded.float().contiguous(), dy.shape[2:]
     if not prod(w_shape):
@@ -85,8 +81,11 @@ def _phases(
     padding, starts, padded = [], [], []
     for m, phases in zip(of_dy, dims):
         ends = [(e, e + count - 1) for _, count, at in phases for _, e in at]
-        before, after = max(0, *(-e for e, _ in ends), 0), max(0, *(e - (m - 1) for _, e in ends), 0)
-        padding.append((before, after)), starts.append(before), padded.append(before + m + after)
+        before = max([0, *(-e for e, _ in ends)])
+        after = max([0, *(e - (m - 1) for _, e in ends)])
+        padding.append((before, after))
+        starts.append(before)
+        padded.append(before + m + after)
     steps, out_steps, found = _steps(padded), _steps(size), []
     for chosen in product(*dims):
         taps = list(product(*(at for _, _, at in chosen)))

@@ -1,5 +1,5 @@
-"""Convolutions that round after every multiply-add, by accumulate_conv.cpp: groups and taps are loops of the kernel, images
-are read as they lie. The sums, and what they are exact by, are those of runtime/kernels/cpu/accumulate.py.
+"""Convolutions that round after every multiply-add, by accumulate_conv.cpp: groups and taps are loops of the kernel,
+and images are read as they lie. The sums, and what they are exact by, are those of runtime/kernels/cpu/accumulate.py.
 """
 
 import ctypes
