@@ -21,6 +21,7 @@ from torch import Tensor
 
 from runtime.errors import NotSupported
 from runtime.kernels.cpu.epilogue import finish
+from runtime.kernels.direct import AbstractDirect
 from runtime.kernels.request import GemmRequest
 from runtime.kernels.self_test import fault_of
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey
@@ -104,6 +105,10 @@ class AbstractKernel(ABC):
         """The C function that multiplies, for products so small that they run without Python in between
         (kernels/cpu/small.py); None: there is none.
         """
+        return None
+
+    def direct(self, spec: GemmSpec) -> AbstractDirect | None:
+        """Its convolutions without matrices, with the same bits; None: it has matrices alone."""
         return None
 
     def load(self, grid: Tensor) -> Tensor:

@@ -17,17 +17,21 @@ from math import prod
 import torch
 from torch import Tensor
 
+from runtime.kernels.direct import AbstractDirect
+from runtime.ops import direct_conv
 from runtime.ops.contractions import AbstractContraction, Conv, ConvGeometry, Multiply
 
 
-def as_matrices(geometry: ConvGeometry) -> AbstractContraction:
-    """The convolution of this geometry as matrix products."""
-    return UnfoldedConvTranspose(geometry) if geometry.is_transposed else UnfoldedConv(geometry)
+def as_matrices(geometry: ConvGeometry, direct: AbstractDirect | None = None) -> AbstractContraction:
+    """The convolution of this geometry as matrix products, or by `direct`, which has their bits."""
+    return (UnfoldedConvTranspose if geometry.is_transposed else UnfoldedConv)(geometry, direct)
 
 
 @dataclass(frozen=True)
 class UnfoldedConv(Conv):
     """y = x * w by im2col; x (B, C, ...), w (O, C / groups, ...)."""
+
+    direct: AbstractDirect | None = None
 
     def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         g, kernel = self.geometry, rhs.shape[2:]
@@ -35,18 +39,20 @@ class UnfoldedConv(Conv):
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, s, p, d, k in zip(lhs.shape[2:], g.stride, g.padding, g.dilation, kernel)
         ]
-        return _forward(lhs, rhs, torch.Size(size), g, multiply)
+        return _forward(lhs, rhs, torch.Size(size), g, multiply, self.direct)
 
     def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return _input_gradient(dy, rhs, lhs_shape[2:], self.geometry, multiply)
+        return _input_gradient(dy, rhs, lhs_shape[2:], self.geometry, multiply, self.direct)
 
     def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return _weight_gradient(dy, lhs, rhs_shape, self.geometry, multiply)
+        return _weight_gradient(dy, lhs, rhs_shape, self.geometry, multiply, self.direct)
 
 
 @dataclass(frozen=True)
 class UnfoldedConvTranspose(Conv):
     """The transpose of UnfoldedConv; x (B, O, ...), w (O, C / groups, ...) in the names of that convolution."""
+
+    direct: AbstractDirect | None = None
 
     def _fwd(self, lhs: Tensor, rhs: Tensor, multiply: Multiply) -> Tensor:
         g = self.geometry
@@ -56,22 +62,33 @@ class UnfoldedConvTranspose(Conv):
                 lhs.shape[2:], g.stride, g.padding, g.dilation, rhs.shape[2:], g.output_padding
             )
         ]
-        return _input_gradient(lhs, rhs, torch.Size(size), g, multiply)
+        return _input_gradient(lhs, rhs, torch.Size(size), g, multiply, self.direct)
 
     def _bwd(self, dy: Tensor, rhs: Tensor, lhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return _forward(dy, rhs, lhs_shape[2:], self.geometry, multiply)
+        return _forward(dy, rhs, lhs_shape[2:], self.geometry, multiply, self.direct)
 
     def _grad(self, dy: Tensor, lhs: Tensor, rhs_shape: torch.Size, multiply: Multiply) -> Tensor:
-        return _weight_gradient(lhs, dy, rhs_shape, self.geometry, multiply)
+        return _weight_gradient(lhs, dy, rhs_shape, self.geometry, multiply, self.direct)
 
 
-def _forward(x: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
-    columns = _columns(_padded(x, [(p, p) for p in g.padding]), w.shape[2:], size, g.stride, g.dilation, g.groups)
+def _forward(
+    x: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply, direct: AbstractDirect | None
+) -> Tensor:
+    padded = _padded(x, [(p, p) for p in g.padding])
+    if direct is not None and direct.fits(padded, x.shape[0] * w.shape[0] * prod(size)):
+        return direct_conv.forward(direct, padded, w, size, g)
+    columns = _columns(padded, w.shape[2:], size, g.stride, g.dilation, g.groups)
     weights = w.reshape(g.groups, w.shape[0] // g.groups, prod(w.shape[1:])).transpose(-1, -2)
     return _image(multiply(columns, weights), x.shape[0], size)
 
 
-def _input_gradient(dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
+def _input_gradient(
+    dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply, direct: AbstractDirect | None
+) -> Tensor:
+    if direct is not None and direct.fits(dy, dy.shape[0] * w.shape[1] * g.groups * prod(size)):
+        dx = direct_conv.input_gradient(direct, dy, w, size, g)
+        if dx is not None:
+            return dx
     kernel = w.shape[2:]
     spread = [(n - 1) * s + 1 for n, s in zip(dy.shape[2:], g.stride)]
     apart = dy.new_zeros((*dy.shape[:2], *spread))
@@ -84,9 +101,13 @@ def _input_gradient(dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, mu
     return _image(multiply(columns, flipped.transpose(2, 3).flatten(1, 2)), dy.shape[0], size)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, w_shape: torch.Size, g: ConvGeometry, multiply: Multiply) -> Tensor:
+def _weight_gradient(
+    dy: Tensor, x: Tensor, w_shape: torch.Size, g: ConvGeometry, multiply: Multiply, direct: AbstractDirect | None
+) -> Tensor:
     """dw (O, C / groups, ...)."""
     padded = _padded(x, [(p, p) for p in g.padding])
+    if direct is not None and direct.fits(padded, dy.numel()):
+        return direct_conv.weight_gradient(direct, dy, padded, w_shape, g)
     columns = _columns(padded, w_shape[2:], dy.shape[2:], g.stride, g.dilation, g.groups)
     rows = dy.reshape(dy.shape[0], g.groups, dy.shape[1] // g.groups, prod(dy.shape[2:])).permute(1, 2, 0, 3).flatten(2)
     return multiply(rows, columns).reshape(w_shape)

@@ -35,7 +35,7 @@ class GemmPlan:
     def contraction_of(self, role: Role) -> AbstractContraction:
         """What lays out the GEMM of one role: a convolution is laid out as matrices for a kernel that has none."""
         if self.geometry is not None and self.kernel(role).is_matrix_only:
-            return as_matrices(self.geometry)
+            return as_matrices(self.geometry, self.kernel(role).direct(self.spec.role(role)))
         return self.contraction
 
     def kernel(self, role: Role) -> AbstractKernel:

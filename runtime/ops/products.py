@@ -35,6 +35,7 @@ from runtime.numerics.specs import ROLES, GemmSpec, QuantSpec, Role
 from runtime.ops.activations import add_and_relu, overwrite_with
 from runtime.ops.contractions import ConvGeometry, Multiply
 from runtime.ops.plan import GemmPlan
+from runtime.ops.slow_path import is_slow, site_named, telling
 from runtime.ops.sum_scales import varies_along_sum
 from runtime.ops.wide_bias import bf16_with_bias
 from runtime.quantize.qtensor import QTensor
@@ -50,6 +51,16 @@ def multiply(
     """One role as one op. rest: FWD's bias, else the shape of the result, which is in `dtype`; turn: what keys the
     random bits of its sums.
     """
+    if is_slow(plan.kernel(role)):
+        with site_named(plan.name):
+            return _multiplied(role, plan, a, b, rest, dtype, turn, residual, activation)
+    return _multiplied(role, plan, a, b, rest, dtype, turn, residual, activation)
+
+
+def _multiplied(
+    role: Role, plan: GemmPlan, a: QTensor, b: QTensor, rest: Tensor | Sequence[int] | None, dtype: torch.dtype,
+    turn: RunState | Turn | None, residual: Tensor | None, activation: str,
+) -> Tensor:  # fmt: skip
     plan, clock = _drawing(plan, role, turn)
     call = (*a.pair, *b.pair, rest, plan.text, clock, dtype)
     if role != "fwd":
@@ -63,7 +74,8 @@ def multiply_unrecorded(
     plan: GemmPlan, a: QTensor, b: QTensor, bias: Tensor | None, dtype: torch.dtype, turn: RunState | Turn | None
 ) -> Tensor:
     """FWD where no gradient flows: what lp::fwd computes, without the op unless someone watches operations."""
-    if _get_current_dispatch_mode() is not None or type(a.grid) is not Tensor or type(b.grid) is not Tensor:
+    is_watched = _get_current_dispatch_mode() is not None or type(a.grid) is not Tensor or type(b.grid) is not Tensor
+    if is_watched or is_slow(plan.kernel("fwd")):
         return multiply("fwd", plan, a, b, bias, dtype, turn)
     plan, clock = _drawing(plan, "fwd", turn)
     with torch._C._AutoDispatchBelowAutograd():
@@ -229,11 +241,13 @@ def _product(
     rows, columns = (rhs, lhs) if is_swapped else (lhs, rhs)
     if is_swapped:
         spec = spec.swapped
-    if plan.geometry is not None:
-        return partial(kernel.multiply, spec=spec, key=key)  # the result of a conv is scaled
-    batched = plan.kind == "matmul"
-    epilogue = Epilogue(_along(rows, "row", batched), _along(columns, "column", batched), *after)
-    return partial(kernel.run, epilogue=epilogue, spec=spec, key=key)
+    if plan.geometry is not None:  # the result of a conv is scaled
+        multiply: Multiply = partial(kernel.multiply, spec=spec, key=key)
+    else:
+        batched = plan.kind == "matmul"
+        epilogue = Epilogue(_along(rows, "row", batched), _along(columns, "column", batched), *after)
+        multiply = partial(kernel.run, epilogue=epilogue, spec=spec, key=key)
+    return telling(multiply, plan.site, plan.kind, role, plan.spec.role(role)) if is_slow(kernel) else multiply
 
 
 def _along(operand: QTensor, axis: str, batched: bool) -> Tensor | None:

@@ -5,19 +5,20 @@
 // as runtime/numerics/reference_gemm.py does, bit for bit. With one chunk there is no outer add. The caller says how Q is reached
 // from a sum in fp32 lanes:
 //
-//   fp32     Q is the adder's own rounding to nearest even; Inf and NaN as IEEE 754 has them//
+//   fp32     Q is the adder's own rounding to nearest even; Inf and NaN as IEEE 754 has them
 //   direct   Q(fl(part + a b)): rounding twice is rounding once (runtime/kernels/cpu/accumulate.py says when)
-//   scaled   direct, with A times a power of two that lays the accumulator's subnormals on those of fp32. There adding to
-//            the bits and clearing the low ones rounds subnormals as well, so that Q has no special case. Finite inputs
-//            only: sums saturate, so nothing else can turn up.
+//   cut      the sum is rounded toward zero first, for nearest away: whether a magnitude reaches the middle of its neighbours is seen
+//            in what is left of it. Nothing is asked of the product.
 //   odd      the sum is first rounded to odd: a b + part is rounded down and up, which is exact or gives two neighbours, of
 //            which one is odd. Q of that is Q of the exact sum for every Q of at most 22 significant bits whose quantum is
 //            2^-147 or more (Boldo, Melquiond 2008). Nothing is asked of the product: the unit adds all of its bits.
 //
-// A tile is `clear` where no sum can saturate, by the largest |a| and |b| of its rows and columns, and none can fall below the
-// constant precision, by the formats or by the smallest |a| and |b|. Then Q is two operations: adding and subtracting 1.5 2^(23 - M)
-// times the sum's power of two lets the adder round to nearest even at bit M, and for the other modes a constant or the
-// draw is added to the bits and the low ones are cleared.
+// A tile has room where no sum can saturate, by the largest |a| and |b| of its rows and columns, and is `clear` where none can
+// fall below the constant precision either, by the formats or by the smallest |a| and |b|. Then Q is two operations: adding and
+// subtracting 1.5 2^(23 - M) times the sum's power of two lets the adder round to nearest even at bit M, and for the other modes
+// a constant or the draw is added to the bits and the low ones are cleared. With room alone (`low`) that power is at least the
+// smallest of the accumulator, which rounds subnormals too, and the sign is put back; away from zero without subnormals, what
+// lies below the tie of the smallest value is cleared.
 //
 // The other choices of an AccumulateSpec have their own loop, `multiply_general`: every sum and every product is rounded to
 // odd (nearest), or toward zero (toward zero and stochastic), and then by Q. Cutting twice is cutting once, and what
@@ -35,88 +36,13 @@
 #include <limits>
 #include <vector>
 
-#include "philox.h"
-#include "transpose.h"
+#include "accumulate_tile.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 
 namespace {
 
-constexpr int kRows = 8, kColumns = 32;
 constexpr int64_t kGroupFloats = 1 << 17;
-
-// Mirrors CastPlan of cast.cpp, which explains each field.
-struct CastPlan {
-  uint32_t shift, round_bias, odd_mask, keep_mask;
-  float low, magic, spacing, up_at, down_below, max, zero;
-};
-
-inline __m512 magnitude(__m512 v) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff))); }
-
-inline __m512 with_sign(__m512 size, __m512 sign) {  // bitwise: sign ? sign : size, by a mask of the sign bit
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(size), _mm512_castps_si512(sign),
-                                                       _mm512_set1_epi32(int(0x80000000u)), 0xd8));
-}
-
-// How to sum; mirrors How of accumulate.py. scale: the power of two of `scaled`, 0 for `direct`, -1 for `odd`. smallest_product:
-// every product is a multiple of it, by the formats. least_sum: from there on precision is constant. a_bits, b_bits: the
-// significant bits of the operands. is_fp32: `fp32`. is_general: what follows holds, and is not the default. digits: b, 0 if
-// not stochastic.
-struct How {
-  float scale;
-  double smallest_product, least_sum;
-  int32_t a_bits, b_bits, is_fp32, is_general, is_cut, is_rounded_product, is_per_chunk, digits;
-  int64_t first_element, num_elements;
-  RandomPlan random;
-};
-
-// Lanes of |s| below the constant precision, or NaN: apart, because they are rare.
-__attribute__((noinline, cold)) __m512 round_rare(__m512 s, __m512 rounded, __mmask16 rare, const CastPlan& p) {
-  const __m512 a = magnitude(s), spacing = _mm512_set1_ps(p.spacing), magic = _mm512_set1_ps(p.magic);
-  __m512 t = _mm512_sub_ps(_mm512_add_ps(a, magic), magic);
-  const __m512 d = _mm512_sub_ps(a, t);
-  t = _mm512_mask_add_ps(t, _mm512_cmp_ps_mask(d, _mm512_set1_ps(p.up_at), _CMP_GE_OQ), t, spacing);
-  t = _mm512_mask_sub_ps(t, _mm512_cmp_ps_mask(d, _mm512_set1_ps(p.down_below), _CMP_LT_OQ), t, spacing);
-  rounded = _mm512_mask_mov_ps(rounded, rare, with_sign(t, s));
-  return _mm512_mask_mov_ps(rounded, _mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q), s);
-}
-
-// Q(s): on the accumulator's grid, saturated; NaN stays. The sign bit rides along: what is added stays below it.
-// vrangeps 0b0010 is the operand smaller in magnitude, with the sign of the first.
-inline __m512 round(__m512 s, const CastPlan& p) {
-  const __m512i bits = _mm512_castps_si512(s);
-  const __mmask16 last = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(int(p.odd_mask << p.shift)));
-  __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(int(p.round_bias)));
-  up = _mm512_mask_add_epi32(up, last, up, _mm512_set1_epi32(1));
-  const __m512 kept = _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(p.keep_mask))));
-  const __m512 rounded = _mm512_range_ps(kept, _mm512_set1_ps(p.max), 2);
-  const __mmask16 rare = _mm512_cmp_ps_mask(magnitude(s), _mm512_set1_ps(p.low), _CMP_NGE_UQ);
-  if (__builtin_expect(rare != 0, 0)) return round_rare(s, rounded, rare, p);
-  return rounded;
-}
-
-// Q(s), to nearest, in a clear tile. Even: 1.5 2^(e + 23 - M) + s has the last bit of its significand at bit M of s.
-template <bool Even>
-inline __m512 round_clear(__m512 s, const CastPlan& p) {
-  const __m512i bits = _mm512_castps_si512(s);
-  if constexpr (Even) {
-    const __m512 power = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000)));
-    const __m512 lift = _mm512_set1_ps(1.5f * float(1u << p.shift));
-    return _mm512_fnmadd_ps(power, lift, _mm512_fmadd_ps(power, lift, s));
-  }
-  const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(int(p.round_bias)));
-  return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(p.keep_mask))));
-}
-
-// Q(s) where the accumulator's subnormals lie on fp32's and s is finite.
-inline __m512 round_scaled(__m512 s, const CastPlan& p) {
-  const __m512i bits = _mm512_castps_si512(s);
-  const __mmask16 last = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(int(p.odd_mask << p.shift)));
-  __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(int(p.round_bias)));
-  up = _mm512_mask_add_epi32(up, last, up, _mm512_set1_epi32(1));
-  const __m512 kept = _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(p.keep_mask))));
-  return _mm512_range_ps(kept, _mm512_set1_ps(p.max), 2);
-}
 
 // Lanes of |s| below the constant precision, or NaN, stochastically; apart, because they are rare. Exact in double.
 __attribute__((noinline, cold)) __m512 round_rare_by_draw(__m512 s, __m512 rounded, __mmask16 rare, __m512i draw, const CastPlan& p,
@@ -207,90 +133,24 @@ class Draws {
   Words words_[kRows][2];
 };
 
-// Of a result rounded down and rounded up the odd one: both are the exact one, or neighbours around it. An exact 0 is +0 as
-// to nearest, which rounding down would make -0.
-inline __m512 odd_of(__m512 down, __m512 up) {
-  return _mm512_mask_mov_ps(up, _mm512_test_epi32_mask(_mm512_castps_si512(down), _mm512_set1_epi32(1)), down);
-}
-
-constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC, kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
-
-inline __m512 add_to_odd(__m512 x, __m512 y) { return odd_of(_mm512_add_round_ps(x, y, kDown), _mm512_add_round_ps(x, y, kUp)); }
-
-inline __m512 multiply_to_odd(__m512 a, __m512 b) {
-  return odd_of(_mm512_mul_round_ps(a, b, kDown), _mm512_mul_round_ps(a, b, kUp));
-}
-
-// a b + x rounded to odd.
-inline __m512 multiply_add_to_odd(__m512 a, __m512 b, __m512 x) {
-  return odd_of(_mm512_fmadd_round_ps(a, b, x, kDown), _mm512_fmadd_round_ps(a, b, x, kUp));
-}
-
-enum class Path { kFp32, kScaled, kDirect, kOdd, kClearEven, kClearAway, kClearOddEven, kClearOddAway };
-
-template <Path path>
-inline __m512 round_on(__m512 s, const CastPlan& p) {
-  if constexpr (path == Path::kFp32) return s;
-  if constexpr (path == Path::kScaled) return round_scaled(s, p);
-  if constexpr (path == Path::kDirect || path == Path::kOdd) return round(s, p);
-  return round_clear<path == Path::kClearEven || path == Path::kClearOddEven>(s, p);
-}
-
-template <Path path>
-inline __m512 accumulate(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
-  constexpr bool is_odd = path == Path::kOdd || path == Path::kClearOddEven || path == Path::kClearOddAway;
-  return round_on<path>(is_odd ? multiply_add_to_odd(a, b, part) : _mm512_fmadd_ps(a, b, part), p);
-}
-
-// The product, exact in fp32 or with fp32 for an accumulator, is rounded as well. It is on the accumulator's grid then, and its
-// sum with what is on that grid, direct.
-template <Path path>
-inline __m512 accumulate_rounded(__m512 part, __m512 a, __m512 b, const CastPlan& p) {
-  return round_on<path>(_mm512_add_ps(part, round_on<path>(_mm512_mul_ps(a, b), p)), p);
-}
-
-template <Path path>
-inline __m512 add_chunk(__m512 total, __m512 part, const CastPlan& p) {
-  return round_on<path>(path == Path::kFp32 ? _mm512_add_ps(total, part) : add_to_odd(total, part), p);
-}
-
-template <Path path, bool RoundedProduct>
-void multiply_panels(const float* a, const float* b, int64_t num_k, int64_t chunk, const CastPlan& p, __m512 total[kRows][2]) {
-  const bool is_one_chunk = num_k <= chunk;
-  for (int64_t start = 0; start < num_k; start += chunk) {
-    __m512 part[kRows][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
-    for (int64_t k = start; k < std::min(start + chunk, num_k); ++k) {
-      const __m512 left = _mm512_loadu_ps(b + k * kColumns), right = _mm512_loadu_ps(b + k * kColumns + 16);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const __m512 x = _mm512_set1_ps(a[k * kRows + r]);
-        part[r][0] = RoundedProduct ? accumulate_rounded<path>(part[r][0], x, left, p) : accumulate<path>(part[r][0], x, left, p);
-        part[r][1] = RoundedProduct ? accumulate_rounded<path>(part[r][1], x, right, p) : accumulate<path>(part[r][1], x, right, p);
-      }
+// All chunks of a tile.
+struct Panels {
+  bool is_rounded_product;
+  const float *a, *b;
+  int64_t num_k, chunk;
+  const CastPlan& p;
+  __m512* total;
+  template <Path path>
+  void operator()() const {
+    __m512 part[kRows * 2];
+    for (auto& each : part) each = _mm512_setzero_ps();
+    for (int64_t start = 0; start < num_k; start += chunk) {
+      const int64_t size = std::min(chunk, num_k - start);
+      (is_rounded_product ? run<path, true, kRows, 2> : run<path, false, kRows, 2>)(a + start * kRows, b + start * kColumns, size, p, part);
+      close<path>(kRows * 2, num_k <= chunk, p, part, total);
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int h = 0; h < 2; ++h)
-        total[r][h] = is_one_chunk ? part[r][h] : add_chunk<path>(total[r][h], part[r][h], p);
   }
-}
-
-using MultiplyPanels = decltype(&multiply_panels<Path::kDirect, false>);
-
-MultiplyPanels panels_of(const How& how, bool is_clear, bool is_even) {
-  if (how.is_fp32) return how.is_rounded_product ? multiply_panels<Path::kFp32, true> : multiply_panels<Path::kFp32, false>;
-  if (how.is_rounded_product) {  // direct
-    if (!is_clear) return multiply_panels<Path::kDirect, true>;
-    return is_even ? multiply_panels<Path::kClearEven, true> : multiply_panels<Path::kClearAway, true>;
-  }
-  if (is_clear && how.scale < 0)
-    return is_even ? multiply_panels<Path::kClearOddEven, false> : multiply_panels<Path::kClearOddAway, false>;
-  if (is_clear) return is_even ? multiply_panels<Path::kClearEven, false> : multiply_panels<Path::kClearAway, false>;
-  return how.scale > 0    ? multiply_panels<Path::kScaled, false>
-         : how.scale == 0 ? multiply_panels<Path::kDirect, false>
-                          : multiply_panels<Path::kOdd, false>;
-}
+};
 
 constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
 
@@ -371,70 +231,6 @@ MultiplyGeneral general_of(const How& how, bool is_clear) {
   return is_clear ? general_of<false, false, true>(how) : general_of<false, false, false>(how);
 }
 
-// What is in a panel: its largest magnitude, NaN if there is a NaN, and its smallest but zero, the largest fp32 if there is none.
-struct Range {
-  float top, bottom;
-};
-
-// The magnitudes that were seen, as bits; 0 is the largest of those less one.
-struct Seen {
-  __m512i top = _mm512_setzero_si512(), bottom = _mm512_set1_epi32(0x7f7ffffe);
-  void add(__m512 v) {
-    const __m512i bits = _mm512_castps_si512(magnitude(v));
-    top = _mm512_max_epu32(top, bits);
-    bottom = _mm512_min_epu32(bottom, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
-  }
-  Range range() const {
-    const uint32_t bits[2] = {_mm512_reduce_max_epu32(top), _mm512_reduce_min_epu32(bottom) + 1};
-    Range range;
-    std::memcpy(&range, bits, 8);
-    return range;
-  }
-};
-
-inline __m512 strided(const float* from, int64_t stride, int64_t count) {
-  alignas(64) float v[16] = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = from[i * stride];
-  return _mm512_load_ps(v);
-}
-
-// One panel, times `scale`, into zeros: out[k width + i] is element (i, k), at x[i outer + k inner].
-Range pack(const float* x, int64_t outer, int64_t inner, int64_t width, int64_t valid, int64_t num_k, float scale, float* out) {
-  const __m512 factor = _mm512_set1_ps(scale);
-  Seen seen;
-  if (outer == 1) {
-    for (int64_t k = 0; k < num_k; ++k)
-      for (int64_t i = 0; i < valid; i += 16) {
-        const __mmask16 lanes = valid - i < 16 ? __mmask16((1u << (valid - i)) - 1) : __mmask16(0xffff);
-        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i + k * inner);
-        seen.add(v);
-        _mm512_mask_storeu_ps(out + k * width + i, lanes, _mm512_mul_ps(v, factor));
-      }
-    return seen.range();
-  }
-  for (int64_t k = 0; k < num_k; k += 16) {
-    const int64_t depth = std::min<int64_t>(16, num_k - k);
-    const __mmask16 lanes = __mmask16((1u << depth) - 1);
-    for (int64_t first = 0; first < valid; first += 16) {
-      __m512i block[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        const float* from = x + (first + i) * outer + k * inner;
-        __m512 v = _mm512_setzero_ps();
-        if (first + i < valid) v = inner == 1 ? _mm512_maskz_loadu_ps(lanes, from) : strided(from, inner, depth);
-        seen.add(v);
-        block[i] = _mm512_castps_si512(_mm512_mul_ps(v, factor));
-      }
-      transpose16(block);
-      for (int64_t j = 0; j < depth; ++j)
-        _mm512_mask_storeu_epi32(out + (k + j) * width + first, __mmask16((1u << std::min<int64_t>(16, width)) - 1), block[j]);
-    }
-  }
-  return seen.range();
-}
-
-// Every value of a panel is a multiple of this power of two: its smallest has `bits` significant ones.
-double quantum_of(float smallest, int bits) { return std::ldexp(1.0, std::ilogb(double(smallest)) - (bits - 1)); }
-
 }  // namespace
 
 extern "C" {
@@ -447,31 +243,19 @@ void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64
   const int64_t row_panels = (m + kRows - 1) / kRows, column_panels = (n + kColumns - 1) / kColumns;
   std::vector<float> packed_a(size_t(row_panels * kRows * k) + 16), packed_b(size_t(column_panels * kColumns * k) + 16);
   std::vector<Range> range_a(row_panels), range_b(column_panels);
-  How how = *given;
-  const bool is_scaled = how.scale > 0;
+  const How& how = *given;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < row_panels; ++i)
       range_a[i] = pack(a + i * kRows * a_outer, a_outer, a_inner, kRows, std::min<int64_t>(kRows, m - i * kRows), k,
-                        is_scaled ? how.scale : 1.0f, &packed_a[size_t(i * kRows * k)]);
+                        &packed_a[size_t(i * kRows * k)]);
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < column_panels; ++j)
       range_b[j] = pack(b + j * kColumns * b_outer, b_outer, b_inner, kColumns, std::min<int64_t>(kColumns, n - j * kColumns),
-                        k, 1.0f, &packed_b[size_t(j * kColumns * k)]);
+                        k, &packed_b[size_t(j * kColumns * k)]);
   }
-  const auto is_finite = [](Range range) { return range.top <= std::numeric_limits<float>::max(); };
-  if (is_scaled && !(std::all_of(range_a.begin(), range_a.end(), is_finite) && std::all_of(range_b.begin(), range_b.end(), is_finite))) {
-    how.scale = 0;
-    return lp_accumulate(plan, &how, a, a_outer, a_inner, b, b_outer, b_inner, c, m, n, k, chunk, threads);
-  }
-  CastPlan used = *plan;
-  if (is_scaled) used.max *= how.scale;
-  const float back = is_scaled ? 1.0f / how.scale : 1.0f;
-  // |sum| <= k |a| |b| times what every rounding may add, below the largest value and far enough below that of fp32
-  const double steps = double(std::min(chunk, k) + (k + chunk - 1) / chunk + 2), unit = std::ldexp(1.0, int(plan->shift) - 23);
-  const double growth = double(k) * std::exp(steps * unit) * (how.is_rounded_product ? 1 + unit : 1);
-  const double limit = std::min(double(plan->max), std::ldexp(1.0, 125 - int(plan->shift)) * std::min(1.0f, back));
+  const double limit = room(*plan, how, k, chunk);
   // Rows are taken in groups whose panels stay in the second-level cache while those of the columns pass by.
   const int64_t group = std::max<int64_t>(4, kGroupFloats / (kRows * std::max<int64_t>(k, 1)));
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
@@ -483,19 +267,19 @@ void lp_accumulate(const CastPlan* plan, const How* given, const float* a, int64
     const int64_t rows = std::min<int64_t>(kRows, m - i * kRows), columns = std::min<int64_t>(kColumns, n - j * kColumns);
     const float *panel_a = &packed_a[size_t(i * kRows * k)], *panel_b = &packed_b[size_t(j * kColumns * k)];
     const double smallest = quantum_of(range_a[i].bottom, how.a_bits) * quantum_of(range_b[j].bottom, how.b_bits);
-    const bool has_room = growth * range_a[i].top * range_b[j].top < limit;  // false for NaN
-    const bool is_clear = has_room && !is_scaled && std::max(smallest, how.smallest_product) >= how.least_sum;
+    const bool has_room = double(range_a[i].top) * range_b[j].top < limit;  // false for NaN
+    const bool is_clear = has_room && std::max(smallest, how.smallest_product) >= how.least_sum;
     if (how.is_general)
       general_of(how, is_clear)(panel_a, panel_b, k, chunk, *plan, how, how.first_element + i * kRows * n + j * kColumns, n,
                                 int(rows), total);
     else
-      panels_of(how, is_clear, plan->odd_mask != 0)(panel_a, panel_b, k, chunk, used, total);
+      on_path(path_of(how, *plan, has_room, is_clear), Panels{how.is_rounded_product != 0, panel_a, panel_b, k, chunk, *plan, total[0]});
     const __mmask16 left = __mmask16((1u << std::min<int64_t>(16, columns)) - 1);
     const __mmask16 right = columns > 16 ? __mmask16((1u << (columns - 16)) - 1) : __mmask16(0);
     for (int64_t r = 0; r < rows; ++r) {
       float* row = c + (i * kRows + r) * n + j * kColumns;
-      _mm512_mask_storeu_ps(row, left, _mm512_mul_ps(total[r][0], _mm512_set1_ps(back)));
-      _mm512_mask_storeu_ps(row + 16, right, _mm512_mul_ps(total[r][1], _mm512_set1_ps(back)));
+      _mm512_mask_storeu_ps(row, left, total[r][0]);
+      _mm512_mask_storeu_ps(row + 16, right, total[r][1]);
     }
   }
 }

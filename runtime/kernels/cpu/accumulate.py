@@ -4,15 +4,19 @@ Bitwise equal to runtime/numerics/reference_gemm.py, which is exact by float64 a
 fp32. With s the significant bits of a product (those of the operands, added) and m the accumulator's fraction bits:
 
     fp32             sums in fp32 to nearest even: a fused multiply-add is the rounding that is asked for
-    direct           nearest rounding, s <= min(22 - m, m + 1), no product below 2^-149: then rounding the fp32 sum is
+    cut              nearest away: the sum is first rounded toward zero in fp32, whatever the product
+    direct           nearest even, s <= min(22 - m, m + 1), no product below 2^-149: then rounding the fp32 sum is
                      rounding the exact sum
-    scaled           direct, for an accumulator with subnormals whose exponents fit below those of fp32
-    rounded product  nearest rounding, m <= 10 and products exact in fp32: one rounded by Q has m + 1 bits, so its sum
+    rounded product  nearest even, m <= 10 and products exact in fp32: one rounded by Q has m + 1 bits, so its sum
                      is direct
     odd              m <= 21: the sum is first rounded to odd in fp32, whatever the product
     no underflow     the smallest product is a multiple of the accumulator's quantum, by the formats or by the values of
                      the tile: sums need no care for being small, and where the largest |a| and |b| say that none
                      saturates either, Q is two operations
+    low              the largest |a| and |b| say that none saturates: Q is three to five operations
+
+Why cut is right: |sum| rounds up from the middle of its neighbours on, which fp32 holds (m <= 22), and a number is at
+least the middle if and only if what is left of it after cutting is. Products are rounded alike.
 
 Every other spec takes the general loop of accumulate.cpp: odd sums of exact products for nearest, and sums cut in fp32
 for toward zero (cutting twice is cutting once, to fp32 itself too) and for stochastic, whose digits the cut sum holds.
@@ -49,12 +53,13 @@ class How(ctypes.Structure):
     """How to sum; mirrors How of accumulate.cpp."""
 
     _fields_ = [
-        ("scale", ctypes.c_float),
         ("smallest_product", ctypes.c_double),
         ("least_sum", ctypes.c_double),
         ("a_bits", ctypes.c_int32),
         ("b_bits", ctypes.c_int32),
         ("is_fp32", ctypes.c_int32),
+        ("is_odd", ctypes.c_int32),
+        ("is_away", ctypes.c_int32),
         ("is_general", ctypes.c_int32),
         ("is_cut", ctypes.c_int32),
         ("is_rounded_product", ctypes.c_int32),
@@ -117,7 +122,7 @@ def is_direct(spec: GemmSpec) -> bool:
     """Whether rounding the fp32 sum is rounding the exact sum; see the top of this file."""
     row = get_format(spec.accumulate)
     assert isinstance(row, FloatFormat)
-    nearest = spec.accumulator.mode in ("nearest_even", "nearest_away")
+    nearest = spec.accumulator.mode == "nearest_even"
     is_rounded, bits = spec.accumulator.product == "rounded", _product_bits(spec)
     if _smallest_product(spec) < 2.0**-149 or (is_rounded and bits > 24):
         return False
@@ -138,41 +143,30 @@ def _least_sum(spec: GemmSpec) -> float:
     return max(row.quantum if row.subnormals else row.tiny, 2.0**-126)
 
 
-def path_scale(spec: GemmSpec) -> float:
-    """How the kernel shall round: the power of two of `scaled` where that is possible and of use, 0 for direct, -1 for
-    odd.
-    """
-    row = get_format(spec.accumulate)
-    assert isinstance(row, FloatFormat)
-    if not is_direct(spec):
-        return -1.0
-    if never_underflows(spec) or _is_general(spec) or spec.accumulator.product == "rounded":
-        return 0.0
-    scale = 2.0 ** (-126 - row.emin)
-    fits = row.subnormals and row.emin > -126 and _smallest_product(spec) * scale >= 2.0**-149
-    lhs = grid_format(spec.lhs.format)
-    return scale if fits and (lhs.quantum if isinstance(lhs, FloatFormat) else 1.0) * scale >= 2.0**-126 else 0.0
-
-
-def _is_general(spec: GemmSpec) -> bool:
-    """Whether accumulate.cpp shall not run its default loop."""
+def is_default_loop(spec: GemmSpec) -> bool:
+    """Whether accumulate.cpp runs its default loop, which the convolutions of accumulate_conv.cpp have too."""
     if is_plain(spec):
-        return False
+        return True
     how = spec.accumulator
     is_nearest, is_fused = how.mode in ("nearest_even", "nearest_away"), how.product == "fma"
-    return not is_nearest or how.model != "per_mac" or not (is_fused or is_direct(spec))
+    return is_nearest and how.model == "per_mac" and (is_fused or _is_away(spec) or is_direct(spec))
 
 
-def _how(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) -> How:
+def _is_away(spec: GemmSpec) -> bool:
+    return spec.accumulator.mode == "nearest_away"
+
+
+def how_of(spec: GemmSpec, key: RandomKey, first_element: int, num_elements: int) -> How:
     how = spec.accumulator
     return How(
-        scale=path_scale(spec),
         smallest_product=_smallest_product(spec),
         least_sum=_least_sum(spec),
         a_bits=_significant_bits(spec.lhs),
         b_bits=_significant_bits(spec.rhs),
         is_fp32=is_plain(spec),
-        is_general=_is_general(spec),
+        is_odd=not is_direct(spec),
+        is_away=_is_away(spec),
+        is_general=not is_default_loop(spec),
         is_cut=how.mode not in ("nearest_even", "nearest_away"),
         is_rounded_product=how.product == "rounded",
         is_per_chunk=how.model == "per_chunk",
@@ -193,10 +187,10 @@ def multiply(a: Tensor, b: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> T
         size = a.shape[-2] * b.shape[-1]
         out = torch.empty(len(left), a.shape[-2], b.shape[-1], dtype=torch.float32, device="cpu")
         for index, (x, y) in enumerate(zip(left, right)):
-            _multiply(x, y, out[index], spec, _how(spec, key, index * size, out.numel()))
+            _multiply(x, y, out[index], spec, how_of(spec, key, index * size, out.numel()))
         return out.view(*batch, *out.shape[-2:])
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device="cpu")
-    _multiply(a, b, out, spec, _how(spec, key, 0, out.numel()))
+    _multiply(a, b, out, spec, how_of(spec, key, 0, out.numel()))
     return out
 
 
@@ -206,17 +200,22 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor, spec: GemmSpec, how: How)
     a_MK, b_KN = a_MK.float(), b_KN.float()
     check_product(a_MK, b_KN)
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    plan = cast_plan(spec.accumulate, spec.accumulator.mode)
-    if spec.accumulate == "fp32" and plan is not None:  # does not saturate: Inf stays
-        plan = CastPlan.from_buffer_copy(plan)
-        plan.max = math.inf
     library.lp_accumulate(
-        *(plan, how),
+        *(accumulator_plan(spec), how),
         *(address(a_MK), a_MK.stride(0), a_MK.stride(1)),
         *(address(b_KN), b_KN.stride(1), b_KN.stride(0)),
         *(address(out), m, n, k, spec.chunk or max(k, 1)),
         torch.get_num_threads() if m * n * k > _SERIAL else 1,
     )
+
+
+def accumulator_plan(spec: GemmSpec) -> CastPlan | None:
+    """How to round to the accumulator."""
+    plan = cast_plan(spec.accumulate, spec.accumulator.mode)
+    if spec.accumulate == "fp32" and plan is not None:  # does not saturate: Inf stays
+        plan = CastPlan.from_buffer_copy(plan)
+        plan.max = math.inf
+    return plan
 
 
 def _product_bits(spec: GemmSpec) -> int:

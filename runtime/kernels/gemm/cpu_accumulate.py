@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from runtime.kernels.cpu import accumulate
+from runtime.kernels.cpu import accumulate, accumulate_conv
+from runtime.kernels.direct import AbstractDirect
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, register
 from runtime.kernels.request import GemmRequest
 from runtime.numerics.reference_gemm import NO_KEY, RandomKey, random_text
@@ -21,6 +22,9 @@ class CpuAccumulate(AbstractKernel):
 
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
         return accumulate.multiply(lhs, rhs, spec, key)
+
+    def direct(self, spec: GemmSpec) -> AbstractDirect | None:
+        return accumulate_conv.direct(spec)
 
 
 register(CpuAccumulate(), 130)

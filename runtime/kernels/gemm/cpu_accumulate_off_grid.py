@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from runtime.kernels.cpu import accumulate
+from runtime.kernels.cpu import accumulate, accumulate_conv
+from runtime.kernels.direct import AbstractDirect
 from runtime.kernels.gemm.cpu_accumulate import CpuAccumulate
 from runtime.kernels.registry import Choice, Declined, register
 from runtime.kernels.request import GemmRequest
@@ -22,6 +23,9 @@ class CpuAccumulateOffGrid(CpuAccumulate):
 
     def multiply(self, lhs: Tensor, rhs: Tensor, spec: GemmSpec, key: RandomKey = NO_KEY) -> Tensor:
         return accumulate.multiply(lhs, rhs, replace(spec, lhs=IDENTITY, rhs=IDENTITY), key)
+
+    def direct(self, spec: GemmSpec) -> AbstractDirect | None:
+        return accumulate_conv.direct(replace(spec, lhs=IDENTITY, rhs=IDENTITY))
 
 
 register(CpuAccumulateOffGrid(), 120)

@@ -11,6 +11,7 @@ from lpcompile import load_policy, lpcompile, report
 from runtime.errors import NotSupported
 from runtime.kernels import registry
 from runtime.kernels.cpu import accumulate as cpu_accumulate
+from runtime.kernels.cpu import accumulate_wide
 from runtime.kernels.cpu import gemm as cpu_gemm
 from runtime.kernels.registry import AbstractKernel, Choice, Declined, choose, get_kernel, kernels, register, unregister
 from runtime.kernels.request import GemmRequest
@@ -32,6 +33,7 @@ def _no_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_gemm, "gemm_library", lambda: None)
     monkeypatch.setattr(cpu_gemm, "int8_library", lambda: None)
     monkeypatch.setattr(cpu_accumulate, "accumulate_library", lambda: None)
+    monkeypatch.setattr(accumulate_wide, "wide_library", lambda: None)
 
 
 @pytest.mark.usefixtures("_no_cpu_kernel")
@@ -74,7 +76,8 @@ def test_choice_without_the_cpu_kernel(request_: GemmRequest, method: str, fidel
         ),
         (_request("bf16", "bf16", "1-6-9"), "cpu_emulation", "cpu_accumulate", "emulated"),
         (_request("e4m3", "e4m3", "fp32", chunk=64), "cpu_emulation", "cpu_accumulate", "emulated"),
-        (_request("e4m3", "e4m3", "1-8-22"), "reference", "sequential", "emulated"),
+        (_request("e4m3", "e4m3", "1-8-22"), "cpu_emulation", "cpu_accumulate_wide", "emulated"),
+        (_request("int8", "int8", "int16"), "cpu_emulation", "cpu_accumulate_wide", "emulated"),
     ],
 )
 def test_choice_with_the_cpu_kernel(
@@ -83,6 +86,7 @@ def test_choice_with_the_cpu_kernel(
     monkeypatch.setattr(cpu_gemm, "gemm_library", object)
     monkeypatch.setattr(cpu_gemm, "int8_library", object)
     monkeypatch.setattr(cpu_accumulate, "accumulate_library", object)
+    monkeypatch.setattr(accumulate_wide, "wide_library", object)
     monkeypatch.setattr(registry, "fault_of", lambda *_: "")
     choice = choose(request_)
     assert (choice.backend, choice.kernel, choice.fidelity) == (backend, method, fidelity)
