@@ -162,7 +162,13 @@ class _Casts:
             self.done.num_casts += 1
             return self._write(x, operand, site, reader, is_late=True)
         grid, scale = self.of(x, operand, site, reader)
-        grid.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        steps = [grid]  # the whole cast: a step of it, kept, would be as large
+        while steps:
+            step = steps.pop()
+            if step is x or step.op != "call_function" or step.meta.get("recompute"):
+                continue
+            step.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            steps += step.all_input_nodes
         return grid, scale
 
     def kept(self, pair: _Pair, spec: QuantSpec, reader: fx.Node) -> fx.Node:

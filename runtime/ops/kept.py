@@ -8,17 +8,23 @@ all (a range format), and in eager code where a NaN is among them that has no co
 gives NaN for all values then. Who keeps the codes of one tensor alike shares them.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from runtime.kernels.cast.packing import has_lost_nan, pack, packing_for, unpack
+from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.fake import has_values
-from runtime.numerics.specs import Keep, QuantSpec
+from runtime.numerics.specs import Keep, QuantSpec, Role
 from runtime.quantize.cast_memo import MEMO
 from runtime.quantize.qtensor import CastKey
+from runtime.quantize.storage import storage_dtype
+from runtime.state import RunState
 
 
 class Form(NamedTuple):
@@ -53,6 +59,43 @@ def restore_operand(saved: Tensor | None, form: Form | None) -> Tensor | None:
     if saved is None or form is None:
         return saved
     return unpack(saved, form.shape, form.spec, form.dtype).contiguous(memory_format=form.layout)
+
+
+def kept_nbytes(spec: QuantSpec, keep: Keep, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """What forward keeps of an operand of this shape and dtype, its scale included, before any call: blocks with values
+    below bf16's range, and what holds a NaN without a code, take more.
+    """
+    if spec.is_identity:
+        return math.prod(shape) * dtype.itemsize
+    stored = storage_dtype(spec.format)
+    packing = packing_for(spec, stored) if keep == "codes" else None
+    grid = math.prod(shape) * stored.itemsize if packing is None else packing.nbytes(shape)
+    if not spec.has_scale:
+        return grid
+    if spec.quantizer is not None:
+        return grid + 4
+    scale = compute_scale(torch.empty(tuple(shape), device="meta"), spec)
+    assert scale is not None
+    return grid + 4 * scale.numel()
+
+
+def note_kept(state: RunState, name: str | None, role: Role, *saved: Tensor | None) -> None:
+    """Count the bytes that a call of a site keeps for a role. What another site keeps already, of this model or of
+    another, counts there.
+    """
+    if name is None or torch.compiler.is_compiling():
+        return
+    total = 0
+    for each in saved:
+        if type(each) is Tensor and not each.is_meta:
+            storage = each.untyped_storage()
+            if _KEPT_BY.setdefault(storage, (state.key, name, role)) == (state.key, name, role):
+                total += each.numel() * each.element_size()
+    state.calls.sites[name].kept[role] = total
+
+
+_KEPT_BY: WeakKeyDictionary[torch.UntypedStorage, tuple[int, str, Role]] = WeakKeyDictionary()
+"""Which site was the first to keep what lies in a storage."""
 
 
 def _packed(grid: Tensor, spec: QuantSpec) -> KeptOperand:

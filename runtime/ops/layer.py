@@ -30,7 +30,7 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import has_transforms
 from runtime.numerics.specs import QuantSpec, Role
 from runtime.ops.activations import activation_grad, followed_by, needed_by
-from runtime.ops.kept import keep_operand, restore_operand
+from runtime.ops.kept import keep_operand, note_kept, restore_operand
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import multiply, multiply_traced, own
 from runtime.quantize.qtensor import CastKey, QTensor
@@ -286,6 +286,8 @@ class _Gemm(torch.autograd.Function):
             kept_lhs.saved,
             grad_lhs_scale if needs_rhs else None,
         )
+        note_kept(state, plan.name, "bwd", kept[1], kept[2])
+        note_kept(state, plan.name, "grad", kept[3], kept[4])
         a, b = QTensor(fwd_lhs, fwd_lhs_scale, spec.lhs), QTensor(fwd_rhs, fwd_rhs_scale, spec.rhs)
         keeps = is_recording and any(ctx.needs_input_grad[:4])
         y, needed = _finished(plan, a, b, bias, result_dtype(lhs), turn, residual, activation, keeps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpcompile import Policy, load_policy, lpcompile
+from lpcompile import Policy, load_policy, lpcompile, report
 from lpcompile.errors import PolicyError
 from tests.models_for_tests import build
 
@@ -214,3 +214,29 @@ def test_the_key(tmp_path: Any) -> None:
     path.write_text("version: 1\nextends: [hfp8]\nkeep: code\n")
     with pytest.raises(PolicyError, match="codes"):
         load_policy(path)
+
+
+def by_hooks(model: nn.Module, x: Tensor) -> int:
+    return sum(each.numel() * each.element_size() for each in saved_by(model, x).values())
+
+
+@pytest.mark.parametrize("keep", ["grid", "codes"])
+@pytest.mark.parametrize("name", ["fp8-rowwise", "e5m2", "int4", "mxfp8", "mxfp4", "nvfp4", "te-current"])
+def test_the_report_says_the_bytes_that_hooks_see(name: str, keep: str) -> None:
+    model = lpcompile(nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 64)), policy_of(name, keep))
+    before = report(model)
+    assert before.kept is None
+    x = torch.randn(4096, 96)
+    seen, after = by_hooks(model, x), report(model)
+    assert after.kept == seen
+    assert before.kept_per_row * 4096 == seen
+    assert f"{seen:,} bytes" in after.to_text()
+    assert [row.kept for row in after.gemms if row.role == "fwd"] == [None, None]
+
+
+def test_products_of_activations_and_shared_operands_count_once() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(2, 33, 64)
+    model = lpcompile(Scores(), policy_of("e5m2", "codes"), example_inputs=(x,))
+    model(x.requires_grad_())  # casts of the weights are made, and kept by the model
+    assert report(model).kept == by_hooks(model, x)
