@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -151,7 +152,9 @@ def alone(args: argparse.Namespace, *what: str) -> dict[str, float]:
     """In a process of its own."""
     sizes = [f"--{key}={getattr(args, key)}" for key in ("rows", "layers", "width", "rounds")]
     command = [sys.executable, "-m", "benchmarks.memory", *sizes, "--only", json.dumps(what)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # blocks of 1 MiB and more go back when they are freed: what glibc would hold on to is no part of a step
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if what[0] == "measure" else None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(what)}:\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
