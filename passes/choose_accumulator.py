@@ -32,7 +32,7 @@ from runtime.errors import PassError
 from runtime.numerics.block_formats import grid_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec, LayerSpec
+from runtime.numerics.specs import ROLES, AccumulateSpec, GemmSpec
 
 _FP32_BITS = 23
 
@@ -74,7 +74,7 @@ class ChooseAccumulator(Pass):
                         told[_OPEN].append(f"{site} {role}")
                 elif n is not None and (finding := self._judge(gemm, n)):
                     told[finding].append(f"{site} {role}")
-            program.specs[site] = LayerSpec(**chosen)
+            program.specs[site] = layer.having(chosen)
             changed |= program.specs[site] != layer
         program.findings += [replace(finding, where=names_of(sites)) for finding, sites in told.items()]
         return changed

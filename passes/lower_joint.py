@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
+from runtime.kernels.cast.packing import packing_for
 from runtime.numerics.specs import QuantSpec, Role
 from runtime.ops.layer import cast
 from runtime.ops.plan import GemmPlan
@@ -73,7 +75,13 @@ def _lower(casts: "_Casts", node: fx.Node, role: Role) -> None:
         return
     first, second = operands_of(plan, role, bool(is_weight))
     where = _Site(plan.site, clock, key)
-    a, b = casts.of(lhs, first, where, node), casts.of(rhs, second, where, node)  # type: ignore[arg-type]
+    a = casts.of(lhs, first, where, node)  # type: ignore[arg-type]
+    if plan.spec.keep == "codes" and role == "bwd" and is_weight:
+        b = casts.again(rhs, second, where, node)  # type: ignore[arg-type]
+    else:
+        b = casts.of(rhs, second, where, node)  # type: ignore[arg-type]
+        if plan.spec.keep == "codes" and role != "fwd":
+            b = casts.kept(b, second.spec, node), b[1]
     new = _multiply(casts, node, role, plan, a, b, rest, sums_clock(plan, role, clock), dtype)  # type: ignore[arg-type]
     node.replace_all_uses_with(new)
     casts.graph.erase_node(node)
@@ -129,6 +137,7 @@ class _Casts:
         self._decompositions = dict(decompositions or {})
         self._made: dict[Any, _Pair] = {}
         self._representatives: dict[Any, fx.Node] = {}
+        self._buffers: dict[fx.Node, fx.Node] = {}
 
     def of(self, x: fx.Node, operand: Operand, site: _Site, reader: fx.Node) -> _Pair:
         """Grid and scale of x, written where x is if no earlier site has them: there every reader finds them."""
@@ -141,6 +150,44 @@ class _Casts:
             self.done.num_casts += 1
             self._made[key] = self._write(x, operand, site, reader)
         return self._made[key]
+
+    def again(self, x: fx.Node, operand: Operand, site: _Site, reader: fx.Node) -> _Pair:
+        """A cast of a weight in backward, which then keeps nothing but the weight. A compiler merges equal nodes, and
+        is told to compute the one that is left twice.
+        """
+        if operand.spec.is_identity or operand.spec.is_stochastic:
+            return self.of(x, operand, site, reader)
+        if not self.is_decomposed:
+            self.done.num_cast_uses += 1
+            self.done.num_casts += 1
+            return self._write(x, operand, site, reader, is_late=True)
+        grid, scale = self.of(x, operand, site, reader)
+        steps = [grid]  # the whole cast: a step of it, kept, would be as large
+        while steps:
+            step = steps.pop()
+            if step is x or step.op != "call_function" or step.meta.get("recompute"):
+                continue
+            step.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            steps += step.all_input_nodes
+        return grid, scale
+
+    def kept(self, pair: _Pair, spec: QuantSpec, reader: fx.Node) -> fx.Node:
+        """What backward reads of a cast that forward made: its codes, which a partitioner keeps since they are the
+        smallest that the values can be made of, as values again.
+        """
+        grid, _ = pair
+        value = grid.meta["val"]
+        if spec.is_stochastic or packing_for(spec, value.dtype) is None:
+            return grid
+        if grid not in self._buffers:
+            self._buffers[grid] = self.call(grid.next, lp.pack.default, grid, spec.text)
+            self._buffers[grid].meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        shape = [size if isinstance(size, int) else self._size(grid, dim) for dim, size in enumerate(value.shape)]
+        return self.call(reader, lp.unpack.default, self._buffers[grid], shape, spec.text, value.dtype)
+
+    def _size(self, x: fx.Node, dim: int) -> fx.Node:
+        """A size of x that is a symbol, as a node beside x."""
+        return self.call(x.next, aten.sym_size.int, x, dim)
 
     def _representative(self, x: fx.Node) -> Any:
         """The same value for nodes that are the same view of the same tensor."""
@@ -155,9 +202,9 @@ class _Casts:
         key = (x.target in _VIEWS or x.target, self._representative(base), str(rest))
         return self._representatives.setdefault(key, x)
 
-    def _write(self, x: fx.Node, operand: Operand, site: _Site, reader: fx.Node) -> _Pair:
+    def _write(self, x: fx.Node, operand: Operand, site: _Site, reader: fx.Node, is_late: bool = False) -> _Pair:
         spec, clock = operand.spec, cast_clock(operand.spec, site.clock)
-        at = reader if spec.is_stochastic else self._after(x)
+        at = reader if spec.is_stochastic or is_late else self._after(x)
         is_watched = operand.is_gradient and site.key >= 0
         if self.is_decomposed and not is_watched and not spec.is_stochastic:
             outputs = self.splice(at, lambda x: _parts(cast(x, spec, None, 0, 0)), {"x": x})

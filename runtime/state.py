@@ -47,6 +47,8 @@ class SiteCalls:
 
     by_role: dict[Role, list[int]] = field(default_factory=lambda: {"fwd": [0, 0], "bwd": [0, 0], "grad": [0, 0]})
     reason: str = ""
+    kept: dict[Role, int] = field(default_factory=dict)
+    """Bytes that its last call with gradients kept for BWD and GRAD; what another site keeps already counts there."""
 
 
 @dataclass

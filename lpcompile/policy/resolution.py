@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from lpcompile.policy.patterns import count_layers, layer_of
 from lpcompile.policy.rules import Rule, Site
-from runtime.numerics.specs import ROLES, GemmSpec, LayerSpec, Role
+from runtime.numerics.specs import ROLES, GemmSpec, Keep, LayerSpec, Role
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Resolution:
     """Of each rule of the policy, in order, what it decided."""
 
 
-def resolve(rules: Sequence[Rule], sites: Sequence[Site]) -> Resolution:
+def resolve(rules: Sequence[Rule], sites: Sequence[Site], keep: Keep = "grid") -> Resolution:
     """The LayerSpec of each site under `rules`, and what became of each rule. Layers of sites that `describe` did not
     see are counted among these.
     """
@@ -76,7 +76,7 @@ def resolve(rules: Sequence[Rule], sites: Sequence[Site]) -> Resolution:
                     gemms[role] = gemm.spec()
             for index in setting[1:]:
                 above[index][setting[0]] = None
-        specs[name] = LayerSpec(**gemms) if gemms else None
+        specs[name] = LayerSpec(**gemms, keep=keep) if gemms else None
     uses = [
         RuleUse(
             label=labels[index],

@@ -48,11 +48,7 @@ from lpcompile.policy.yaml_text import Inline, dump
 from runtime.collectives.wire_format import check_wire_format
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import (
-    ROLES,
-    ROUNDINGS,
-    Rounding,
-)
+from runtime.numerics.specs import KEEPS, ROLES, ROUNDINGS, Keep, Rounding
 from runtime.optim.split_master import SPLIT
 
 if TYPE_CHECKING:
@@ -197,6 +193,9 @@ class Policy(Section):
     """Which rules hold from which optimizer step on; one entry starts at 0. Default: these rules from the start."""
     evaluate: Evaluate | None = None
     """What modules in evaluation mode compute in. Default: what the step does."""
+    keep: Annotated[Keep, one_of("way to keep operands", KEEPS)] = "grid"
+    """What forward keeps of a cast operand for backward: the grid values that are multiplied, mostly bf16, or their
+    codes, which take the format's own bits. No result changes."""
     elementwise: Any = None
     """Format of everything that is not a GEMM. Not built in this version: refused."""
     calibrate: Any = None
@@ -252,7 +251,7 @@ class Policy(Section):
     def resolve(self, sites: Sequence[Site]) -> Resolution:
         """The LayerSpec of each site under `rules`; of a phase, ask the policy of that phase."""
         self._check_linked()
-        return resolve(self.rules, sites)
+        return resolve(self.rules, sites, self.keep)
 
     def over(self, steps: int) -> "Policy":
         """Of a run of so many optimizer steps: what its schedule says in shares of the run is said in steps."""
@@ -298,6 +297,8 @@ class Policy(Section):
         for section in ("update", "loss_scale", "wire"):
             if getattr(self, section) != type(self).model_fields[section].default:
                 values[section] = Inline(getattr(self, section).model_dump(mode="json"))
+        if self.keep != "grid":
+            values["keep"] = self.keep
         if self.schedule:
             values["schedule"] = [phase.plain() for phase in self.schedule]
         if self.evaluate:
@@ -313,6 +314,8 @@ class Policy(Section):
             lines.append("  no rules: every op is left alone")
         if self.extends:
             lines.append(f"  extends {', '.join(self.extends)} (not loaded)")
+        if self.keep != "grid":
+            lines.append(f"  forward keeps the {self.keep} of what backward reads")
         lines.append(f"  update: {self.update}")
         lines.append(f"  loss scale: {_describe_loss_scale(self.loss_scale)}")
         wire = self.wire

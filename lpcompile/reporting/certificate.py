@@ -5,7 +5,7 @@ and HTML.
 import dataclasses
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +21,8 @@ from lpcompile.reporting.text import print_report
 from lpcompile.reporting.unseen import unseen_products
 from passes.finding import Finding
 from runtime.numerics.specs import ROLES, LayerSpec, Role
+from runtime.ops.kept import kept_nbytes
+from runtime.ops.product import Product
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ class Report:
         """
         total = sum(row.flops for row in self.called)
         return sum(row.flops for row in self.called if row.fidelity == fidelity) / total if total else None
+
+    @property
+    def kept_per_row(self) -> float:
+        """Bytes that forward keeps for backward by a row of input of the linear layers, where none share their x."""
+        return sum(row.kept_per_row for row in self.called)
+
+    @property
+    def kept(self) -> int | None:
+        """Bytes that the last calls in eager code kept for BWD and GRAD; None before one."""
+        kept = [row.kept for row in self.called if row.kept is not None]
+        return sum(kept) if kept else None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -176,8 +189,23 @@ def _rows_of_site(compiled: Compiled, phase: PhaseCode, site: Site, lost: str, u
         rule = phase.resolution.rule_of.get(name, {}).get(role, "no rule: fp32")
         decided = phase.program.decisions.get(name, {}).get(role)
         rule += f"; {decided}" if decided else ""
-        rows.append(_row(site, role, spec, how, rule, calls))
+        row = _row(site, role, spec, how, rule, calls)
+        product = phase.products.get(name)
+        if product is not None and how[1] not in (REFUSED, UNCALLED):
+            kept = counts.sites[name].kept.get(role) if name in counts.sites else None
+            row = replace(row, kept_per_row=_kept_per_row(product, site, role), kept=kept)
+        rows.append(row)
     return rows
+
+
+def _kept_per_row(product: Product, site: Site, role: Role) -> float:
+    """Of a linear layer, whose GRAD reads x; BWD reads the weight, which is kept anyway."""
+    if role != "grad" or site.op != "linear" or not site.k or product.is_identity:
+        return 0.0
+    return kept_nbytes(product.spec.grad.rhs, product.spec.keep, (_ROWS, site.k)) / _ROWS
+
+
+_ROWS = 4096
 
 
 def _rows_of_added(phase: PhaseCode, site: Site) -> list[GemmRow]:

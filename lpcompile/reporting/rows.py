@@ -36,6 +36,15 @@ class GemmRow:
     new_calls: int = 0
     """Calls seen since the last report."""
     new_calls_as_said: int = 0
+    kept_per_row: float = 0.0
+    """Bytes that forward keeps for this GEMM by a row of input, its share of scales included (of 4096 rows); 0 for FWD,
+    for what reads the weight again, and where the sizes are not known before it runs. Layers that read one tensor alike
+    keep it once.
+    """
+    kept: int | None = None
+    """Bytes that the last call in eager code kept for this GEMM; None before one. What another kept already counts
+    there.
+    """
 
     @property
     def runs_as_policy_says(self) -> bool:

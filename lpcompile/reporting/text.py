@@ -108,6 +108,10 @@ def _remarks(report: "Report") -> list[str]:
     )
     if report.joint:
         lines.append(report.joint)
+    if report.kept_per_row:
+        lines.append(f"kept for backward: {report.kept_per_row:,.0f} bytes by a row of input of the linear layers")
+    if report.kept is not None:
+        lines.append(f"kept for backward by the last calls in eager code: {report.kept:,} bytes")
     kept = f"{report.num_kept_casts} kept, {report.kept_bytes} bytes"
     lines.append(f"casts of weights: {f'none kept: {report.why_none_kept}' if report.why_none_kept else kept}")
     return lines

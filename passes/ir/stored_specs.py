@@ -17,7 +17,7 @@ from runtime.ops.plan import contraction_of
 
 def without(spec: LayerSpec, roles: Iterable[Role]) -> LayerSpec:
     """The spec with these roles as the uncompiled model has them."""
-    return replace(spec, **dict.fromkeys(roles, GemmSpec()))
+    return spec.having(dict.fromkeys(roles, GemmSpec()))
 
 
 @lru_cache(maxsize=4096)
@@ -26,11 +26,11 @@ def spec_as_stored(kind: str, geometry: ConvGeometry | None, spec: LayerSpec) ->
     if kind != "conv":
         free: Granularity = "column" if kind == "matmul" else "row"
         fwd, bwd = (replace(numbers, rhs=_per_output(numbers.rhs, free)) for numbers in (spec.fwd, spec.bwd))
-        spec = LayerSpec(fwd, bwd, spec.grad)
+        spec = replace(spec, fwd=fwd, bwd=bwd)
     if kind == "linear_kn":
         fwd, bwd = (replace(numbers, rhs=_transposed(numbers.rhs)) for numbers in (spec.fwd, spec.bwd))
-        spec = LayerSpec(fwd, bwd, spec.grad)
-    return LayerSpec(*(_with_blocks_along_sum(kind, geometry, role, spec.role(role)) for role in ROLES))
+        spec = replace(spec, fwd=fwd, bwd=bwd)
+    return spec.having({role: _with_blocks_along_sum(kind, geometry, role, spec.role(role)) for role in ROLES})
 
 
 def _with_blocks_along_sum(kind: str, geometry: ConvGeometry | None, role: Role, numbers: GemmSpec) -> GemmSpec:

@@ -7,7 +7,7 @@
     AccumulateSpec `1-6-9/64 stochastic`          format, chunk, rounding and kind of the additions
                    `fp32/16 toward_zero aligned[25]` or those of a GPU (accumulators.py has names for them)
     GemmSpec    `A * B -> fp32 -> fp32`           one GEMM: two operands, accumulator, output
-    LayerSpec   `fwd: ...; bwd: ...; grad: ...`   the three GEMMs of a layer
+    LayerSpec   `fwd: ...; bwd: ...; grad: ...`   the three GEMMs of a layer; `; keep: codes` where backward has codes
 
 FWD y = x.w (fprop), BWD dx = dy.w (dgrad), GRAD dw = dy.x (wgrad). In each the operands are named as the policy names
 them: FWD lhs = x, rhs = w; BWD lhs = dy, rhs = w; GRAD lhs = dy, rhs = x. For a product of two activations y = a.b: FWD
@@ -17,6 +17,7 @@ Invariants: `QuantSpec.parse(str(spec)) == spec`, and the same for GemmSpec and 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
@@ -36,6 +37,7 @@ Role = Literal["fwd", "bwd", "grad"]
 Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk", "aligned"]
 AccumulateOverflow = Literal["saturate", "wrap"]
+Keep = Literal["grid", "codes"]
 QuantizerKind = Literal["pact", "lsq"]
 """Each a file of runtime/quantize/learned/."""
 
@@ -47,6 +49,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 ACCUMULATE_MODELS: tuple[AccumulateModel, ...] = get_args(AccumulateModel)
 ACCUMULATE_OVERFLOWS: tuple[AccumulateOverflow, ...] = get_args(AccumulateOverflow)
+KEEPS: tuple[Keep, ...] = get_args(Keep)
 QUANTIZER_KINDS: tuple[QuantizerKind, ...] = get_args(QuantizerKind)
 
 
@@ -417,11 +420,14 @@ _IDENTITY_GEMM = GemmSpec()
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The three GEMMs of a layer."""
+    """The three GEMMs of a layer, and how forward keeps the cast operands that BWD and GRAD read: as the grid values
+    that are multiplied, or as their codes, which take the format's own bits. That changes no result.
+    """
 
     fwd: GemmSpec = field(default_factory=GemmSpec)
     bwd: GemmSpec = field(default_factory=GemmSpec)
     grad: GemmSpec = field(default_factory=GemmSpec)
+    keep: Keep = "grid"
 
     @property
     def is_identity(self) -> bool:
@@ -435,11 +441,20 @@ class LayerSpec:
     def role(self, role: Role) -> GemmSpec:
         return {"fwd": self.fwd, "bwd": self.bwd, "grad": self.grad}[role]
 
+    def having(self, gemms: Mapping[Role, GemmSpec]) -> "LayerSpec":
+        """With these in the place of its own."""
+        fwd, bwd, grad = (gemms.get(role, self.role(role)) for role in ROLES)
+        return replace(self, fwd=fwd, bwd=bwd, grad=grad)
+
     def __str__(self) -> str:
-        return f"fwd: {self.fwd}; bwd: {self.bwd}; grad: {self.grad}"
+        keep = "" if self.keep == "grid" else f"; keep: {self.keep}"
+        return f"fwd: {self.fwd}; bwd: {self.bwd}; grad: {self.grad}{keep}"
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "LayerSpec":
         parts = dict(part.split(": ", 1) for part in text.split("; "))
-        return LayerSpec(**{role: GemmSpec.parse(parts[role]) for role in ROLES})
+        keep = parts.get("keep", "grid")
+        _check("way to keep operands", keep, KEEPS)
+        fwd, bwd, grad = (GemmSpec.parse(parts[role]) for role in ROLES)
+        return LayerSpec(fwd, bwd, grad, keep)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import has_transforms
 from runtime.numerics.specs import QuantSpec, Role
 from runtime.ops.activations import activation_grad, followed_by, needed_by
+from runtime.ops.kept import keep_operand, note_kept, restore_operand
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import multiply, multiply_traced, own
 from runtime.quantize.qtensor import CastKey, QTensor
@@ -274,14 +275,19 @@ class _Gemm(torch.autograd.Function):
         ctx.lhs_shape, ctx.rhs_shape = lhs.shape, rhs.shape
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.dtypes = lhs.dtype, rhs.dtype, None if bias is None else bias.dtype
+        layer, spec = plan.spec, plan.spec.fwd
+        kept_rhs = keep_operand(bwd_rhs if needs_lhs else None, layer.bwd.rhs, layer.keep, rhs)
+        kept_lhs = keep_operand(grad_lhs if needs_rhs else None, layer.grad.rhs, layer.keep, lhs)
+        ctx.forms = kept_rhs.form, kept_lhs.form
         kept = (
             rhs if needs_lhs and bwd_rhs is None else None,
-            bwd_rhs if needs_lhs else None,
+            kept_rhs.saved,
             bwd_rhs_scale if needs_lhs else None,
-            grad_lhs if needs_rhs else None,
+            kept_lhs.saved,
             grad_lhs_scale if needs_rhs else None,
         )
-        spec = plan.spec.fwd
+        note_kept(state, plan.name, "bwd", kept[1], kept[2])
+        note_kept(state, plan.name, "grad", kept[3], kept[4])
         a, b = QTensor(fwd_lhs, fwd_lhs_scale, spec.lhs), QTensor(fwd_rhs, fwd_rhs_scale, spec.rhs)
         keeps = is_recording and any(ctx.needs_input_grad[:4])
         y, needed = _finished(plan, a, b, bias, result_dtype(lhs), turn, residual, activation, keeps)
@@ -300,9 +306,10 @@ class _Gemm(torch.autograd.Function):
         if needs_lhs:
             note_backward(state, plan, "bwd")
             dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, DY_BWD, turn)
+            grid = restore_operand(bwd_rhs, ctx.forms[0])
             w = (
-                QTensor(bwd_rhs, bwd_rhs_scale, bwd.rhs)
-                if bwd_rhs is not None
+                QTensor(grid, bwd_rhs_scale, bwd.rhs)
+                if grid is not None
                 else _cast_weight(rhs, bwd.rhs, state, plan, turn)
             )
             dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], turn)
@@ -310,7 +317,10 @@ class _Gemm(torch.autograd.Function):
             note_backward(state, plan, "grad")
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn)
-            x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)
+            grid = restore_operand(grad_lhs, ctx.forms[1])
+            assert grid is not None
+            x = QTensor(grid, grad_lhs_scale, grad.rhs)
+            del grid
             dw = _gradient("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], turn)
         if needs_bias:
             db = plan.contraction.bias_grad(dy).sum_to_size(ctx.bias_shape).to(ctx.dtypes[2])

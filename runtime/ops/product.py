@@ -146,7 +146,8 @@ class Product:
     def _activation(self, x: Tensor, spec: QuantSpec, turn: Turn | None, slot: int) -> QTensor:
         if spec.is_identity or spec.rounding == "stochastic":
             return cast(x, spec, turn, self.site, slot)
-        return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, turn, self.site, slot))
+        is_brief = self.spec.keep == "codes"
+        return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, turn, self.site, slot), is_brief)
 
     def _learned(
         self, x: Tensor, spec: QuantSpec, operand: str, site: int, slot: int, lifetime: str, turn: Turn | None

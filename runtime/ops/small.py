@@ -114,8 +114,8 @@ class SmallLayer:
             return None
         operands = (x, w) if bias is None else (x, w, bias)
         needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
-        if needs_grad and any(each.is_inference() for each in operands):
-            return None
+        if needs_grad and (plan.spec.keep != "grid" or any(each.is_inference() for each in operands)):
+            return None  # what it saves is x itself
         y = None if is_watched() else self._multiply(x, w, bias, num_columns)
         if not needs_grad:
             if y is not None:

@@ -25,11 +25,14 @@ class CastMemo:
 
     def __init__(self) -> None:
         self._entries: dict[_Place, tuple[_StorageRef, int, dict[Hashable, Any]]] = {}
+        self._brief: tuple[dict[Hashable, Any], set[Hashable]] = {}, set()
         self.num_found = 0
         """How many casts were found and not made, for tests and reports."""
 
-    def find_or_make(self, x: Tensor, key: Hashable, make: Callable[[], Cast]) -> Cast:
-        """The cast of x under `key`; `make()` where there is none of this version of x."""
+    def find_or_make(self, x: Tensor, key: Hashable, make: Callable[[], Cast], is_brief: bool = False) -> Cast:
+        """The cast of x under `key`; `make()` where there is none of this version of x. One that `is_brief` lives till
+        another tensor has such a cast: backward has codes of its own, and the values would lie beside them.
+        """
         if torch.is_inference_mode_enabled() or x.is_inference() or _get_current_dispatch_mode() is not None:
             return make()
         storage = x.untyped_storage()
@@ -37,12 +40,23 @@ class CastMemo:
         entry = self._entries.get(place)
         if entry is None or entry[1] != x._version or entry[0]() is not storage:
             entry = self._entries[place] = (_StorageRef(storage, place, self._entries), x._version, {})
+        if is_brief:
+            self._note_brief(entry[2], key)
         found = entry[2].get(key)
         if found is None:
             found = entry[2][key] = make()
         else:
             self.num_found += 1
         return found
+
+    def _note_brief(self, casts: dict[Hashable, Any], key: Hashable) -> None:
+        of, keys = self._brief
+        if of is not casts:
+            for each in keys:
+                of.pop(each, None)
+            self._brief = casts, {key}
+        else:
+            keys.add(key)
 
     def __len__(self) -> int:
         return len(self._entries)

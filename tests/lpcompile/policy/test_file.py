@@ -206,7 +206,7 @@ WRONG_KEYS = [
     (
         "name: a\nrulez: []\n",
         '2: rulez: "rulez" is not a key here. Did you mean "rules"? Known: version, name, source, '
-        "extends, rules, update, loss_scale, wire, schedule, evaluate, elementwise, calibrate, kv_cache.",
+        "extends, rules, update, loss_scale, wire, schedule, evaluate, keep, elementwise, calibrate, kv_cache.",
     ),
     (
         "rules:\n- fwd:\n    x:\n      format: e4m3\n      roundin: stochastic\n",
