@@ -25,6 +25,7 @@ class StepMetrics:
     predicted_gradient_bytes: int  # by the ledger
     wire_agrees: bool  # counted == predicted, for gradients and parameters
     validation: float | None = None  # loss on the validation split after this step, nats per token
+    overflowed: str = ""  # of a skipped step: rank, layer and role that overflowed first
 
     @property
     def tokens_per_s(self) -> float:
