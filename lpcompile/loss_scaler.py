@@ -73,10 +73,10 @@ class LossScaler(torch.amp.GradScaler):
         self._num_skipped += not self._is_dynamic or scale <= self._minimum
         if self._num_skipped >= MAX_SKIPS:
             raise LpError(
-                f"the last {MAX_SKIPS} steps were all skipped because their gradients overflowed, and the loss scale can go "
-                "no lower",
+                f"the last {MAX_SKIPS} steps were all skipped because their gradients overflowed, and the loss scale "
+                "can go no lower",
                 where="LossScaler.update",
-                got=f"loss scale {scale:g}, first overflow in {self._state.overflowed.first() or 'no known layer'}",
+                got=f"loss scale {scale:g}, overflow first in {self._state.overflowed.first() or 'no layer'}",
                 hint="a smaller learning rate, a dynamic loss_scale in the policy, or formats with a wider range",
             )
 

@@ -277,10 +277,10 @@ class Run:
             return
         kept = f"; its last checkpoint is in {self.folder}" if has_checkpoint(self.folder) else ""
         error = LpError(
-            f"the last {MAX_SKIPS} steps were all skipped because their gradients overflowed, and the loss scale can go "
-            f"no lower{kept}",
+            f"the last {MAX_SKIPS} steps were all skipped because their gradients overflowed, and the loss scale can "
+            f"go no lower{kept}",
             where=f"step {step + 1}",
-            got=f"loss scale {self.scale.value:g} ({self.scale.kind}), first overflow in {overflowed or 'no known layer'}",
+            got=f"loss scale {self.scale.value:g} ({self.scale.kind}), overflow first in {overflowed or 'no layer'}",
             hint="a smaller --lr, a dynamic loss_scale in the policy, or formats with a wider range",
         )
         error.is_of_all_ranks = True

@@ -106,8 +106,7 @@ def _remarks(report: "Report") -> list[str]:
     lines.append(
         f"casts in a forward pass: {report.num_quantize_before} before sharing, {report.num_quantize_after} after"
     )
-    if report.joint:
-        lines.append(report.joint)
+    lines += [each for each in (report.observed, report.joint) if each]
     kept = f"{report.num_kept_casts} kept, {report.kept_bytes} bytes"
     lines.append(f"casts of weights: {f'none kept: {report.why_none_kept}' if report.why_none_kept else kept}")
     return lines

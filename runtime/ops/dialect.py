@@ -322,8 +322,8 @@ _CARRIES = Rule(
 )
 _LEARNS = Rule("`spec` must have a quantizer with state", lambda a: QuantSpec.parse(a["spec"]).quantizer is not None)
 _NAMES_QUANTIZER = Rule(
-    f"`quantizer` must name, as SITE.OPERAND with one of {', '.join(OPERANDS)}, the quantizer of a spec that has one, and "
-    "of no other",
+    f"`quantizer` must name, as SITE.OPERAND with one of {', '.join(OPERANDS)}, the quantizer of a spec that has one, "
+    "and of no other",
     lambda a: (
         bool(a.get("quantizer")) == (QuantSpec.parse(a["spec"]).quantizer is not None)
         and a.get("quantizer", "x").rpartition(".")[2] in (*OPERANDS, "")

@@ -46,6 +46,10 @@ class GradScale(Observed):
         self._is_told = False
 
     @property
+    def is_waiting(self) -> bool:
+        return self.how == "max-align" and super().is_waiting
+
+    @property
     def how(self) -> str:
         """The rule's name."""
         assert isinstance(self.rule, GradScaleSpec)

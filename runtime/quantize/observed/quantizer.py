@@ -55,6 +55,11 @@ class Observed(Stateful):
         return self.spec.quantizer
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether it has seen no step, and casts by the scale of the present tensor."""
+        return not self.in_force.is_meta and float(self.in_force) == 0
+
+    @property
     def key(self) -> CastKey:
         """Of casts under the scale in force; two quantizers of one spec and one scale make one cast of one tensor."""
         return self.keyed(self.scale_in_force())
