@@ -130,8 +130,8 @@ WRONG_VALUES = [
     ),
     (
         fwd("{x: {format: e4m3, scale: row}}"),
-        "3: rules[0].fwd.x.scale: not a mapping. Expected the keys granularity, rule, block, history, algorithm, margin, "
-        'per_rank. Got "row".',
+        "3: rules[0].fwd.x.scale: not a mapping. Expected the keys granularity, rule, block, history, algorithm, "
+        'margin, per_rank. Got "row".',
     ),
     (
         fwd("{x: int8, w: e4m3, accumulate: int32}"),

@@ -1,4 +1,4 @@
-"""Scales that follow from earlier steps against their rules by hand: delayed scaling, GradScale, the cast in one pass."""
+"""Scales that follow from earlier steps against their rules by hand: delayed scaling, GradScale, casts that look."""
 
 import math
 from fractions import Fraction
