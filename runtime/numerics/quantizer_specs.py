@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 from runtime.errors import FormatError, nearest_names
 
 LearnedKind = Literal["pact", "lsq"]
-QuantizerKind = Literal["pact", "lsq", "grad-scale"]
+QuantizerKind = Literal[LearnedKind, "grad-scale"]
 """What a policy may name a quantizer; `delayed` is the rule of a scale."""
 Algorithm = Literal["max", "most_recent"]
 GradScaleRule = Literal["max-align", "exact", "dalle"]
