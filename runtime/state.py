@@ -14,6 +14,7 @@ from torch.fx.experimental.sym_node import DynamicInt
 from runtime.compile_marks import constant_result
 from runtime.compiled_reads import Reads, count_in_trace, num_in_trace
 from runtime.errors import LossScaleWarning
+from runtime.kernels.fake import has_values
 from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
 from runtime.overflow import FirstOverflow
@@ -155,9 +156,9 @@ class RunState:
 
     def note_overflow(self, beyond: Tensor | bool, site: str = "", role: str = "") -> None:
         """Set `overflow` where `beyond`, bool or bool (), is True; on the device of the last gradient noted."""
-        if isinstance(beyond, Tensor) and beyond.is_cpu:
-            beyond = bool(beyond)
-        self.overflowed.note(beyond, site, role)
+        if not isinstance(beyond, Tensor) or has_values(beyond):
+            beyond = bool(beyond) if isinstance(beyond, Tensor) and beyond.is_cpu else beyond
+            self.overflowed.note(beyond, site, role)
         if not self.is_scaled:
             self.is_scaled = True  # told once
             warnings.warn(_NO_LOSS_SCALE, LossScaleWarning, stacklevel=2)

@@ -77,7 +77,8 @@ class Observed(Stateful):
 
     def scale_in_force(self) -> Tensor | None:
         """The scale of this step, as a tensor that no later step writes into; None where nothing was seen yet."""
-        buffer = self.in_force
+        buffer = self._buffers["in_force"]  # as an attribute it takes a search through the module
+        assert buffer is not None
         if not buffer.is_cpu and buffer._version == self._version_read:  # nobody waits for a device that wrote nothing
             return self._given[1] if self._given[0] > 0.0 else None
         now, self._version_read = float(buffer), buffer._version
@@ -88,7 +89,8 @@ class Observed(Stateful):
 
     def scale(self, x: Tensor) -> Tensor:
         """That with which x is cast now."""
-        if not has_values(x) or self.in_force.is_meta:
+        buffer = self._buffers["in_force"]
+        if not has_values(x) or buffer is None or buffer.is_meta:
             return torch.empty((), dtype=torch.float32, device=x.device)
         found = self.scale_in_force()
         return self.present(x) if found is None else found
