@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lpcompile.collector import no_full_collections
@@ -34,13 +35,14 @@ from lpcompile.frontends.leaves.leaf_forward import LeafForward, is_kept_weight,
 from lpcompile.plan import PhaseCode, Sight, count_casts, expecting
 from lpcompile.policy.file import load_policy
 from lpcompile.policy.resolve import Policy
-from lpcompile.quantizers import install_quantizers, take_quantizers
+from lpcompile.quantizers import install_quantizers, leave_out_of_ddp, take_quantizers
 from lpcompile.reporting.changes import RefuseChanges
 from lpcompile.reporting.checks import check_policy
 from lpcompile.reporting.trouble import tell_trouble
 from passes.ir.program import STATE
 from runtime.ops.dialect import OP_OF
-from runtime.quantize.learned.quantizer import Learned
+from runtime.quantize.observed.end_step import drop_seen, end_step
+from runtime.quantize.stateful import Stateful
 from runtime.quantize.store import STORE as QUANTIZERS
 from runtime.quantize.store import find_store
 from runtime.recomputation import is_recomputing
@@ -108,7 +110,7 @@ def example_call(
 
 
 @contextmanager
-def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
+def recompiling(model: nn.Module) -> Iterator[dict[str, Stateful]]:
     """The model without what an earlier compilation installed, to be compiled anew; if that fails, with it again. Gives
     the quantizers with state that it had.
     """
@@ -134,6 +136,7 @@ def recompiling(model: nn.Module) -> Iterator[dict[str, Learned]]:
             module._forward_pre_hooks.update(by_key)
         if store is not None:
             model.add_module(QUANTIZERS, store)
+            leave_out_of_ddp(model)
         raise
     finally:
         reopen_fast_paths(model, compiled=_named_leaves(find_compiled(model)))
@@ -144,7 +147,7 @@ def _installed(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in (RECORD, STATE, COMPILED) if name in vars(module)}
 
 
-def _take_away(model: nn.Module) -> dict[str, Learned]:
+def _take_away(model: nn.Module) -> dict[str, Stateful]:
     """Give every module its own forward back; the quantizers with state that the model had."""
     for module in model.modules():
         uninstall(module)
@@ -183,7 +186,7 @@ def _compile_products(
     call: tuple[tuple[Any, ...], dict[str, Any]] | None,
     mode: str,
     strict: bool,
-    quantizers: dict[str, Learned],
+    quantizers: dict[str, Stateful],
 ) -> None:
     leaves, unreached = find_leaves(model)
     writers = find_writers(model, leaves)
@@ -223,7 +226,7 @@ def install_products(
     compiled: Compiled,
     writers: Sequence[str],
     seen: Seen | None,
-    quantizers: dict[str, Learned],
+    quantizers: dict[str, Stateful],
 ) -> None:
     """Let every leaf that a phase names, and what modules write as operations, run what was planned."""
     has_scopes = install_scopes(model, compiled, writers, seen)
@@ -260,7 +263,7 @@ def keeps_casts(compiled: Compiled) -> bool:
     return any("lifetime" in node.kwargs for graph in graphs for node in graph.nodes if node.target in OP_OF)
 
 
-def finish_install(model: nn.Module, compiled: Compiled, keeps_casts: bool, quantizers: dict[str, Learned]) -> None:
+def finish_install(model: nn.Module, compiled: Compiled, keeps_casts: bool, quantizers: dict[str, Stateful]) -> None:
     """The hooks of the root, the quantizers with state, those of `quantizers` among them, and the record."""
     if _rounds_stochastically(compiled):
         model.register_forward_pre_hook(CountMicroBatches(compiled.state))
@@ -291,25 +294,37 @@ def restore(model: nn.Module) -> None:
         reopen_fast_paths(root)
 
 
-def advance(model: nn.Module, to_step: int | None = None) -> None:
-    """Move schedule, stochastic streams and kept casts on by one optimizer step, or to `to_step` on resuming a run."""
+def advance(
+    model: nn.Module, to_step: int | None = None, *, skipped: bool = False, group: dist.ProcessGroup | None = None
+) -> None:
+    """Move schedule, stochastic streams, kept casts and delayed scales on by one optimizer step, or to `to_step` on
+    resuming a run. skipped: the step changed no weight, and so moves none of these.
+
+    With torch.distributed and scales that follow earlier steps all ranks of `group`, the data-parallel ones (None: all
+    there are), call it together: it has one all-reduce of a number for each such operand.
+    """
     compiled = get_compiled(model)
     if to_step is not None and to_step < 0:
         raise LpError("not a step", where="advance(to_step=...)", expected="0 or more", got=str(to_step))
     state = compiled.state
-    state.step = state.step + 1 if to_step is None else to_step
+    if skipped or to_step is not None:
+        drop_seen(state.quantizers)
+    else:
+        end_step(state.quantizers, compiled.strict, group)
+    state.step = state.step + (not skipped) if to_step is None else to_step
     state.micro_batch = 0
     state.constants.end_step()
     starts = [phase.from_step for phase in compiled.phases if phase.from_step is not None]
     state.phase = sum(start <= state.step for start in starts) - 1
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> None:
     """Call advance(model) after every step of `optimizer`, for a training loop of one's own. Of several optimizers of
-    one model, each attached, the steps that follow one another are one step; one that a scaler skips is none.
+    one model, each attached, the steps that follow one another are one step; one that a scaler skips is none. `group`
+    as advance takes it.
     """
     get_compiled(model)
-    hook = AdvanceAfterStep(model)
+    hook = AdvanceAfterStep(model, group)
     if hook not in optimizer._optimizer_step_post_hooks.values():  # a clock goes by one step a step
         optimizer.register_step_post_hook(hook)
 
@@ -319,6 +334,7 @@ class AdvanceAfterStep:
     """A hook of an optimizer's step."""
 
     model: nn.Module
+    group: dist.ProcessGroup | None = None
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # as a GradScaler tells a fused optimizer to skip
@@ -326,7 +342,7 @@ class AdvanceAfterStep:
             return
         compiled = find_compiled(self.model)  # restore() leaves the optimizer alone
         if compiled is not None and compiled.state.stepped.begins_step(optimizer):
-            advance(self.model)
+            advance(self.model, group=self.group)
 
 
 def run_state(model: nn.Module) -> RunState | None:

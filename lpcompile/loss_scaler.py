@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lpcompile.compiled import get_compiled
+from lpcompile.errors import LpError
+from runtime.optim.loss_scale import MAX_SKIPS
+from runtime.quantize.observed.end_step import drop_seen
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -44,12 +47,15 @@ class LossScaler(torch.amp.GradScaler):
         self._is_dynamic, self._minimum = rule.kind == "dynamic", rule.min
         self._state, self._group = compiled.state, group
         self._overflow: Tensor | None = None
+        self._found: list[Tensor] = []
+        self._num_skipped = 0
         self._state.is_scaled = True
 
     def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, Tensor]:
         found: dict[torch.device, Tensor] = super()._unscale_grads_(*args, **kwargs)
         for device, is_inf in found.items():
             is_inf.copy_(self._anywhere(is_inf).to(device))
+        self._found += found.values()
         return found
 
     def _anywhere(self, is_inf: Tensor) -> Tensor:
@@ -62,12 +68,32 @@ class LossScaler(torch.amp.GradScaler):
             dist.all_reduce(either, op=dist.ReduceOp.MAX, group=self._group)
         return either
 
+    def _count_skip(self) -> None:
+        scale = self.get_scale()
+        self._num_skipped += not self._is_dynamic or scale <= self._minimum
+        if self._num_skipped >= MAX_SKIPS:
+            raise LpError(
+                f"the last {MAX_SKIPS} steps were all skipped because their gradients overflowed, and the loss scale "
+                "can go no lower",
+                where="LossScaler.update",
+                got=f"loss scale {scale:g}, overflow first in {self._state.overflowed.first() or 'no layer'}",
+                hint="a smaller learning rate, a dynamic loss_scale in the policy, or formats with a wider range",
+            )
+
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Back off, grow, or stay, and forget the overflow."""
+        """Back off, grow, or stay, and forget the overflow. LpError where the last 32 steps were all skipped and the
+        scale can go no lower; it names the layer and role that overflowed first, on this rank.
+        """
+        if any(bool(each) for each in self._found):
+            drop_seen(self._state.quantizers)
+            self._count_skip()
+        else:
+            self._num_skipped = 0
+        self._found = []
         if self._enabled and not self._is_dynamic and new_scale is None:
             new_scale = self._scale
         super().update(new_scale)
         if self._enabled and self._is_dynamic and self._scale is not None:
             self._scale.clamp_(min=self._minimum)
-        self._state.overflow = False
+        self._state.clear_overflow()
         self._overflow = None

@@ -19,6 +19,7 @@ from passes.manager import PassRecord
 from passes.place import Placed, place
 from runtime.numerics.specs import LayerSpec
 from runtime.ops.product import Product
+from runtime.quantize.owners import quantizers_in
 from runtime.state import RunState
 
 
@@ -92,7 +93,7 @@ class PhaseCode:
     def _place(self, sight: Sight, spec: LayerSpec, state: RunState, numbers: Mapping[str, int]) -> None:
         placed: Placed | str = sight.reason or ("" if spec.is_identity else sight.unreal)
         number = numbers[sight.name]
-        if not placed and number >= _FIRST_FOUND and (spec.fwd.lhs.quantizer or spec.fwd.rhs.quantizer):
+        if not placed and number >= _FIRST_FOUND and quantizers_in(spec):
             placed = "its quantizer has state, and the product was found after that was made: give example inputs"
         placed = placed or place(sight.kind, sight.op, spec, self.program.device, sight.lengths)
         if isinstance(placed, str):

@@ -76,9 +76,11 @@ def _why_not(epoch_of: dict[fx.Node, int], norm: fx.Node, layer: fx.Node, gemm: 
         return "it has no running statistics: it norms with those of the batch"
     fwd = layer.meta[SPEC].fwd  # a scale that was learned is of what is cast without a batch norm in it
     if fwd.rhs.quantizer is not None:
-        return f"{fwd.rhs.quantizer.kind} learned a scale of the weight of {site} as it is"
+        verb = "learned" if fwd.rhs.quantizer.learns else "has"
+        return f"{fwd.rhs.quantizer.kind} {verb} a scale of the weight of {site} as it is"
     if not is_after and fwd.lhs.quantizer is not None:
-        return f"{fwd.lhs.quantizer.kind} learned a scale of what {site} is given"
+        verb = "learned" if fwd.lhs.quantizer.learns else "has"
+        return f"{fwd.lhs.quantizer.kind} {verb} a scale of what {site} is given"
     if len(first.users) > 1:
         return f"{'it' if is_after else site} is not all that uses what {site if is_after else 'it'} gives"
     if epoch_of[first] != epoch_of[second]:

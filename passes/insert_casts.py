@@ -6,7 +6,7 @@
                                               %y = lp.gemm(%x, %w, %b, %q, %s, ...)
 
 GRAD's cast of the input is its own node only where its spec is not FWD's; a weight is cast again in backward by lp.gemm
-itself. Where a quantizer with state has the scale, it is asked, and the carrier of the gradient passes it:
+itself. Where a quantizer with state has the scale, it is asked, and the carrier of the gradient passes one that learns:
 
     %s = lp.learned_scale(%x)   %c = lp.carrier(%x, %s)   %q = lp.quantize(%x, %s)   %y = lp.gemm(%c, ...)
 """
@@ -18,11 +18,12 @@ from torch import fx
 
 from passes.ir.gemm_nodes import GemmNode, read_gemm
 from passes.ir.operands import call_op
-from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, quantizer_name, site_numbers, state_node
+from passes.ir.program import GROUP, SITE, SPEC, WEIGHT, Program, site_numbers, state_node
 from passes.manager import Pass
 from runtime.numerics.specs import QuantSpec
 from runtime.ops.dialect import OPS
 from runtime.ops.plan import print_geometry
+from runtime.quantize.owners import owner_of
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,16 @@ def _rewrite(graph: fx.Graph, node: fx.Node, number: int) -> None:
     spec, state = node.meta[SPEC], state_node(graph)
     has_weight = gemm.rhs.op == "get_attr" or gemm.rhs.meta.get(WEIGHT, False)
     with graph.inserting_before(node):
-        lhs, fwd_lhs = _cast(graph, gemm.lhs, spec.fwd.lhs, state, number, 0, quantizer_name(node.meta[SITE], "x"))
-        rhs, fwd_rhs = _cast(graph, gemm.rhs, spec.fwd.rhs, state, number, 1, quantizer_name(node.meta[SITE], "w"))
+        lhs, fwd_lhs = _cast(graph, gemm.lhs, spec.fwd.lhs, state, number, 0, owner_of(node.meta[SITE], "x"))
+        rhs, fwd_rhs = _cast(graph, gemm.rhs, spec.fwd.rhs, state, number, 1, owner_of(node.meta[SITE], "w"))
         bwd_rhs: tuple[fx.Node | None, fx.Node | None] = (None, None)
         if spec.bwd.rhs == spec.fwd.rhs and (not has_weight or spec.fwd.rhs.quantizer):
             bwd_rhs = fwd_rhs
-        elif not has_weight:
-            bwd_rhs = _cast(graph, gemm.rhs, spec.bwd.rhs, state, number, 2)[1]
+        elif not has_weight or spec.bwd.rhs.quantizer:
+            bwd_rhs = _cast(graph, gemm.rhs, spec.bwd.rhs, state, number, 2, owner_of(node.meta[SITE], "w_bwd"))[1]
         grad_lhs = fwd_lhs
         if spec.grad.rhs != spec.fwd.lhs:
-            grad_lhs = _cast(graph, gemm.lhs, spec.grad.rhs, state, number, 3)[1]
+            grad_lhs = _cast(graph, gemm.lhs, spec.grad.rhs, state, number, 3, owner_of(node.meta[SITE], "x_grad"))[1]
         attributes: dict[str, Any] = {"kind": gemm.kind, "spec": str(spec), "kernels": ",,", "site": number}
         if gemm.geometry:
             attributes["geometry"] = print_geometry(gemm.geometry)
@@ -81,7 +82,8 @@ def _cast(
     if spec.quantizer is not None:
         attributes["quantizer"] = quantizer
         scale = call_op(graph, "lp.learned_scale", {"x": x, "state": state}, {**attributes})
-        carrier = call_op(graph, "lp.carrier", {"x": x, "s": scale, "state": state}, {**attributes})
+        if spec.quantizer.learns:
+            carrier = call_op(graph, "lp.carrier", {"x": x, "s": scale, "state": state}, {**attributes})
     elif spec.has_scale:
         scale = call_op(graph, "lp.scale", {"x": x}, {**attributes})
     needs_state = state if spec.is_stochastic else None

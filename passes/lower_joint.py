@@ -66,7 +66,7 @@ def lower_joint(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]
 
 
 def _lower(casts: "_Casts", node: fx.Node, role: Role) -> None:
-    lhs, rhs, rest, text, is_weight, name, clock, key, dtype = node.args
+    lhs, rhs, rest, text, is_weight, name, clock, key, looks, dtype = node.args
     plan = GemmPlan.read(str(text))
     casts.done.roles.setdefault(str(name), set()).add(role)
     casts.done.num_products += 1
@@ -74,7 +74,7 @@ def _lower(casts: "_Casts", node: fx.Node, role: Role) -> None:
     if plan.kernel(role).is_own_op:
         return
     first, second = operands_of(plan, role, bool(is_weight))
-    where = _Site(plan.site, clock, key)
+    where = _Site(plan.site, clock, key, bool(looks))
     a = casts.of(lhs, first, where, node)  # type: ignore[arg-type]
     if plan.spec.keep == "codes" and role == "bwd" and is_weight:
         b = casts.again(rhs, second, where, node)  # type: ignore[arg-type]
@@ -125,6 +125,8 @@ class _Site:
     number: int
     clock: Any
     key: Any
+    looks: bool
+    """Whether what observes its operands is told of them."""
 
 
 class _Casts:
@@ -206,11 +208,14 @@ class _Casts:
         spec, clock = operand.spec, cast_clock(operand.spec, site.clock)
         at = reader if spec.is_stochastic or is_late else self._after(x)
         is_watched = operand.is_gradient and site.key >= 0
-        if self.is_decomposed and not is_watched and not spec.is_stochastic:
+        how = (str(spec), clock, site.key, site.number, operand.slot, operand.owner)
+        if spec.observes and not is_watched:
+            both = self.call(at, lp.cast_observed.default, x, *how, site.looks)
+        elif self.is_decomposed and not is_watched and not spec.is_stochastic:
             outputs = self.splice(at, lambda x: _parts(cast(x, spec, None, 0, 0)), {"x": x})
             return outputs[0], outputs[1] if len(outputs) > 1 else None
-        if is_watched:
-            both = self.call(at, lp.cast_gradient.default, x, str(spec), clock, site.key, site.number, operand.slot)
+        elif is_watched:
+            both = self.call(at, lp.cast_gradient.default, x, *how)
         else:
             both = self.call(at, lp.cast.default, x, str(spec), clock, site.number, operand.slot)
         grid = self.call(at, getitem, both, 0)

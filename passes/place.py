@@ -95,11 +95,11 @@ def _why_not_learned(spec: LayerSpec) -> str:
     """Why a quantizer with state has no gradient to learn by; "" if each has, or there is none."""
     for role, side, forward in (("bwd", "rhs", spec.fwd.rhs), ("grad", "rhs", spec.fwd.lhs)):
         operand = getattr(spec.role(role), side)  # type: ignore[arg-type]
-        if operand.quantizer is not None and operand != forward:
+        if operand.quantizer is not None and operand.quantizer.learns and operand != forward:
             return f"{role} {side}: {operand} learns by what FWD casts, {forward}; use one cast in both, or none here"
     for role in ("bwd", "grad"):
         operand = spec.role(role).lhs  # type: ignore[arg-type]
-        if operand.quantizer is not None:
+        if operand.quantizer is not None and operand.quantizer.learns:
             return f"{role} lhs: {operand.quantizer.kind} learns by a gradient, and the cast of one has none"
     return ""
 

@@ -35,6 +35,14 @@ class LossScaleWarning(LpWarning):
     """A policy asks for a loss scale, and nothing applies it."""
 
 
+class ScaleWarning(LpWarning):
+    """A scale that follows from what is cast has reached the end of its range."""
+
+
+class ScaleError(LpError):
+    """The same, where strict was asked for."""
+
+
 class FormatError(LpError, ValueError):
     """A number format, rounding or scale that does not exist or does not fit."""
 

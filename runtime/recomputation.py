@@ -61,6 +61,18 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def is_learning() -> bool:
+    """Whether what runs is the forward of something that is differentiated, for the first time: gradients are recorded,
+    or a checkpoint that is an autograd.Function runs it without them, to run it again.
+    """
+    if is_recomputing():
+        return False
+    if torch.is_grad_enabled():
+        return True
+    running, _ = _checkpoints_of_functions()
+    return any(any(getattr(ctx, "needs_input_grad", ())) for ctx in running)
+
+
 def _checkpoints_of_hooks() -> tuple[list[object], object, object]:
     """Checkpoints that are run, inside of the one that recomputes; that one, and what tells this run of it."""
     running: list[object] = []

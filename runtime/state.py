@@ -14,8 +14,10 @@ from torch.fx.experimental.sym_node import DynamicInt
 from runtime.compile_marks import constant_result
 from runtime.compiled_reads import Reads, count_in_trace, num_in_trace
 from runtime.errors import LossScaleWarning
+from runtime.kernels.fake import has_values
 from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Role
+from runtime.overflow import FirstOverflow
 from runtime.quantize.kept_casts import Constants
 from runtime.recomputation import remembered
 from runtime.streams import SITE_BITS, Turn, seed_of, stream_of
@@ -113,6 +115,8 @@ class RunState:
     evaluation: int | None = None
     watch_overflow: bool = False
     overflow: bool | Tensor = False
+    overflowed: FirstOverflow = field(default_factory=FirstOverflow, compare=False, repr=False)
+    """Where: the first layer and role. Who clears `overflow` clears it."""
     is_scaled: bool = False
     strict: bool = False
     gemm_calls: int = 0
@@ -133,7 +137,7 @@ class RunState:
     reads: Reads = field(default_factory=Reads, init=False, compare=False, repr=False)
     """The clock and the calls of sites as compiled code reads them."""
     quantizers: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Quantizers with state by name, SITE.x or SITE.w: modules of the model (runtime/quantize/store.py)."""
+    """Quantizers with state by name (runtime/quantize/owners.py): modules of the model (runtime/quantize/store.py)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.compile takes a plain int of a module for a constant, and would compile every step anew
@@ -158,8 +162,11 @@ class RunState:
         """What a module runs by, in training or evaluation mode."""
         return self.phase if is_training or self.evaluation is None else self.evaluation
 
-    def note_overflow(self, beyond: Tensor | bool) -> None:
+    def note_overflow(self, beyond: Tensor | bool, site: str = "", role: str = "") -> None:
         """Set `overflow` where `beyond`, bool or bool (), is True; on the device of the last gradient noted."""
+        if not isinstance(beyond, Tensor) or has_values(beyond):
+            beyond = bool(beyond) if isinstance(beyond, Tensor) and beyond.is_cpu else beyond
+            self.overflowed.note(beyond, site, role)
         if not self.is_scaled:
             self.is_scaled = True  # told once
             warnings.warn(_NO_LOSS_SCALE, LossScaleWarning, stacklevel=2)
@@ -174,6 +181,11 @@ class RunState:
     def clock(self) -> tuple[int, int, int, int]:
         """(seed, rank, step, micro-batch) as ops carry them, the seed as a signed number of 64 bits."""
         return signed_seed(self.seed), self._rank(), self.step, self.micro_batch
+
+    def clear_overflow(self) -> None:
+        """Forget it: the next step begins."""
+        self.overflow = False
+        self.overflowed.clear()
 
     def _rank(self) -> int:
         return _rank_of_process() if self.rank is None else self.rank

@@ -1,7 +1,8 @@
 """Checkpoints: written aside and renamed, so that whatever `latest` names is whole; the newest sound one is loaded.
 
 <run>/checkpoints/latest         the name of the newest one
-<run>/checkpoints/step-000100/   run.json (step, loss scale, config, ranks), policy.yaml, rank-0.pt, ... (random states)
+<run>/checkpoints/step-000100/   run.json (step, loss scale, config, ranks), policy.yaml, rank-0.pt, ... (random states,
+                                 and scales that the policy calls per rank)
                                  and of the engine: replica.pt (ddp) or engine/ (deepspeed, one shard per rank);
                                  checksums.json of all of them
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from launch.engines.engine import AbstractEngine
 from launch.training.checksums import checksum, checksums, damages, write_checksums
@@ -25,8 +27,17 @@ from launch.training.world import World
 from runtime.errors import LpError
 
 
-def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: AbstractEngine, world: World) -> Path:
-    """Write one checkpoint with all ranks and make it the latest. LpError on every rank if any cannot write."""
+def save_checkpoint(
+    run: Path,
+    record: RunRecord,
+    policy_yaml: str,
+    engine: AbstractEngine,
+    world: World,
+    own: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write one checkpoint with all ranks and make it the latest. LpError on every rank if any cannot write. own: what
+    of the model's state is this rank's alone.
+    """
     final = run / "checkpoints" / f"step-{record.step:06d}"
     aside = final.with_name(final.name + ".tmp")
     try:
@@ -36,7 +47,7 @@ def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: Abst
                 aside.mkdir(parents=True)
                 (aside / "policy.yaml").write_text(policy_yaml)
         with world.together(run):
-            torch.save(_random_states(), aside / f"rank-{world.rank}.pt")
+            torch.save(_random_states() | {"own": own or {}}, aside / f"rank-{world.rank}.pt")
             engine.save(aside)
         with world.together(run):
             shares = world.gathered(checksums(aside, world.rank, world.size))
@@ -53,12 +64,15 @@ def save_checkpoint(run: Path, record: RunRecord, policy_yaml: str, engine: Abst
     return final
 
 
-def load_checkpoint(folder: Path, engine: AbstractEngine, world: World) -> RunRecord:
-    """Put weights, optimizer and random states back; returns the record for whatever else goes on from there."""
+def load_checkpoint(folder: Path, engine: AbstractEngine, world: World) -> tuple[RunRecord, dict[str, Tensor]]:
+    """Put weights, optimizer and random states back; returns the record for whatever else goes on from there, and what
+    of the model's state is this rank's alone.
+    """
     record = read_record(folder)
     try:
         engine.load(folder)
-        _set_random_states(torch.load(folder / f"rank-{world.rank}.pt", weights_only=True))
+        states = torch.load(folder / f"rank-{world.rank}.pt", weights_only=True)
+        _set_random_states(states)
     except LpError:
         raise
     except Exception as error:  # whatever torch and an engine say of files that are not theirs
@@ -67,7 +81,7 @@ def load_checkpoint(folder: Path, engine: AbstractEngine, world: World) -> RunRe
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"{named[1] if named else 'a pickle'}, where only tensors and plain values are read"
         raise ConfigError("this checkpoint cannot be loaded", where=str(folder), got=reason[:300]) from error
-    return record
+    return record, states.get("own", {})
 
 
 def find_sound_checkpoint(place: str | Path, world: World) -> tuple[Path, list[str]]:

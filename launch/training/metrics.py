@@ -26,6 +26,7 @@ class StepMetrics:
     wire_agrees: bool  # counted == predicted, for gradients and parameters
     validation: float | None = None  # loss on the validation split after this step, nats per token or image
     accuracy: float | None = None  # share of the validation split that is answered right
+    overflowed: str = ""  # of a skipped step: rank, layer and role that overflowed first
 
     @property
     def tokens_per_s(self) -> float:

@@ -79,9 +79,10 @@ def unless_closed() -> Iterator[None]:
 
 def why_skipped(step: StepMetrics) -> str:
     """A scale above 1 backs off and may cure it; at 1 nothing is left to back off."""
+    first = f", first in {step.overflowed}" if step.overflowed else ""
     if step.loss_scale > 1:
-        return f"a gradient overflowed; loss scale {step.loss_scale:g}"
-    return "a gradient is not finite at loss scale 1: the run diverges"
+        return f"a gradient overflowed{first}; loss scale {step.loss_scale:g}"
+    return f"a gradient is not finite at loss scale 1{first}: the run diverges"
 
 
 def _validation(step: StepMetrics) -> str:

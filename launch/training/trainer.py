@@ -38,13 +38,13 @@ from lpcompile import Policy, advance, compile_joint, load_policy, lpcompile, re
 from lpcompile.api import run_state
 from lpcompile.errors import LoweringWarning
 from lpcompile.frontends.joint.compiling import Backend
+from lpcompile.quantizers import load_rank_state, rank_state
 from lpcompile.reporting.trouble import trouble_of
 from runtime.collectives.counter import StepBytes
 from runtime.errors import LpError
-from runtime.optim.loss_scale import LossScale
+from runtime.optim.loss_scale import MAX_SKIPS, LossScale
 
 _BACKENDS: dict[str, Backend] = {"joint": "aot_eager", "inductor": "inductor"}
-_MAX_SKIPS = 64  # in a row; a dynamic scale of 65536 needs 16 to reach 1
 _EVALUATION_STREAM = 2**10 - 1  # the last micro-batch number that has a random stream; no training one gets there
 
 
@@ -198,10 +198,11 @@ class Run:
         found, notes = checkpoint.find_sound_checkpoint(place, self.world)
         check_resumable(found, self.policy.name, self.policy.hash, self.world.size)
         with self.world.together():
-            record = checkpoint.load_checkpoint(found, self.engine, self.world)
+            record, own = checkpoint.load_checkpoint(found, self.engine, self.world)
         check_corpus(found, record, self.data.content_sha256, self.data.name)
         self.scale.load_state_dict(record.loss_scale.model_dump())
-        advance(self.model, to_step=record.step)
+        load_rank_state(self.model, own)
+        advance(self.model, to_step=record.step - self.scale.skipped)
         if notes:
             notes.append(f"going on from {found}, step {record.step}")
         return record.step, notes
@@ -213,13 +214,14 @@ class Run:
         sums = self.unscaler.gather(self._accumulate(step))
         skip = sums.must_skip(self.scale)
         self.statistics.agree(skip)
-        lr = learning_rate(self.config, step)
+        lr = learning_rate(self.config, step - self.scale.skipped)  # a step that was skipped moves no schedule
         grad_norm = self.engine.step(lr, skip)
+        self._count_skips(skip)
         self.scale.update(skip)
-        advance(self.model)
+        advance(self.model, skipped=skip)
         sent = self.engine.counter.close_step()
         ms = 1000 * (time.perf_counter() - began)
-        self._check_alive(step, skip)
+        self._check_alive(step, sums.overflowed)
         is_evaluated = _is_due(step + 1, self.config.eval_every, self.config.steps)
         validation, accuracy = self.evaluate() if is_evaluated else (None, None)
         return StepMetrics(
@@ -237,6 +239,7 @@ class Run:
             wire_agrees=sent.agrees,
             validation=validation,
             accuracy=accuracy,
+            overflowed=sums.overflowed if skip else "",
         )
 
     def _accumulate(self, step: int) -> torch.Tensor:
@@ -282,16 +285,24 @@ class Run:
         if state := run_state(self.model):
             state.micro_batch = micro
 
-    def _check_alive(self, step: int, skip: bool) -> None:
-        """A run that only skips is over; say so instead of burning its steps."""
-        self.skips = self.skips + 1 if skip else 0
-        if self.skips >= _MAX_SKIPS:
-            raise LpError(
-                f"the last {_MAX_SKIPS} steps were all skipped because their gradients overflowed",
-                where=f"step {step + 1}",
-                got=f"loss scale {self.scale.value:g} ({self.scale.kind})",
-                hint="a smaller --lr, a dynamic loss_scale in the policy, or formats with a wider range",
-            )
+    def _count_skips(self, skip: bool) -> None:
+        """Those in a row that no smaller loss scale follows."""
+        self.skips = self.skips + (skip and self.scale.is_lowest) if skip else 0
+
+    def _check_alive(self, step: int, overflowed: str) -> None:
+        """A run that only skips is over; say so instead of burning its steps. Its last checkpoint stays."""
+        if self.skips < MAX_SKIPS:
+            return
+        kept = f"; its last checkpoint is in {self.folder}" if has_checkpoint(self.folder) else ""
+        error = LpError(
+            f"the last {MAX_SKIPS} steps were all skipped because their gradients overflowed, and the loss scale can "
+            f"go no lower{kept}",
+            where=f"step {step + 1}",
+            got=f"loss scale {self.scale.value:g} ({self.scale.kind}), overflow first in {overflowed or 'no layer'}",
+            hint="a smaller --lr, a dynamic loss_scale in the policy, or formats with a wider range",
+        )
+        error.is_of_all_ranks = True
+        raise error
 
     def _save(self, step: int) -> None:
         record = RunRecord(
@@ -305,7 +316,8 @@ class Run:
             config=with_absolute_paths(self.config).model_dump(),
             torch_version=torch.__version__,
         )
-        checkpoint.save_checkpoint(self.folder, record, self.policy.to_yaml(), self.engine, self.world)
+        own = rank_state(self.model)
+        checkpoint.save_checkpoint(self.folder, record, self.policy.to_yaml(), self.engine, self.world, own)
         self.engine.counter.close_step()
 
     def _summarize(self, steps: list[StepMetrics], peak_memory: int) -> Summary:

@@ -1,4 +1,4 @@
-"""What one GEMM computes in, as a policy says it: operands and scales, accumulator, output; a section per role."""
+"""What one GEMM computes in, as a policy says it: two operands, accumulator, output; a section per role."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -6,11 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AliasChoices,
-    BeforeValidator,
     Field,
     GetJsonSchemaHandler,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema
@@ -20,191 +17,32 @@ from lpcompile.policy.fields import (
     AccumulatorName,
     Count,
     FormatName,
-    OperandFormatName,
     Section,
     as_refusal,
-    as_written,
-    not_built,
     one_of,
     refusal,
 )
 from lpcompile.policy.names import OPERAND_NAMES
+from lpcompile.policy.operands import Operand
 from runtime.numerics.accumulators import ACCUMULATORS, declines_aligned
 from runtime.numerics.block_formats import (
-    BLOCK_FORMATS,
-    default_rounding,
     grid_format,
-    is_block_format,
 )
 from runtime.numerics.format_kinds import IntFormat
-from runtime.numerics.formats import FORMATS
-from runtime.numerics.range_formats import is_range_format
 from runtime.numerics.specs import (
     ACCUMULATE_MODELS,
     ACCUMULATE_OVERFLOWS,
     AUTO,
-    GRANULARITIES,
     MAX_ALIGN,
     PRODUCTS,
-    QUANTIZER_KINDS,
     ROUNDINGS,
-    SCALE_RULES,
     AccumulateModel,
     AccumulateOverflow,
     AccumulateSpec,
     GemmSpec,
-    Granularity,
     Product,
-    QuantizerKind,
-    QuantizerSpec,
-    QuantSpec,
     Rounding,
-    ScaleRule,
-    ScaleSpec,
 )
-
-PLANNED_QUANTIZERS = ("pact+", "sawb+", "lsq+", "dorefa", "grad-scale")
-"""Of the papers, and not built."""
-
-
-SAID_OTHERWISE = {
-    "sawb": "scale: {granularity: tensor, rule: sawb} of int4 or int2",
-    "ptq": "format: ptq5, or other bits",
-    "psq": "format: psq5, or other bits",
-    "bhq": "format: bhq5, or other bits",
-    "luq": "format: fp4-luq, rounding: stochastic, scale: {granularity: tensor}",
-    "two-phase": "fp4-radix4 for dy in bwd and fp4-radix4-odd in grad",
-}
-"""What papers call quantizers and has no state: how a policy says it."""
-
-
-def _refuse_others(given: Any) -> Any:
-    if isinstance(given, str) and (how := SAID_OTHERWISE.get(given.lower())):
-        raise refusal(f"{given} has no state, and is not a quantizer here", hint=how)
-    return given
-
-
-def _read_block(value: Any) -> Any:
-    """Two numbers; one says only how long a group is."""
-    size = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-    if isinstance(size, int) and not isinstance(size, bool):
-        raise refusal(
-            "a block is rows and columns", got=as_written(value), hint=f"block: [1, {size}] for groups of {size}"
-        )
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise refusal("a block is rows and columns", expected="two numbers, such as [1, 128]", got=as_written(value))
-    return value
-
-
-class Scale(Section):
-    """How the scale of an operand is chosen. The matrix view of x is (product of leading dims, last dim)."""
-
-    granularity: Annotated[Granularity, one_of("scale granularity", GRANULARITIES)] = "tensor"
-    """tensor: one scale. row, column: one per row or column of the matrix view. block: one per `block` tile. channel:
-    of a weight, one per output channel or feature."""
-    rule: Annotated[ScaleRule, one_of("scale rule", SCALE_RULES, ("delayed", "static", "mse", "learned"))] = "amax"
-    """amax: scale = amax / max(format). pow2: the smallest power of two not below that. sawb: of a weight in int4 or
-    int2, one per tensor from its moments, so that the mean squared error is least; the largest saturate."""
-    block: Annotated[tuple[Count, Count], BeforeValidator(_read_block)] = (1, 128)
-    """Rows and columns of a tile, in elements; only with granularity block."""
-
-    @classmethod
-    def _hint_for(cls, key: str) -> str:
-        is_size = key.lower().replace("-", "_") in ("group_size", "groupsize", "block_size", "group")
-        return "A group of 128 along the sum is granularity: block, block: [1, 128]" if is_size else ""
-
-    @model_validator(mode="after")
-    def _check_block(self) -> "Scale":
-        if "block" in self.model_fields_set and self.granularity != "block":
-            raise refusal(
-                f'block is set and granularity is "{self.granularity}"', hint="granularity: block", key="block"
-            )
-        return self
-
-    def spec(self) -> ScaleSpec:
-        return ScaleSpec(self.granularity, self.rule, self.block)
-
-
-class Quantizer(Section):
-    """What learns the scale of an operand, of an integer format, one per tensor: its state lives in the model, under
-    `_lp.SITE.`, and `lp_parameters(model)` gives its parameters.
-    """
-
-    kind: Annotated[
-        QuantizerKind, one_of("quantizer", QUANTIZER_KINDS, PLANNED_QUANTIZERS), BeforeValidator(_refuse_others)
-    ]
-    """pact: a learned clip; an unsigned format clips at 0 below. lsq: a learned step."""
-    init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """What the clip of pact or the step of lsq begins as. Default: pact 8; lsq 2 E|x| / sqrt(Qp) of the weight, or of
-    the first batch."""
-
-    def spec(self) -> QuantizerSpec:
-        return QuantizerSpec(self.kind, self.init)
-
-
-class Operand(Section):
-    """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
-
-    SHORTHAND, EXAMPLES = "format", (*FORMATS, *BLOCK_FORMATS)
-
-    format: OperandFormatName
-    """Number format: a name of the table, `1-E-M[:bias=B,top=T,subnormals=yes|no]` or `intB`; or `ptqB`, `psqB`,
-    `bhqB`, B bits over the range of a tensor, of each sample, of samples mixed. The blocks of a block format lie along
-    the sum of each GEMM."""
-    rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] | None = Field(default=None, validate_default=True)
-    """How a value between two of the format is rounded. Default: what the format's row says."""
-    scale: Scale | None = None
-    """How the scale is chosen. Default: no scaling. A block format makes its own scales and takes none."""
-    quantizer: Quantizer | None = None
-    """What learns the scale. Default: none, the scale is as `scale` says."""
-    transform: Any = None
-    """Rotation before the cast. Not built in this version: refused."""
-
-    @field_validator("rounding")
-    @classmethod
-    def _fill_rounding(cls, value: Rounding | None, info: ValidationInfo) -> Rounding | None:
-        return default_rounding(info.data["format"]) if value is None and "format" in info.data else value
-
-    @field_validator("scale")
-    @classmethod
-    def _check_scale(cls, value: Scale | None, info: ValidationInfo) -> Scale | None:
-        name = info.data.get("format", "")
-        if value is not None and (is_block_format(name) or is_range_format(name)):
-            per = "one per block" if is_block_format(name) else "of the range of what is cast"
-            raise refusal(f"{name} makes its own scales, {per}", hint="no scale, or a scalar format")
-        return value
-
-    @field_validator("transform")
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        if value is not None:
-            raise not_built(f"{info.field_name} is not in this version", "format, rounding, scale and quantizer")
-
-    @model_validator(mode="after")
-    def _check_quantizer(self) -> "Operand":
-        try:
-            self.spec()
-        except FormatError as error:
-            raise as_refusal(error) from None
-        return self
-
-    def spec(self) -> QuantSpec:
-        assert self.rounding is not None  # filled by _fill_rounding
-        scale = self.scale.spec() if self.scale else None
-        return QuantSpec(self.format, self.rounding, scale, quantizer=self.quantizer.spec() if self.quantizer else None)
-
-    def plain(self) -> str | dict[str, Any]:
-        """As a policy file writes it, the shorthand where it says everything."""
-        values: dict[str, Any] = {"format": self.format}
-        if self.rounding != default_rounding(self.format):
-            values["rounding"] = self.rounding
-        if self.scale:
-            unused = None if self.scale.granularity == "block" else {"block"}
-            values["scale"] = self.scale.model_dump(mode="json", exclude=unused)
-        if self.quantizer:
-            values["quantizer"] = self.quantizer.model_dump(mode="json", exclude_none=True)
-        return values if len(values) > 1 else self.format
-
 
 _FP32 = Operand(format="fp32")
 
@@ -312,6 +150,11 @@ class Gemm(Section):
                 raise refusal("granularity channel is for weights", got=f"{key}: channel", hint=hint, key=key)
             if scale is not None and scale.rule == "sawb":
                 raise refusal("rule sawb is for weights", got=f"{key}: sawb", hint="rule: amax, or pact", key=key)
+        for key in {self.LHS, self.RHS} - {"dy"}:
+            quantizer = getattr(self, key).quantizer
+            if quantizer is not None and quantizer.kind == "grad-scale":
+                hint = "rule: delayed, or pact or lsq of an integer format"
+                raise refusal("grad-scale is for gradients", got=f"{key}: grad-scale", hint=hint, key=key)
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from passes.finding import Finding
 from runtime.numerics.specs import ROLES, LayerSpec, Role
 from runtime.ops.kept import kept_nbytes
 from runtime.ops.product import Product
+from runtime.quantize.observed.end_step import observed_in
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Report:
     """Joint graphs captured so far."""
     num_rewritten: int = 0
     """Products, FWD, BWD and GRAD each one, that were rewritten in them."""
+    observed: str = ""
+    """Of scales that follow from earlier steps: how many there are, and which have seen no step; empty without any."""
 
     @property
     def called(self) -> list[GemmRow]:
@@ -158,7 +161,19 @@ def report(model: nn.Module) -> Report:
         joint=str(compiled.joint or ""),
         num_graphs=compiled.joint.num_graphs if compiled.joint else 0,
         num_rewritten=compiled.joint.num_products if compiled.joint else 0,
+        observed=_observed(compiled),
     )
+
+
+def _observed(compiled: Compiled) -> str:
+    scales = observed_in(compiled.state.quantizers)
+    waiting = [each.owner for each in scales if each.is_waiting]
+    if not scales:
+        return ""
+    told = f"scales that follow from earlier steps: {len(scales)}"
+    if waiting:
+        told += f", of which {len(waiting)} have seen none and are those of the present tensor, first {waiting[0]}"
+    return told
 
 
 def _counted(num_calls: int) -> str:

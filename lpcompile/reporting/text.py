@@ -106,12 +106,11 @@ def _remarks(report: "Report") -> list[str]:
     lines.append(
         f"casts in a forward pass: {report.num_quantize_before} before sharing, {report.num_quantize_after} after"
     )
-    if report.joint:
-        lines.append(report.joint)
     if report.kept_per_row:
         lines.append(f"kept for backward: {report.kept_per_row:,.0f} bytes by a row of input of the linear layers")
     if report.kept is not None:
         lines.append(f"kept for backward by the last calls in eager code: {report.kept:,} bytes")
+    lines += [each for each in (report.observed, report.joint) if each]
     kept = f"{report.num_kept_casts} kept, {report.kept_bytes} bytes"
     lines.append(f"casts of weights: {f'none kept: {report.why_none_kept}' if report.why_none_kept else kept}")
     return lines

@@ -94,11 +94,6 @@ def site_numbers(program: Program) -> dict[str, int]:
     return {site: number for number, site in enumerate(sorted(program.specs))}
 
 
-def quantizer_name(site: str, operand: Literal["x", "w"]) -> str:
-    """The name of the quantizer with state of an operand of FWD: SITE.x or SITE.w, without a dot for the root's."""
-    return f"{site}.{operand}".removeprefix(".")
-
-
 def num_op(program: Program, name: str) -> int:
     """How many nodes of an lp op one forward pass runs."""
     return sum(node.target is OPS[name].run for _, graph in program.graphs() for node in graph.nodes)

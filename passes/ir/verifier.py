@@ -3,21 +3,23 @@ rule is the error.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx
 
 from passes.cast_keys import cast_spec, gemm_spec
 from passes.ir.operands import operands_of
-from passes.ir.program import GROUP, SITE, SPEC, Program, quantizer_name, site_numbers
+from passes.ir.program import GROUP, SITE, SPEC, Program, site_numbers
 from passes.ir.stored_specs import spec_as_stored, without
 from passes.ir.types import Types, declared_type, operand_types, seen_type, type_of
 from runtime.errors import VerifyError, nearest_names
-from runtime.numerics.specs import ROLES, LayerSpec
+from runtime.numerics.free_axes import Side
+from runtime.numerics.specs import ROLES, LayerSpec, Role
 from runtime.ops.declared import OpDef
 from runtime.ops.dialect import OP_OF, OPS
 from runtime.ops.plan import parse_geometry
 from runtime.ops.types import VALUE, OpType, TensorType, accepts
+from runtime.quantize.owners import operand_of, owner_of
 
 
 def verify(program: Program) -> None:
@@ -101,10 +103,10 @@ def verify_site(program: Program, numbers: Mapping[str, int], graph_name: str, n
 
 
 def _verify_quantizers(where: str, gemm: fx.Node, site: str) -> None:
-    """What a GEMM casts with a quantizer that has state is cast by its own: `quantizer` is SITE.x or SITE.w."""
-    operands = operands_of(gemm)
-    for operand, name in _QUANTIZED.items():
-        wanted = quantizer_name(site, name)
+    """What a GEMM casts with a quantizer that has state is cast by its own: `quantizer` is SITE and the operand."""
+    operands, spec = operands_of(gemm), gemm_spec(gemm)
+    for operand, (role, side) in _QUANTIZED.items():
+        wanted = owner_of(site, operand_of(spec, role, side))
         for value in (operands[operand], operands[f"{operand}_scale"]):
             given = value.kwargs.get("quantizer", wanted) if value is not None else wanted
             if given != wanted:
@@ -175,8 +177,10 @@ def _verify_casts(where: str, gemm: fx.Node) -> None:
             )
 
 
-_QUANTIZED: dict[str, Literal["x", "w"]] = {"fwd_lhs": "x", "fwd_rhs": "w", "bwd_rhs": "w", "grad_lhs": "x"}
-"""Of each cast that a GEMM multiplies: what its quantizer is called after the site."""
+_QUANTIZED: dict[str, tuple[Role, Side]] = {
+    "fwd_lhs": ("fwd", "lhs"), "fwd_rhs": ("fwd", "rhs"), "bwd_rhs": ("bwd", "rhs"), "grad_lhs": ("grad", "rhs")
+}  # fmt: skip
+"""Of each cast that a GEMM multiplies: which operand it is."""
 _SLOTS = {"fwd_lhs": (0,), "fwd_rhs": (1,), "bwd_rhs": (1, 2), "grad_lhs": (0, 3)}
 """Of each cast that a GEMM multiplies: which slots it may have."""
 

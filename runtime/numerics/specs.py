@@ -3,7 +3,7 @@
     QuantSpec   `e4m3 nearest_even row/amax`      one operand: format, rounding, scale
                 `mxfp8 nearest_even column`       or block format, rounding, which way the blocks lie
                 `psq5 stochastic`                 or range format and rounding
-                `uint4 nearest_even pact[init=8]` or format, rounding, and the quantizer that learns the scale
+                `uint4 nearest_even pact[init=8]` or format, rounding, and the quantizer that has the scale
     AccumulateSpec `1-6-9/64 stochastic`          format, chunk, rounding and kind of the additions
                    `fp32/16 toward_zero aligned[25]` or those of a GPU (accumulators.py has names for them)
     GemmSpec    `A * B -> fp32 -> fp32`           one GEMM: two operands, accumulator, output
@@ -27,6 +27,7 @@ from runtime.numerics.accumulators import ACCUMULATORS
 from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
+from runtime.numerics.quantizer_specs import AnyQuantizerSpec, QuantizerSpec, check_name, is_quantizer
 from runtime.numerics.range_formats import get_range_format, is_range_format
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
@@ -38,8 +39,6 @@ Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk", "aligned"]
 AccumulateOverflow = Literal["saturate", "wrap"]
 Keep = Literal["grid", "codes"]
-QuantizerKind = Literal["pact", "lsq"]
-"""Each a file of runtime/quantize/learned/."""
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -50,12 +49,6 @@ PRODUCTS: tuple[Product, ...] = get_args(Product)
 ACCUMULATE_MODELS: tuple[AccumulateModel, ...] = get_args(AccumulateModel)
 ACCUMULATE_OVERFLOWS: tuple[AccumulateOverflow, ...] = get_args(AccumulateOverflow)
 KEEPS: tuple[Keep, ...] = get_args(Keep)
-QUANTIZER_KINDS: tuple[QuantizerKind, ...] = get_args(QuantizerKind)
-
-
-def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise FormatError(f'"{value}" is not a {kind}', hint=nearest_names(value, known))
 
 
 MAX_SIZE = 2**31 - 1
@@ -79,8 +72,8 @@ class ScaleSpec:
     block: tuple[int, int] = (1, 128)
 
     def __post_init__(self) -> None:
-        _check("scale granularity", self.granularity, GRANULARITIES)
-        _check("scale rule", self.rule, (*SCALE_RULES, "learned"))
+        check_name("scale granularity", self.granularity, GRANULARITIES)
+        check_name("scale rule", self.rule, (*SCALE_RULES, "learned"))
         if self.rule == "sawb" and self.granularity != "tensor":
             raise FormatError("sawb is one scale per tensor", got=f"granularity {self.granularity}", hint="tensor")
         if not all(0 < size <= MAX_SIZE for size in self.block):
@@ -99,42 +92,14 @@ class ScaleSpec:
             if not (sizes := re.fullmatch(r"([1-9][0-9]*),([1-9][0-9]*)\]", tile)):
                 raise FormatError(f'"{text}": not a block of a scale', expected="block[ROWS,COLUMNS]/RULE", got=tile)
             block = (int(sizes[1]), int(sizes[2]))
-        _check("scale granularity", granularity, GRANULARITIES)
-        _check("scale rule", rule, SCALE_RULES)
+        check_name("scale granularity", granularity, GRANULARITIES)
+        check_name("scale rule", rule, SCALE_RULES)
         return ScaleSpec(granularity, rule, block)  # type: ignore[arg-type]
 
 
 SAWB_FORMATS = ("int4", "int2", "ternary")
 LEARNED = ScaleSpec("tensor", "learned")
 """The scale of a cast whose quantizer has it; no rule computes it."""
-
-
-@dataclass(frozen=True)
-class QuantizerSpec:
-    """A quantizer with state (runtime/quantize/learned/), one per operand of a site: `pact[init=8]` or `lsq`.
-
-    init: pact's clip, or lsq's step, before anything was learned; None: pact 8, lsq 2 E|x| / sqrt(Qp) of the first x.
-    """
-
-    kind: QuantizerKind
-    init: float | None = None
-
-    def __post_init__(self) -> None:
-        _check("quantizer", self.kind, QUANTIZER_KINDS)
-        if self.init is not None and not 0 < self.init < float("inf"):
-            raise FormatError("no value to begin at", expected="init above 0", got=str(self.init))
-
-    def __str__(self) -> str:
-        return self.kind if self.init is None else f"{self.kind}[init={self.init!r}]"
-
-    @staticmethod
-    def parse(text: str) -> "QuantizerSpec":
-        if not (parts := re.fullmatch(r"([a-z]+)(?:\[init=([-+0-9.e]+)\])?", text)):
-            raise FormatError(f'"{text}" is not a quantizer', expected="KIND or KIND[init=NUMBER]")
-        try:
-            return QuantizerSpec(parts[1], float(parts[2]) if parts[2] else None)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise FormatError(f'"{text}" is not a quantizer', expected="KIND[init=NUMBER]", got=parts[2]) from error
 
 
 @dataclass(frozen=True)
@@ -145,23 +110,24 @@ class QuantSpec:
     its columns, or down the columns of each matrix of a batch (the last two dims). None, as a policy has it: along the
     sum of the GEMM once there is one, and till then along the rows. A scalar format has no blocks.
 
-    A `quantizer` learns one scale per tensor, of an integer format without a zero point: `scale` is then LEARNED.
+    A `quantizer` has the scale, one per tensor, and `scale` is then LEARNED: one that learns by a gradient is for
+    integers without a zero point, one that observes for every format that makes no scales of its own.
     """
 
     format: str = "fp32"
     rounding: Rounding = "nearest_even"
     scale: ScaleSpec | None = None
     along: Along | None = None
-    quantizer: QuantizerSpec | None = None
+    quantizer: AnyQuantizerSpec | None = None
 
     def __post_init__(self) -> None:
-        _check("rounding", self.rounding, ROUNDINGS)
+        check_name("rounding", self.rounding, ROUNDINGS)
         if self.quantizer is not None:
             self._check_quantizer(self.quantizer)
         elif self.scale == LEARNED:
             raise FormatError("nothing learns this scale", got=str(self.scale), hint="a quantizer, or another scale")
         if self.along is not None:
-            _check("way for blocks to lie", self.along, ALONG)
+            check_name("way for blocks to lie", self.along, ALONG)
         if self.scale is not None and self.scale.rule == "sawb" and self.format not in SAWB_FORMATS:
             raise FormatError("sawb is for few levels", got=self.format, hint=" or ".join(SAWB_FORMATS))
         look_up = get_block_format if self.is_block else get_range_format if self.is_range else get_format
@@ -171,18 +137,25 @@ class QuantSpec:
         if self.scale is not None and not self.is_elementwise:
             raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
 
-    def _check_quantizer(self, quantizer: QuantizerSpec) -> None:
+    def _check_quantizer(self, quantizer: AnyQuantizerSpec) -> None:
         where = f"{self.format} with {quantizer.kind}"
         row = get_format(self.format) if self.is_elementwise else None
-        if not isinstance(row, IntFormat) or row.zero or row.max < 1:
+        if quantizer.learns and (not isinstance(row, IntFormat) or row.zero or row.max < 1):
             what, hint = "a quantizer learns the scale of integers", "int4, uint4, int8, uint8, int4:range=full"
             raise FormatError(what, where=where, expected="an integer format without a zero point", hint=hint)
-        if self.rounding != "nearest_even":
+        if quantizer.learns and self.rounding != "nearest_even":
             got = f"rounding {self.rounding}"
             raise FormatError("a quantizer that learns rounds to nearest-even", where=where, got=got)
+        if row is None:
+            raise FormatError(f"{self.format} makes its own scales", where=where, hint="a scalar format such as e4m3")
         if self.scale not in (None, LEARNED):
             raise FormatError("the quantizer is the scale", where=where, got=f"scale {self.scale}", hint="no scale")
         object.__setattr__(self, "scale", LEARNED)
+
+    @property
+    def observes(self) -> bool:
+        """Whether the scale has a state that follows from what is cast, and no gradient."""
+        return self.quantizer is not None and not self.quantizer.learns
 
     @property
     def is_identity(self) -> bool:
@@ -232,10 +205,10 @@ class QuantSpec:
                 f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`"
             )
         rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
-        _check("rounding", rounding, ROUNDINGS)
+        check_name("rounding", rounding, ROUNDINGS)
         if is_block_format(parts[0]):
             return QuantSpec(parts[0], rounding, along=parts[2] if len(parts) == 3 else None)  # type: ignore[arg-type]
-        if len(parts) == 3 and parts[2].partition("[")[0] in QUANTIZER_KINDS:
+        if len(parts) == 3 and is_quantizer(parts[2]):
             return QuantSpec(parts[0], rounding, quantizer=QuantizerSpec.parse(parts[2]))  # type: ignore[arg-type]
         scale = ScaleSpec.parse(parts[2]) if len(parts) == 3 else None
         return QuantSpec(parts[0], rounding, scale)  # type: ignore[arg-type]
@@ -267,9 +240,9 @@ class AccumulateSpec:
 
     def __post_init__(self) -> None:
         row = get_format("fp32" if self.is_open else self.format)
-        _check("product", self.product, PRODUCTS)
-        _check("model of accumulation", self.model, ACCUMULATE_MODELS)
-        _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
+        check_name("product", self.product, PRODUCTS)
+        check_name("model of accumulation", self.model, ACCUMULATE_MODELS)
+        check_name("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
         if self.chunk is not None and (not isinstance(self.chunk, int) or not 0 < self.chunk <= MAX_SIZE):
             raise FormatError(
                 "not a chunk", expected=f"a whole number of 1 to {MAX_SIZE}, or None", got=repr(self.chunk)
@@ -289,7 +262,7 @@ class AccumulateSpec:
         if self.overflow != "saturate":
             raise FormatError(f"{self.format} saturates", got=f"overflow {self.overflow}", hint="an integer format")
         if self.rounding is not None:
-            _check("rounding", self.rounding, ROUNDINGS)
+            check_name("rounding", self.rounding, ROUNDINGS)
         if self.rounding == row.rounding:
             object.__setattr__(self, "rounding", None)
         if self.model == "aligned":
@@ -438,6 +411,11 @@ class LayerSpec:
         """Whether a cast or an addition of one of them draws random bits."""
         return any(self.role(role).is_stochastic for role in ROLES)
 
+    @cached_property
+    def observes(self) -> bool:
+        """Whether the scale of an operand follows from what was cast in earlier steps."""
+        return any(each.observes for role in ROLES for each in (self.role(role).lhs, self.role(role).rhs))
+
     def role(self, role: Role) -> GemmSpec:
         return {"fwd": self.fwd, "bwd": self.bwd, "grad": self.grad}[role]
 
@@ -455,6 +433,6 @@ class LayerSpec:
     def parse(text: str) -> "LayerSpec":
         parts = dict(part.split(": ", 1) for part in text.split("; "))
         keep = parts.get("keep", "grid")
-        _check("way to keep operands", keep, KEEPS)
+        check_name("way to keep operands", keep, KEEPS)
         fwd, bwd, grad = (GemmSpec.parse(parts[role]) for role in ROLES)
         return LayerSpec(fwd, bwd, grad, keep)  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
     lp.scale           x -> s           the scale of a cast
     lp.constant_scale  x -> s           lp.scale of a weight, kept between uses (runtime/quantize/kept_casts.py)
-    lp.learned_scale   x -> s           what a quantizer with state has for a scale; a gradient flows into its parameter
+    lp.learned_scale   x -> s           what a quantizer with state has for a scale; a gradient flows into the parameter
+                                        of one that learns
     lp.carrier         x, s -> x        x with the derivatives, in x and s, of a cast whose scale is learned
     lp.quantize        x, s -> q        grid values: x / s rounded to the format, in the format's storage dtype
     lp.dequantize      q, s -> x        grid values times their scale
@@ -30,7 +31,8 @@ from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
 from runtime.ops.declared import Grid, OpDef, Rule, Scale, TypeRule
-from runtime.ops.layer import check_transforms, draw_of, run_gemm
+from runtime.ops.draws import draw_of
+from runtime.ops.layer import check_transforms, run_gemm
 from runtime.ops.plan import KINDS, GemmPlan, contraction_of, parse_geometry, print_geometry
 from runtime.ops.sum_scales import why_not_scaled
 from runtime.ops.types import (
@@ -49,6 +51,7 @@ from runtime.ops.types import (
     stand_in_result,
 )
 from runtime.quantize.kept_casts import LIFETIMES, Kept
+from runtime.quantize.owners import OPERANDS
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.state import RunState
@@ -78,7 +81,7 @@ def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: in
 
 
 def learned_scale(x: Tensor, state: RunState, *, spec: str, quantizer: str) -> Tensor:
-    """The scale of the quantizer named SITE.x or SITE.w, fp32 (), which may learn by looking at x."""
+    """The scale that the quantizer named SITE.OPERAND has, fp32 (), of which one that learns may look at x."""
     scale: Tensor = state.quantizers[quantizer](x)
     return scale
 
@@ -161,15 +164,17 @@ def gemm(
     geometry: str = "",
     lifetime: str = "",
     activation: str = "",
+    name: str = "",
 ) -> Tensor:
     """One GEMM site, forward and backward, and what follows it. Returns activation(y + residual) in the dtype of lhs;
     see runtime.ops.products for the arithmetic. With a `lifetime`, rhs is a weight whose cast for BWD is kept.
 
-    Without `grad_lhs` there is no GRAD: backward raises.
+    Without `grad_lhs` there is no GRAD: backward raises. `name`: of the site, in code that is traced.
     """
     if torch.compiler.is_compiling():
         operands = (fwd_lhs, fwd_lhs_scale, fwd_rhs, fwd_rhs_scale, bwd_rhs, bwd_rhs_scale, grad_lhs, grad_lhs_scale)
-        return traced.gemm(lhs, rhs, bias, operands, state, kind, spec, kernels, site, geometry, residual, activation)
+        how = (kind, spec, kernels, site, geometry)
+        return traced.gemm(lhs, rhs, bias, operands, state, *how, residual, activation, name)
     plan = GemmPlan.parse(kind, spec, kernels, site, geometry, lifetime)
     layer = plan.spec
     casts = {
@@ -312,12 +317,16 @@ _HAS_SCALE = Rule(
     "`spec` must have a scale that is computed",
     lambda a: (spec := QuantSpec.parse(a["spec"])).has_scale and spec.quantizer is None,
 )
+_CARRIES = Rule(
+    "`spec` must have a quantizer that learns by a gradient", lambda a: not QuantSpec.parse(a["spec"]).observes
+)
 _LEARNS = Rule("`spec` must have a quantizer with state", lambda a: QuantSpec.parse(a["spec"]).quantizer is not None)
 _NAMES_QUANTIZER = Rule(
-    "`quantizer` must name, as SITE.x or SITE.w, the quantizer of a spec that has one, and of no other",
+    f"`quantizer` must name, as SITE.OPERAND with one of {', '.join(OPERANDS)}, the quantizer of a spec that has one, "
+    "and of no other",
     lambda a: (
         bool(a.get("quantizer")) == (QuantSpec.parse(a["spec"]).quantizer is not None)
-        and a.get("quantizer", "x").rpartition(".")[2] in ("x", "w", "")
+        and a.get("quantizer", "x").rpartition(".")[2] in (*OPERANDS, "")
     ),
 )
 _SCALED = TypeRule("`s` must be there where `spec` has a scale, and only there", _has_scale_where_spec_has)
@@ -345,7 +354,7 @@ OPS: dict[str, OpDef] = {
             (_CAST_PARSES, _HAS_SCALE, _SLOT, _LIFETIME, _SAME_EACH_TIME),
         ),
         OpDef("lp.learned_scale", learned_scale, scale_result, (_CAST_PARSES, _LEARNS, _NAMES_QUANTIZER)),
-        OpDef("lp.carrier", carrier, same_as_x, (_CAST_PARSES, _LEARNS, _NAMES_QUANTIZER)),
+        OpDef("lp.carrier", carrier, same_as_x, (_CAST_PARSES, _LEARNS, _NAMES_QUANTIZER, _CARRIES)),
         OpDef(
             "lp.quantize",
             quantize,

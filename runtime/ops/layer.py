@@ -28,17 +28,22 @@ from runtime.errors import NotSupported
 from runtime.kernels.cast.grid import fast_to_grid_checked
 from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import has_transforms
+from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import QuantSpec, Role
+from runtime.ops import observed
 from runtime.ops.activations import activation_grad, followed_by, needed_by
+from runtime.ops.draws import draw_of
 from runtime.ops.kept import keep_operand, note_kept, restore_operand
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import multiply, multiply_traced, own
+from runtime.quantize.kept_casts import Kept
+from runtime.quantize.owners import operand_of, owner_of
 from runtime.quantize.qtensor import CastKey, QTensor
-from runtime.quantize.quantizer import NO_DRAW, Draw, to_grid
+from runtime.quantize.quantizer import to_grid
 from runtime.quantize.stateless import quantizer_of
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
-from runtime.streams import NO_CLOCK, Turn, stream_of
+from runtime.streams import NO_CLOCK, Turn
 
 DY_BWD, DY_GRAD, WEIGHT_BWD = 4, 5, 6
 """Operand slots of the random streams; 0 to 3 are the casts of the forward graph, 7 to 9 the sums."""
@@ -51,18 +56,14 @@ def cast(x: Tensor, spec: QuantSpec, turn: RunState | Turn | None, site: int, sl
     return quantizer_of(spec).cast(x, draw_of(spec, turn, site, slot))
 
 
-def draw_of(spec: QuantSpec, turn: RunState | Turn | None, site: int, slot: int) -> Draw:
-    """What keys the random bits of a cast, where it has any."""
-    if spec.rounding != "stochastic":
-        return NO_DRAW
-    if isinstance(turn, Turn):
-        return Draw(*stream_of(turn.clock, turn.site, slot))
-    return Draw(*stream_of(NO_CLOCK if turn is None else turn.clock, site, slot))
-
-
 def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan, turn: Turn | None) -> QTensor:
     """BWD's cast of a weight: a kept one of these bytes, FWD's where it is the same cast, or a new one."""
     slot, kept = WEIGHT_BWD, None
+    if spec.observes:
+        owner, draw = owner_in(plan, "bwd", "rhs"), draw_of(spec, turn, plan.site, slot)
+        if spec != plan.spec.fwd.rhs:
+            return observed.cast_backward(w, state, owner, draw)[0]
+        return observed.cast_again(w, state, owner, draw, lambda key: _find(w, key, state, plan, slot))
     if plan.lifetime:
         kept = state.constants.find(w, CastKey(spec), plan.site, slot, plan.lifetime)
     if kept is None:
@@ -71,22 +72,43 @@ def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan, tu
     return QTensor(kept.grid_or(lambda: to_grid(w, scale, spec)), scale, spec)  # what is kept draws nothing
 
 
+def _find(w: Tensor, key: CastKey, state: RunState, plan: GemmPlan, slot: int) -> Kept | None:
+    return state.constants.find(w, key, plan.site, slot, plan.lifetime) if plan.lifetime else None
+
+
+def owner_in(plan: GemmPlan, role: Role, side: Side) -> str:
+    """The name of the quantizer with state of an operand, or what it would have."""
+    return owner_of(plan.name or "", operand_of(plan.spec, role, side))
+
+
 def cast_gradient(
-    dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int, turn: Turn | None = None
+    dy: Tensor, spec: QuantSpec, state: RunState | None, site: int, slot: int, turn: Turn | None = None, owner: str = ""
 ) -> QTensor:
-    """A cast that notes an overflow in `state`, where that watches for it; `turn` as in `cast`."""
-    if state is None or not state.watch_overflow or spec.is_identity:
+    """A cast that notes an overflow in `state`, where that watches for it; `turn` as in `cast`. owner: the name of the
+    operand (runtime/quantize/owners.py). Under a scale that follows the gradient only NaN and Inf are an overflow.
+    """
+    if state is None or spec.is_identity or not (state.watch_overflow or spec.observes):
         return cast(dy, spec, turn or state, site, slot)
     if torch.compiler.is_compiling():
         clock = (turn or state).clock if spec.rounding == "stochastic" else NO_CLOCK
-        watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot)
+        watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot, owner)
         return QTensor(watched, one if spec.has_scale else None, spec)
+    if spec.observes:
+        made, amax = observed.cast_backward(dy, state, owner, draw_of(spec, turn or state, site, slot))
+        if state.watch_overflow:
+            state.note_overflow(~amax.isfinite(), *_place(owner, slot))
+        return made
     scale = compute_scale(dy, spec)
     dtype = storage_dtype(spec.format)
     draw = draw_of(spec, turn or state, site, slot)
     grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **draw._asdict())
-    state.note_overflow(beyond)
+    state.note_overflow(beyond, *_place(owner, slot))
     return QTensor(grid, scale, spec)
+
+
+def _place(owner: str, slot: int) -> tuple[str, str]:
+    """Site and role of a gradient."""
+    return owner.rpartition(".")[0], "bwd" if slot == DY_BWD else "grad"
 
 
 def run_gemm(
@@ -305,8 +327,8 @@ class _Gemm(torch.autograd.Function):
         dx = dw = db = dy_cast = None
         if needs_lhs:
             note_backward(state, plan, "bwd")
-            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, DY_BWD, turn)
             grid = restore_operand(bwd_rhs, ctx.forms[0])
+            dy_cast = cast_gradient(dy, bwd.lhs, state, plan.site, DY_BWD, turn, owner_in(plan, "bwd", "lhs"))
             w = (
                 QTensor(grid, bwd_rhs_scale, bwd.rhs)
                 if grid is not None
@@ -316,7 +338,7 @@ class _Gemm(torch.autograd.Function):
         if needs_rhs:
             note_backward(state, plan, "grad")
             if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
-                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn)
+                dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn, owner_in(plan, "grad", "lhs"))
             grid = restore_operand(grad_lhs, ctx.forms[1])
             assert grid is not None
             x = QTensor(grid, grad_lhs_scale, grad.rhs)
@@ -356,7 +378,7 @@ def gradient_of(role: Role, plan: GemmPlan, state: RunState, dy: Tensor, other: 
     """BWD from w, or GRAD from x, in fp32, where nothing is cast yet and nothing stochastic."""
     spec, slot = plan.spec.role(role), DY_BWD if role == "bwd" else DY_GRAD
     note_backward(state, plan, role)
-    dy_cast = cast_gradient(dy, spec.lhs, state, plan.site, slot)
+    dy_cast = cast_gradient(dy, spec.lhs, state, plan.site, slot, owner=owner_in(plan, role, "lhs"))
     if role == "bwd":
         return _gradient(role, plan, dy_cast, _cast_weight(other, spec.rhs, state, plan, None), shape, dy.dtype, None)
     return _gradient(role, plan, dy_cast, cast(other, spec.rhs, None, plan.site, 3), shape, dy.dtype, None)

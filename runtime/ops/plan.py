@@ -59,8 +59,9 @@ class GemmPlan:
     @staticmethod
     @lru_cache(maxsize=4096)
     def read(text: str) -> "GemmPlan":
-        kind, spec, kernels, site, geometry = text.split("|")
-        return GemmPlan.parse(kind, spec, kernels, int(site), geometry)
+        kind, spec, kernels, site, geometry, *name = text.split("|", 5)
+        plan = GemmPlan.parse(kind, spec, kernels, int(site), geometry)
+        return replace(plan, name=name[0]) if name else plan
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -70,9 +71,9 @@ class GemmPlan:
         return GemmPlan(kind, LayerSpec.parse(spec), (fwd, bwd, grad), site, parse_geometry(geometry), lifetime)
 
 
-def plan_text(kind: str, spec: str, kernels: str, site: int, geometry: str) -> str:
-    """`GemmPlan.text`, of the attributes of an lp.gemm node."""
-    return f"{kind}|{spec}|{kernels}|{site}|{geometry}"
+def plan_text(kind: str, spec: str, kernels: str, site: int, geometry: str, name: str = "") -> str:
+    """`GemmPlan.text`, of the attributes of an lp.gemm node. `name`: of the site, where a state is found by it."""
+    return f"{kind}|{spec}|{kernels}|{site}|{geometry}" + (f"|{name}" if name else "")
 
 
 def contraction_of(kind: str, geometry: ConvGeometry | None) -> AbstractContraction:

@@ -17,26 +17,29 @@ from runtime.compile_marks import constant_result
 from runtime.compiled_reads import count_in_trace
 from runtime.errors import LoweringError, LoweringWarning
 from runtime.kernels.cast.scales import compute_scale
-from runtime.numerics.specs import LayerSpec, QuantSpec
+from runtime.numerics.free_axes import Side
+from runtime.numerics.specs import LayerSpec, QuantSpec, Role
 from runtime.ops import dialect
 from runtime.ops.contractions import ConvGeometry
+from runtime.ops.draws import draw_of
 from runtime.ops.layer import (
     cast,
     check_transforms,
     check_whole,
-    draw_of,
     note_call,
     result_dtype,
     run_gemm,
     under_autocast,
 )
+from runtime.ops.observed import cast_forward
 from runtime.ops.plan import GemmPlan, plan_text, print_geometry
 from runtime.ops.products import multiply_unrecorded
 from runtime.ops.site_products import is_lowered_late, site_product
 from runtime.ops.small import small_layer
-from runtime.ops.traced import find_clock
+from runtime.ops.traced import cast_traced, find_clock
 from runtime.quantize.cast_memo import MEMO
 from runtime.quantize.kept_casts import Lifetime
+from runtime.quantize.owners import operand_of, owner_of
 from runtime.quantize.qtensor import CastKey, QTensor
 from runtime.quantize.quantizer import to_grid
 from runtime.state import RunState, find_state
@@ -63,6 +66,7 @@ class Product:
         self.is_identity = self.spec.is_identity
         self.is_stochastic = self.spec.is_stochastic
         self.text = TracedProduct.write(self)
+        self._owners = tuple(owner_of(self.name, operand_of(self.spec, *each)) for each in _SLOTS)
         self._small = small_layer(self.kind, self.spec, self.kernels)
 
     def __call__(
@@ -95,18 +99,18 @@ class Product:
         spec, needs_grad = self.spec, torch.is_grad_enabled()
         turn = self.state.turn(plan.site) if self.is_stochastic else None
         x, w = lhs, rhs
-        if spec.fwd.lhs.quantizer is None:
+        if not _learns(spec.fwd.lhs):
             fwd_lhs = self._activation(x, spec.fwd.lhs, turn, 0)
         else:
             lhs, fwd_lhs = self._learned(x, spec.fwd.lhs, "x", plan.site, 0, "", turn)
-        if spec.fwd.rhs.quantizer is not None:
+        if _learns(spec.fwd.rhs):
             rhs, fwd_rhs = self._learned(w, spec.fwd.rhs, "w", plan.site, 1, self.lifetime if is_weight else "", turn)
         elif is_weight:
             fwd_rhs = self._weight(w, plan, turn)
         else:
             fwd_rhs = self._activation(w, spec.fwd.rhs, turn, 1)
         bwd_rhs = grad_lhs = None
-        if needs_grad and lhs.requires_grad and (not is_weight or spec.bwd.rhs.quantizer is not None):
+        if needs_grad and lhs.requires_grad and (not is_weight or _learns(spec.bwd.rhs)):
             same = spec.bwd.rhs == spec.fwd.rhs
             bwd_rhs = fwd_rhs if same else self._activation(w, spec.bwd.rhs, turn, 2)
         if needs_grad and rhs.requires_grad:
@@ -144,6 +148,9 @@ class Product:
         return plan
 
     def _activation(self, x: Tensor, spec: QuantSpec, turn: Turn | None, slot: int) -> QTensor:
+        if spec.observes:
+            owner, draw = self._owners[slot], draw_of(spec, turn, self.site, slot)
+            return cast_forward(x, self.state, owner, draw)
         if spec.is_identity or spec.rounding == "stochastic":
             return cast(x, spec, turn, self.site, slot)
         is_brief = self.spec.keep == "codes"
@@ -165,12 +172,20 @@ class Product:
         """FWD's cast of a weight, kept between uses where that is worth asking."""
         spec, state = self.spec.fwd.rhs, self.state
         kept = None
+        if spec.observes:
+            draw = draw_of(spec, turn, plan.site, 1)
+            find = lambda key: state.constants.find(w, key, plan.site, 1, self.lifetime)  # noqa: E731
+            return cast_forward(w, state, self._owners[1], draw, find)
         if _is_worth_keeping(spec):
             kept = state.constants.find(w, CastKey(spec), plan.site, 1, self.lifetime)
         if kept is None:
             return cast(w, spec, turn, plan.site, 1)
         scale = kept.scale_or(lambda: compute_scale(w.detach(), spec)) if spec.has_scale else None
         return QTensor(kept.grid_or(lambda: to_grid(w, scale, spec)), scale, spec)  # what is kept draws nothing
+
+
+def _learns(spec: QuantSpec) -> bool:
+    return spec.quantizer is not None and spec.quantizer.learns
 
 
 def _is_worth_keeping(spec: QuantSpec) -> bool:
@@ -189,11 +204,11 @@ class TracedProduct:
     @staticmethod
     def write(product: Product) -> str:
         """What __init__ reads: after the first five the casts of FWD's operands, of BWD's right and of GRAD's x, each
-        with a mark: ! for no scale, ~ for one that is learned.
+        with a mark: ! for no scale, ~ for one that is learned, ^ for one that is observed.
         """
         spec = product.spec
         casts = (spec.fwd.lhs, spec.fwd.rhs, spec.bwd.rhs, spec.grad.rhs)
-        marked = [f"{each}{'~' if each.quantizer else '' if each.has_scale else '!'}" for each in casts]
+        marked = [f"{each}{_mark(each)}" for each in casts]
         return "|".join((product.kind, str(spec), ",".join(product.kernels), str(product.site), product.name, *marked))
 
     def __call__(
@@ -221,34 +236,48 @@ class TracedProduct:
                 bias,
                 self.state,
                 dtype,
-                plan_text(self.kind, self.spec, self.kernels, number, text),
+                plan_text(self.kind, self.spec, self.kernels, number, text, self.name),
                 clock,
                 is_weight,
                 self.name,
+                torch.is_grad_enabled(),
             )
         left, fwd_lhs = self._cast(lhs, 0, site, "x")
         right, fwd_rhs = self._cast(rhs, 1, site, "w")
         bwd_rhs: tuple[Tensor | None, Tensor | None] = (None, None)
-        if of[2] == of[1] and (not is_weight or of[1].endswith("~")):
+        if of[2] == of[1] and (not is_weight or of[1][-1] in "~^"):
             bwd_rhs = fwd_rhs
-        elif not is_weight:
-            bwd_rhs = self._cast(rhs, 2, site)[1]
-        grad_lhs = fwd_lhs if of[3] == of[0] else self._cast(lhs, 3, site)[1]
+        elif not is_weight or of[2][-1] == "^":
+            bwd_rhs = self._cast(rhs, 2, site, "w_bwd")[1]
+        grad_lhs = fwd_lhs if of[3] == of[0] else self._cast(lhs, 3, site, "x_grad")[1]
         operands = (left, right, bias, *fwd_lhs, *fwd_rhs, *bwd_rhs, *grad_lhs, self.state)
-        return dialect.gemm(*operands, kind=self.kind, spec=self.spec, kernels=self.kernels, site=site, geometry=text)
+        return dialect.gemm(
+            *operands, kind=self.kind, spec=self.spec, kernels=self.kernels, site=site, geometry=text, name=self.name
+        )
 
-    def _cast(self, x: Tensor, slot: int, site: int, operand: str = "") -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    def _cast(self, x: Tensor, slot: int, site: int, operand: str) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """What carries the gradient of x; grid and scale."""
         text, state = self.casts[slot], self.state
-        spec = text.removesuffix("!").removesuffix("~")
+        spec, owner = text.rstrip("!~^"), f"{self.name}.{operand}".removeprefix(".")
         carrier, scale = x, None
+        if text.endswith("^"):
+            return x, cast_traced(x, state, spec, site, slot, owner)
         if text.endswith("~"):
-            owner = f"{self.name}.{operand}".removeprefix(".")
             scale = dialect.learned_scale(x, state, spec=spec, quantizer=owner)
             carrier = dialect.carrier(x, scale, state, spec=spec, quantizer=owner)
         elif not text.endswith("!"):
             scale = dialect.scale(x, spec=spec)
         return carrier, (dialect.quantize(x, scale, state, spec=spec, site=site, slot=slot), scale)
+
+
+def _mark(spec: QuantSpec) -> str:
+    if spec.observes:
+        return "^"
+    return "~" if spec.quantizer else "" if spec.has_scale else "!"
+
+
+_SLOTS: tuple[tuple[Role, Side], ...] = (("fwd", "lhs"), ("fwd", "rhs"), ("bwd", "rhs"), ("grad", "rhs"))
+"""The operands of the casts that a forward makes, by slot."""
 
 
 @constant_result

@@ -10,7 +10,7 @@ Each is also what it says: run as it is, it makes its casts and its product with
     lp::cast         grid and scale of x under a spec, as one op; scale 1 where the spec has none
 
 `clock` is (seed, rank, step, micro-batch) where something is stochastic, an input of the graph; `key` is that of the
-RunState which watches gradients, or -1.
+RunState which watches gradients, or observes operands, or -1.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from runtime.compile_marks import constant_result
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.specs import LayerSpec, QuantSpec, Role
-from runtime.ops.layer import DY_BWD, DY_GRAD, WEIGHT_BWD
+from runtime.ops.layer import DY_BWD, DY_GRAD, WEIGHT_BWD, owner_in
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import laid_out, layout_of
 from runtime.ops.traced import cast_result, cast_shape
@@ -34,71 +34,78 @@ lp: Any = torch.ops.lp
 
 
 class Operand(NamedTuple):
-    """A cast that a role reads: of which operand, under which spec, with which random bits."""
+    """A cast that a role reads: of which operand, by its name, under which spec, with which random bits."""
 
     spec: QuantSpec
     slot: int
+    owner: str
     is_gradient: bool = False
 
     def key(self, site: int) -> tuple[Any, ...]:
-        """What tells casts of one tensor apart: those that draw are a site's own."""
+        """What tells casts of one tensor apart: those that draw, or whose scale has a state, are a site's own."""
         drawn = (site, self.slot) if self.spec.is_stochastic else ()
-        return CastKey(self.spec), self.is_gradient, drawn
+        return CastKey(self.spec, self.owner if self.spec.observes else ""), self.is_gradient, drawn
 
 
 def operands_of(plan: GemmPlan, role: Role, is_weight: bool) -> tuple[Operand, Operand]:
     """The casts of a role, in the order of its operands."""
-    spec = plan.spec
+    spec, left, right = plan.spec, owner_in(plan, role, "lhs"), owner_in(plan, role, "rhs")
     if role == "fwd":
-        return Operand(spec.fwd.lhs, 0), Operand(spec.fwd.rhs, 1)
+        return Operand(spec.fwd.lhs, 0, left), Operand(spec.fwd.rhs, 1, right)
     if role == "bwd":
         slot = WEIGHT_BWD if is_weight else 1 if spec.bwd.rhs == spec.fwd.rhs else 2
-        return Operand(spec.bwd.lhs, DY_BWD, is_gradient=True), Operand(spec.bwd.rhs, slot)
+        return Operand(spec.bwd.lhs, DY_BWD, left, is_gradient=True), Operand(spec.bwd.rhs, slot, right)
     slot = 0 if spec.grad.rhs == spec.fwd.lhs else 3
-    return Operand(spec.grad.lhs, DY_GRAD, is_gradient=True), Operand(spec.grad.rhs, slot)
+    return Operand(spec.grad.lhs, DY_GRAD, left, is_gradient=True), Operand(spec.grad.rhs, slot, right)
 
 
 def site_product(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, state: RunState, dtype: torch.dtype,
-    plan: str, clock: Sequence[int], is_weight: bool, name: str,
+    plan: str, clock: Sequence[int], is_weight: bool, name: str, looks: bool,
 ) -> Tensor:  # fmt: skip
     """FWD of a site in code that is traced. `clock` as `find_clock` gives it; `name` is the site's, for who reads the
-    graph.
+    graph; looks: whether what observes its operands is told of them.
     """
-    key = int(state.key_text) if state.watch_overflow else -1
-    y: Tensor = lp.site_fwd(lhs, rhs, bias, plan, is_weight, name, clock, key, dtype)
+    key = int(state.key_text) if state.watch_overflow or _observes(plan) else -1
+    y: Tensor = lp.site_fwd(lhs, rhs, bias, plan, is_weight, name, clock, key, looks, dtype)
     return y
+
+
+@constant_result
+def _observes(plan: str) -> bool:
+    return GemmPlan.read(plan).spec.observes
 
 
 @constant_result
 def is_lowered_late(spec: str) -> bool:
     """Whether a graph may hold the site as nodes without casts. The identity is torch's own op, with torch's own
-    backward, and a quantizer with state has a gradient of its own.
+    backward, and a quantizer with state that learns has a gradient of its own.
     """
     layer = LayerSpec.parse(spec)
-    return not layer.is_identity and not any(each.quantizer for each in (layer.fwd.lhs, layer.fwd.rhs))
+    learns = [each.quantizer is not None and each.quantizer.learns for each in (layer.fwd.lhs, layer.fwd.rhs)]
+    return not layer.is_identity and not any(learns)
 
 
 def _fwd(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, plan: str, is_weight: bool, name: str, clock: Sequence[int],
-    key: int, dtype: torch.dtype,
+    key: int, looks: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return _run("fwd", GemmPlan.read(plan), lhs, rhs, bias, is_weight, clock, key, dtype)
+    return _run("fwd", GemmPlan.read(plan), lhs, rhs, bias, is_weight, clock, key, looks, dtype)
 
 
 def _gradient_of(role: Role) -> Any:
     def run(
         dy: Tensor, other: Tensor, shape: Sequence[int], plan: str, is_weight: bool, name: str, clock: Sequence[int],
-        key: int, dtype: torch.dtype,
+        key: int, looks: bool, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        return _run(role, GemmPlan.read(plan), dy, other, shape, is_weight, clock, key, dtype)
+        return _run(role, GemmPlan.read(plan), dy, other, shape, is_weight, clock, key, looks, dtype)
 
     return run
 
 
 def _run(
     role: Role, plan: GemmPlan, a: Tensor, b: Tensor, rest: Any, is_weight: bool, clock: Sequence[int], key: int,
-    dtype: torch.dtype,
+    looks: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     if plan.kernel(role).is_own_op:
         if role == "fwd":
@@ -109,20 +116,22 @@ def _run(
         return laid_out(own.to(dtype), layout_of(plan, a, b))
     casts: list[Tensor | None] = []
     for x, operand in zip((a, b), operands_of(plan, role, is_weight)):
-        casts += _cast_operand(x, operand, clock, key, plan.site)
+        casts += _cast_operand(x, operand, clock, key, plan.site, looks)
     y: Tensor = getattr(lp, role)(*casts, rest, plan.text, sums_clock(plan, role, clock), dtype)
     return y
 
 
 def _cast_operand(
-    x: Tensor, operand: Operand, clock: Sequence[int], key: int, site: int
+    x: Tensor, operand: Operand, clock: Sequence[int], key: int, site: int, looks: bool
 ) -> tuple[Tensor, Tensor | None]:
     spec = operand.spec
     if spec.is_identity:
         return x, None
     drawn = cast_clock(spec, clock)
     if operand.is_gradient and key >= 0:
-        grid, scale = lp.cast_gradient(x, str(spec), drawn, key, site, operand.slot)
+        grid, scale = lp.cast_gradient(x, str(spec), drawn, key, site, operand.slot, operand.owner)
+    elif spec.observes:
+        grid, scale = lp.cast_observed(x, str(spec), drawn, key, site, operand.slot, operand.owner, looks)
     else:
         grid, scale = lp.cast(x, str(spec), drawn, site, operand.slot)
     return grid, scale if spec.has_scale else None
@@ -169,7 +178,7 @@ def _cast(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int) -> t
     return cast_result(x, spec, clock, site, slot)
 
 
-_REST = "str plan, bool is_weight, str name, SymInt[] clock, int key, ScalarType dtype"
+_REST = "str plan, bool is_weight, str name, SymInt[] clock, int key, bool looks, ScalarType dtype"
 declare(
     "cast(Tensor x, str spec, SymInt[] clock, int site, int slot) -> (Tensor, Tensor)", _cast,
     fake=lambda x, spec, clock, site, slot: cast_shape(x, spec),

@@ -134,7 +134,7 @@ class SmallLayer:
 @lru_cache(maxsize=4096)
 def small_layer(kind: str, spec: LayerSpec, kernels: tuple[str, str, str]) -> SmallLayer | None:
     """The small form of a layer; None where FWD has none."""
-    if (kind, "fwd") not in _SUMMED_ALONG_ROWS or spec.is_stochastic:
+    if (kind, "fwd") not in _SUMMED_ALONG_ROWS or spec.is_stochastic or spec.observes:
         return None
     small = SmallLayer(GemmPlan(kind, spec, kernels, site=0))
     return None if small.products["fwd"] is None else small
@@ -235,7 +235,7 @@ def _gradient(
         if not (said and product.is_exact_only):
             layer.note_backward(state, plan, role)
             if state.watch_overflow:
-                state.note_overflow(bool(said & (2 if is_swapped else 1)))
+                state.note_overflow(bool(said & (2 if is_swapped else 1)), plan.name or "", role)
             return out
     elif in_fp32 is not None and not state.watch_overflow:
         layer.note_backward(state, plan, role)

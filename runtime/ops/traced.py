@@ -28,7 +28,9 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import declare
 from runtime.numerics.specs import LayerSpec, QuantSpec
 from runtime.ops import layer as gemms
+from runtime.ops.draws import draw_of
 from runtime.ops.layer import CAST_NAMES
+from runtime.ops.observed import cast_observed_shape
 from runtime.ops.plan import GemmPlan, plan_text
 from runtime.quantize.qtensor import QTensor
 from runtime.quantize.quantizer import to_grid
@@ -50,14 +52,23 @@ def quantize(x: Tensor, s: Tensor | None, state: RunState | None, spec: str, sit
     return result
 
 
+def cast_traced(x: Tensor, state: RunState, spec: str, site: int, slot: int, owner: str) -> tuple[Tensor, Tensor]:
+    """Grid and scale of an observed operand in a graph that is compiled: one opaque op."""
+    clock, site = find_clock(state, _draws(spec), site)
+    looks, key = torch.is_grad_enabled(), int(state.key_text)
+    made: tuple[Tensor, Tensor] = torch.ops.lp.cast_observed(x.detach(), spec, clock, key, site, slot, owner, looks)
+    return made
+
+
 def gemm(
     lhs: Tensor, rhs: Tensor, bias: Tensor | None, casts: Sequence[Tensor | None], state: RunState,
-    kind: str, spec: str, kernels: str, site: int, geometry: str, residual: Tensor | None, activation: str,
+    kind: str, spec: str, kernels: str, site: int, geometry: str, residual: Tensor | None, activation: str, name: str,
 ) -> Tensor:  # fmt: skip
     """lp.gemm in a graph that is compiled. casts: grid and scale of fwd_lhs, fwd_rhs, bwd_rhs, grad_lhs."""
-    key = int(state.key_text) if state.watch_overflow else -1
+    is_named = state.watch_overflow or _observes(spec)
+    key, name = (int(state.key_text), name) if is_named else (-1, "")
     clock, site = find_clock(state, layer_draws(spec), site)
-    plan = plan_text(kind, spec, kernels, site, geometry)
+    plan = plan_text(kind, spec, kernels, site, geometry, name)
     result: Tensor = torch.ops.lp.gemm(lhs, rhs, bias, list(casts), clock, key, plan, residual, activation, _code())
     return result
 
@@ -99,9 +110,15 @@ def layer_draws(spec: str) -> bool:
     return any("stochastic" in (role.lhs.rounding, role.rhs.rounding, role.accumulator.mode) for role in roles)
 
 
+@constant_result
+def _observes(spec: str) -> bool:
+    return LayerSpec.parse(spec).observes
+
+
 def _state(key: int) -> RunState:
     """Whose overflow is watched; a clock comes with the call."""
-    state = RunState(watch_overflow=key >= 0)
+    owner = find_state(key)
+    state = RunState(watch_overflow=owner is not None and owner.watch_overflow)
     state.key, state.is_scaled = key, True  # whose loss scale it is, is for the state with this key
     return state
 
@@ -114,7 +131,7 @@ def _scale(x: Tensor, spec: str, code: str) -> Tensor:
 
 def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
     parsed = QuantSpec.parse(spec)
-    return to_grid(x, s, parsed, gemms.draw_of(parsed, Turn(tuple(clock), site), site, slot))
+    return to_grid(x, s, parsed, draw_of(parsed, Turn(tuple(clock), site), site, slot))
 
 
 def _gemm(
@@ -133,10 +150,10 @@ def _gemm(
 
 
 def _cast_gradient(
-    dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
+    dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int, owner: str
 ) -> tuple[Tensor, Tensor]:
-    owner = find_state(key)
-    return _pair(dy, gemms.cast_gradient(dy, QuantSpec.parse(spec), owner, site, slot, Turn(tuple(clock), site)))
+    state, turn = find_state(key), Turn(tuple(clock), site)
+    return _pair(dy, gemms.cast_gradient(dy, QuantSpec.parse(spec), state, site, slot, turn, owner))
 
 
 def cast_result(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int) -> tuple[Tensor, Tensor]:
@@ -146,15 +163,16 @@ def cast_result(x: Tensor, spec: str, clock: Sequence[int], site: int, slot: int
 
 def _pair(x: Tensor, operand: QTensor) -> tuple[Tensor, Tensor]:
     scale = operand.scale if operand.scale is not None else x.new_ones((), dtype=torch.float32)
+    scale = scale.clone() if operand.spec.observes else scale  # what a compiler is given it may write into
     if operand.spec.is_identity:
         return operand.grid.clone(memory_format=torch.contiguous_format), scale
     return operand.grid.to(_roomy_dtype(operand.spec)), scale
 
 
 def _cast_gradient_shape(
-    dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int
+    dy: Tensor, spec: str, clock: Sequence[int], key: int, site: int, slot: int, owner: str
 ) -> tuple[Tensor, Tensor]:
-    return cast_shape(dy, spec)
+    return cast_observed_shape(dy, spec) if QuantSpec.parse(spec).observes else cast_shape(dy, spec)
 
 
 def cast_shape(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
@@ -182,7 +200,7 @@ declare(
     fake=None,
 )
 declare(
-    "cast_gradient(Tensor dy, str spec, SymInt[] clock, int key, int site, int slot) -> (Tensor, Tensor)",
+    "cast_gradient(Tensor dy, str spec, SymInt[] clock, int key, int site, int slot, str owner) -> (Tensor, Tensor)",
     _cast_gradient,
     fake=_cast_gradient_shape,
 )

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from runtime.errors import NotSupported
 
+MAX_SKIPS = 32
+"""Steps in a row that overflow under a scale that can go no lower: after these a run is over."""
 Kind = Literal["none", "static", "dynamic"]
 
 
@@ -42,6 +44,11 @@ class LossScale:
     @property
     def is_dynamic(self) -> bool:
         return self.kind == "dynamic"
+
+    @property
+    def is_lowest(self) -> bool:
+        """Whether an overflow leaves it where it is."""
+        return not self.is_dynamic or self.value <= self.minimum
 
     def update(self, overflow: bool) -> None:
         """Call once per step, with the overflow of any rank; a step with overflow must not change the weights."""

@@ -44,6 +44,8 @@ class Kept:
     scale: Tensor | None = None
     grid: Tensor | None = None
     places: set[_Place] = field(default_factory=set)
+    amax: Tensor | None = None
+    """max |x| of what was cast, where its quantizer observes that."""
     scale_version: int = 0
     is_asked: bool = True
     """Whether anything asked for it since the clock last moved on."""
@@ -63,6 +65,12 @@ class Kept:
         if self.grid is None:
             self.grid = _outside_inference_mode(make)
         return self.grid
+
+    def observed_or(self, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Grid and largest magnitude."""
+        if self.grid is None or self.amax is None:
+            self.grid, self.amax = _outside_inference_mode(make)
+        return self.grid, self.amax
 
     @property
     def num_bytes(self) -> int:

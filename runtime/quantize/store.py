@@ -8,19 +8,19 @@ layer: a Sequential that has it as its last one computes what it did.
 
 from torch import Tensor, nn
 
-from runtime.quantize.learned.quantizer import Learned
+from runtime.quantize.stateful import Stateful
 
 STORE = "_lp"
 
 
 class Store(nn.Module):
-    """The quantizers of a model by owner, SITE.x or SITE.w; a folder of the names in the paths of sites."""
+    """The quantizers of a model by owner (owners.py); a folder of the names in the paths of sites."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-def put(store: Store, quantizer: Learned) -> None:
+def put(store: Store, quantizer: Stateful) -> None:
     """File a quantizer under its owner's name."""
     folder: nn.Module = store
     *folders, name = quantizer.owner.split(".")
@@ -37,8 +37,8 @@ def find_store(model: nn.Module) -> Store | None:
     return store if isinstance(store, Store) else None
 
 
-def quantizers_of(model: nn.Module) -> dict[str, Learned]:
+def quantizers_of(model: nn.Module) -> dict[str, Stateful]:
     """The quantizers with state of a model by owner."""
     store = find_store(model)
     modules = store.modules() if store is not None else ()
-    return {each.owner: each for each in modules if isinstance(each, Learned)}
+    return {each.owner: each for each in modules if isinstance(each, Stateful)}

@@ -31,6 +31,11 @@ SMALLEST: dict[str, tuple[list[str], dict[str, Any], str]] = {
         },
         "casts of",
     ),
+    "delayed_scales": (
+        ONE_THREAD,
+        {"SIZE": 64, "SHAPE": Shape("smallest", 64, 1, 1, 8)},
+        "te-delayed",
+    ),
     "optimizers": ([*ONE_THREAD, "--size", "100"], {}, "bytes a parameter"),
     "small_calls": ([*ONE_THREAD, "--policies", "hfp8"], {"SIZES": ((2, 8, 8),), "CALLS": 2}, "inference"),
     "torch_compile": ([*TINY_LLAMA, "--only", "op by op"], {}, "joint, op by op"),

@@ -16,6 +16,7 @@ from launch.training.config import RunConfig
 from launch.training.trainer import Run
 from launch.training.world import World, join_world
 from lpcompile import load_policy
+from lpcompile.api import run_state
 
 POLICY = """
 version: 1
@@ -37,7 +38,7 @@ def main(folder: Path, engines: list[str]) -> None:
         context=16,
         batch=2,
         steps=3,
-        warmup=0,
+        warmup=3,
         timeout=60.0,
         device="cpu",
         eval_every=1,
@@ -72,7 +73,9 @@ def _observe(config: RunConfig, folder: Path, world: World) -> list[dict[str, An
         metrics = run.step(step)
         scales: list[Any] = [None] * world.size
         dist.all_gather_object(scales, [run.scale.value, run.scale.skipped, metrics.validation, metrics.loss])
-        seen.append({"skipped": metrics.skipped, "ranks": scales})
+        clock = int(run_state(run.model).step)  # type: ignore[union-attr]
+        told = {"skipped": metrics.skipped, "overflowed": metrics.overflowed, "lr": metrics.lr, "clock": clock}
+        seen.append({**told, "ranks": scales})
     return seen
 
 

@@ -160,6 +160,9 @@ def overflow(folder: Path, *engines: str) -> dict[str, Any]:
 def test_overflow_of_one_rank_skips_the_step_on_all(tmp_path: Path, engines: list[str]) -> None:
     for steps in overflow(tmp_path, *engines).values():
         assert [step["skipped"] for step in steps] == [False, True, False]
+        assert [step["overflowed"] for step in steps] == ["", "rank 1: transformer.wte grad", ""]
+        assert [step["clock"] for step in steps] == [1, 1, 2], "a step that was skipped moves no clock"
+        assert steps[1]["lr"] == steps[2]["lr"] == 2 * steps[0]["lr"], "nor the learning rate"
         for step in steps:
             assert step["ranks"][0] == step["ranks"][1]
         (scale0, _, loss0, _), (scale1, count1, loss1, _), (_, _, loss2, _) = (step["ranks"][0] for step in steps)

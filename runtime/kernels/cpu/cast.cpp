@@ -270,10 +270,11 @@ bool cast_run(const TablePlan& plan, const typename In::Storage* x, float* out, 
   return beyond != 0;
 }
 
-// What a cast writes: values of a type, or codes of so many bytes.
+// What a cast writes: values of a type, or codes of so many bytes; and where it leaves max |x| of what it read, if anywhere.
 struct Target {
   int type;
   const CodePlan* codes = nullptr;
+  float* amax = nullptr;
 };
 constexpr int kCodes = 4, kWideCodes = 5, kWidestCodes = 6;  // types beyond OutType: uint8, int32, int64
 
@@ -292,6 +293,22 @@ inline void store(const float* from, void* to, int64_t at, int64_t count, Target
 constexpr int64_t kRun = 4096;  // elements a run has at most: its random words stay in the first-level cache
 constexpr int64_t kWords = kRun + 136;  // words before and behind those of a run included
 
+// max |x| of the elements [begin, end). On IEEE patterns without the sign, integer order is the order of magnitudes, and
+// every NaN lies above Inf: a NaN among them gives a NaN.
+template <class Bits>
+Bits amax_of(const Bits* __restrict x, int64_t begin, int64_t end, Bits top) {
+  const Bits mask = Bits(~Bits(0)) >> 1;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = begin; i < end; ++i) top = std::max<Bits>(top, x[i] & mask);
+  return top;
+}
+
+// The pattern of a magnitude as a float, into `amax` if it is larger: patterns of magnitudes are ordered as they are.
+inline void raise(float* amax, float magnitude) {
+#pragma omp critical(lp_amax)
+  if (bits_of(magnitude) > bits_of(*amax)) *amax = magnitude;
+}
+
 // Elements [begin, end) of the flat tensor, cut where the scale changes. Tile (i, j) of the matrix has scale[i tiles + j].
 template <class In, bool Scaled, Chance C, class Plan>
 bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, Target target, int64_t begin, int64_t end,
@@ -301,6 +318,8 @@ bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, Targ
   const bool each = Scaled && tile_columns == 1, is_cut = Scaled || C != kFixed || target.type != kFp32;
   std::vector<uint32_t> buffer(C != kFixed ? kWords : 0);
   std::vector<float> wide(target.type == kFp32 ? 0 : kRun);
+  using Bits = std::conditional_t<sizeof(typename In::Storage) == 4, uint32_t, uint16_t>;
+  Bits top = 0;
   bool beyond = false;
   for (int64_t at = begin; at < end;) {
     const int64_t row = at / columns, column = at % columns;
@@ -314,6 +333,7 @@ bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, Targ
       philox(random, first, (element + count + 3) / 4 - first, buffer.data());
       words = buffer.data() + element % 4;
     }
+    if (target.amax != nullptr) top = amax_of(reinterpret_cast<const Bits*>(x), at, at + count, top);
     float* const to = target.type == kFp32 ? static_cast<float*>(out) + at : wide.data();
     beyond |= each ? cast_run<In, Scaled, 1, C>(plan, x + at, to, count, s, back, words)
                    : cast_run<In, Scaled, 0, C>(plan, x + at, to, count, s, back, words);
@@ -324,6 +344,11 @@ bool cast_range(const Plan& plan, const typename In::Storage* x, void* out, Targ
       store(to, out, at, count, target);
     }
     at += count;
+  }
+  if (target.amax != nullptr) {
+    typename In::Storage largest;
+    std::memcpy(&largest, &top, sizeof(largest));
+    raise(target.amax, In::load(largest));
   }
   return beyond;
 }
@@ -383,16 +408,6 @@ bool cast_strided(const Plan& plan, const void* x, void* out, Target target, int
     }
   }
   return beyond != 0;
-}
-
-// max |x| of the elements [begin, end). On IEEE patterns without the sign, integer order is the order of magnitudes, and
-// every NaN lies above Inf: a NaN among them gives a NaN.
-template <class Bits>
-Bits amax_of(const Bits* __restrict x, int64_t begin, int64_t end, Bits top) {
-  const Bits mask = Bits(~Bits(0)) >> 1;
-#pragma omp simd reduction(max : top)
-  for (int64_t i = begin; i < end; ++i) top = std::max<Bits>(top, x[i] & mask);
-  return top;
 }
 
 // Columns of one element: the running maximum of a row of tiles.
@@ -766,6 +781,20 @@ int lp_cast_table(const TablePlan* plan, const void* x, int dtype, void* out, in
   const auto cast =
       dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>;
   return cast(*plan, x, out, Target{type}, rows, columns, scale, tile_rows, tile_columns, back != 0, random, threads);
+}
+
+// lp_cast, or lp_cast_table where `table` is given, of `count` elements under one scale; amax, 0 before: max |x|, NaN where x
+// holds one, found in the same pass.
+int lp_cast_observed(const CastPlan* plan, const TablePlan* table, const void* x, int dtype, void* out, int type, int64_t count,
+                     const float* scale, const RandomPlan* random, float* amax, int threads) {
+  ask_for_huge_pages(out, count * kOutBytes[type]);
+  const Target target{type, nullptr, amax};
+  const auto run = [&](const auto& given, auto cast) {
+    return int(cast(given, x, out, target, 1, count, scale, 1, count, false, random, threads));
+  };
+  if (table)
+    return run(*table, dtype == 0 ? cast_all<Fp32, TablePlan> : dtype == 1 ? cast_all<Bf16, TablePlan> : cast_all<Fp16, TablePlan>);
+  return run(*plan, dtype == 0 ? cast_all<Fp32, CastPlan> : dtype == 1 ? cast_all<Bf16, CastPlan> : cast_all<Fp16, CastPlan>);
 }
 
 // lp_cast, or lp_cast_table where `table` is given, of a matrix with strides, in elements; out is contiguous and apart from x.

@@ -35,6 +35,10 @@ def cast_library() -> ctypes.CDLL | None:
         library.lp_cast.argtypes = [plan, *into, *rest]
         library.lp_cast_table.argtypes = [ctypes.POINTER(TablePlan), *into, *rest]
         library.lp_cast_strided.argtypes = [plan, ctypes.POINTER(TablePlan), *into, *shape, *rest]
+        tables = ctypes.POINTER(TablePlan)
+        library.lp_cast_observed.argtypes = [
+            plan, tables, pointer, integer, pointer, integer, size, pointer, draw, pointer, integer
+        ]  # fmt: skip
         library.lp_cast_blocks.argtypes = [
             ctypes.POINTER(BlockPlan), *into, size, integer, ctypes.c_float, integer, draw, integer
         ]  # fmt: skip
@@ -158,6 +162,23 @@ def run_cast(
         *(draw, threads),
     )
     return bool(beyond)
+
+
+def run_cast_observed(
+    plan: CastPlan | TablePlan, x: Tensor, out: Tensor, scale: Tensor, draw: RandomPlan | None
+) -> float:
+    """x / scale rounded into `out`, and max |x| in the same pass: NaN where x holds one. x and out contiguous, of one
+    shape; scale: fp32 (); draw as in `run_cast`.
+    """
+    library = cast_library()
+    assert library is not None
+    amax = ctypes.c_float(0.0)
+    library.lp_cast_observed(
+        *((None, plan) if isinstance(plan, TablePlan) else (plan, None)),
+        *(address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), x.numel()),
+        *(address(scale), draw, ctypes.byref(amax), num_threads(x.numel())),
+    )
+    return amax.value
 
 
 def _matrix_strides(x: Tensor) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.kernels.torch_ops import declare
+from runtime.numerics.quantizer_specs import QuantizerSpec
 from runtime.numerics.specs import QuantSpec
 from runtime.quantize.learned.quantizer import LEAST, Learned, at_least
 
@@ -31,7 +32,7 @@ class Lsq(Learned):
 
     def __init__(self, spec: QuantSpec, owner: str, is_weight: bool) -> None:
         super().__init__(spec, owner, is_weight)
-        assert spec.quantizer is not None
+        assert isinstance(spec.quantizer, QuantizerSpec)
         self.first = spec.quantizer.init or 0.0
         self.register_buffer("base", torch.full((1,), self.first))
         self.offset = nn.Parameter(torch.zeros(1))

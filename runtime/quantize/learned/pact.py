@@ -10,6 +10,7 @@ decay on `lp_parameters(model)`, of the order of that of the weights.
 import torch
 from torch import Tensor, nn
 
+from runtime.numerics.quantizer_specs import QuantizerSpec
 from runtime.numerics.specs import QuantSpec
 from runtime.quantize.learned.quantizer import LEAST, Learned, at_least
 
@@ -23,7 +24,7 @@ class Pact(Learned):
 
     def __init__(self, spec: QuantSpec, owner: str, is_weight: bool) -> None:
         super().__init__(spec, owner, is_weight)
-        assert spec.quantizer is not None
+        assert isinstance(spec.quantizer, QuantizerSpec)
         self.first = spec.quantizer.init or FIRST_CLIP
         self.clip = nn.Parameter(torch.full((1,), self.first))  # (1,): FSDP2 shards no parameter without dims
 

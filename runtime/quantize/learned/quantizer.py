@@ -7,31 +7,26 @@ ZeRO-3 and FSDP gather parameters run. `carrier` then carries the gradient of x^
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import QuantizerKind, QuantSpec
+from runtime.numerics.specs import QuantSpec
 from runtime.quantize.qtensor import CastKey
-from runtime.quantize.quantizer import AbstractQuantizer
+from runtime.quantize.stateful import Stateful
 
 
-class Learned(nn.Module, AbstractQuantizer):
+class Learned(Stateful):
     """One operand of one site. `owner` is its name, SITE.x or SITE.w; `is_weight`: what it casts is a parameter."""
 
-    kind: ClassVar[QuantizerKind]
-    """By which a policy names it."""
     has_residual = False
     """Whether the derivative in the scale counts, between the ends, what rounding moved: round(x / s) - x / s."""
 
     def __init__(self, spec: QuantSpec, owner: str, is_weight: bool) -> None:
-        super().__init__()
-        assert spec.quantizer is not None
-        self.spec, self.owner, self.is_weight = spec, owner, is_weight
+        super().__init__(spec, owner, is_weight)
         row = get_format(spec.format)
         self.low, self.high = float(row.min), float(row.max)
 
@@ -42,10 +37,6 @@ class Learned(nn.Module, AbstractQuantizer):
     @abstractmethod
     def step(self) -> Tensor:
         """The scale, fp32 (), differentiable in the parameter."""
-
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """As before anything was learned."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The scale with which x is cast."""
@@ -65,20 +56,6 @@ class Learned(nn.Module, AbstractQuantizer):
     def gradient_scale(self, x: Tensor) -> float:
         """The factor on the gradient of the scale."""
         return 1.0
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """As every module; but a checkpoint of the uncompiled model, which has nothing of this, is complete."""
-        given = (state_dict, prefix, local_metadata, strict)
-        super()._load_from_state_dict(*given, [], unexpected_keys, error_msgs)
 
 
 class _Carrier(torch.autograd.Function):

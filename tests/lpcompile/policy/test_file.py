@@ -83,7 +83,8 @@ WRONG_VALUES = [
     ),
     (
         fwd("{x: {format: e4m3, scale: {rule: amx}}}"),
-        '3: rules[0].fwd.x.scale.rule: "amx" is not a scale rule. Did you mean "amax"? Known: amax, pow2, sawb.',
+        '3: rules[0].fwd.x.scale.rule: "amx" is not a scale rule. Did you mean "amax"? Known: amax, pow2, sawb, '
+        "delayed.",
     ),
     (
         fwd("{x: {format: e4m3, scale: {granularity: rows}}}"),
@@ -129,7 +130,8 @@ WRONG_VALUES = [
     ),
     (
         fwd("{x: {format: e4m3, scale: row}}"),
-        '3: rules[0].fwd.x.scale: not a mapping. Expected the keys granularity, rule, block. Got "row".',
+        "3: rules[0].fwd.x.scale: not a mapping. Expected the keys granularity, rule, block, history, algorithm, "
+        'margin, per_rank. Got "row".',
     ),
     (
         fwd("{x: int8, w: e4m3, accumulate: int32}"),
@@ -231,7 +233,7 @@ NOT_BUILT = [
     (
         fwd("{x: {format: int4, quantizer: {kind: dorefa}}}"),
         '3: rules[0].fwd.x.quantizer.kind: quantizer "dorefa" is planned and not in this version. '
-        "Try one of pact, lsq.",
+        "Try one of pact, lsq, grad-scale.",
     ),
     (
         fwd("{x: {format: e4m3, transform: hadamard16}}"),
@@ -241,9 +243,9 @@ NOT_BUILT = [
         (
             fwd(f"{{x: {{format: e4m3, scale: {{rule: {rule}}}}}}}"),
             f'3: rules[0].fwd.x.scale.rule: scale rule "{rule}" is planned and not in this version. '
-            "Try one of amax, pow2, sawb.",
+            "Try one of amax, pow2, sawb, delayed.",
         )
-        for rule in ("delayed", "static", "mse", "learned")
+        for rule in ("static", "mse", "learned")
     ),
     (
         "update: {master: int8}\n",
@@ -505,7 +507,7 @@ def test_which_shipped_policies_scale_the_loss_and_compress_the_wire() -> None:
     assert {name for name, policy in policies.items() if policy.loss_scale.kind == "static"} == {"fp8-2018"}
     assert {policies[name].loss_scale.init for name in ("fp16", "hfp8")} == {65536}
     wires = {name: (policy.wire.format, policy.wire.block) for name, policy in policies.items() if policy.wire}
-    compressed = ("hfp8", "hfp8-2019", "fp8-rowwise", "te-current", "deepseek-v3", "mxfp8")
+    compressed = ("hfp8", "hfp8-2019", "fp8-rowwise", "te-current", "te-delayed", "deepseek-v3", "mxfp8")
     assert wires == dict.fromkeys(compressed, ("e4m3", 256))
 
 

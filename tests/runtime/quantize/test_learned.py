@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from runtime.numerics.specs import QuantSpec
-from runtime.quantize.learned.kinds import make_quantizer
+from runtime.quantize.kinds import make_quantizer
 from runtime.quantize.learned.lsq import Lsq
 from runtime.quantize.learned.pact import Pact
 from runtime.quantize.learned.quantizer import Learned
