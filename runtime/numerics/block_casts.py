@@ -130,6 +130,17 @@ def grid_of_blocks(
     return values if x.dtype == torch.float64 else values.float()
 
 
+@torch.no_grad()
+def block_units(x: Tensor, row: BlockFormat) -> Tensor:
+    """What an element of 1 stands for at each place of x, scale / tensor_scale, in float64 and broadcast to x's shape:
+    0 or NaN where the scale of the block is.
+    """
+    if row.rule == "two_level":
+        scale, _, tensor_scale = _two_level_scales(_block_amax(x.float(), row), row)
+        return _per_element(scale.double() / tensor_scale.double(), x, row)
+    return _per_element(_shared_scales(_block_amax(x.double(), row), row) * row.element_unit, x, row)
+
+
 def _round_blocks(
     x: Tensor, row: BlockFormat, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int,
     round_with: RoundToGrid = round_to_grid,
