@@ -18,7 +18,7 @@ from runtime.numerics.range_formats import get_range_format, is_range_format
 from runtime.numerics.specs import IDENTITY, ROLES, GemmSpec, LayerSpec, QuantSpec, Role, ScaleSpec
 
 COUNTERFACTUALS = (
-    "bf16", "e4m3 tensor", "e5m2 tensor", "e4m3 row", "int8 row", "mxfp8:scale=rceil", "mxfp4:scale=rceil", "nvfp4",
+    "bf16", "e4m3 tensor", "e5m2 tensor", "int8 row", "mxfp8:scale=rceil", "mxfp4:scale=rceil", "nvfp4",
 )  # fmt: skip
 """What is measured if nobody says otherwise."""
 

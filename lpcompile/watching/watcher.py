@@ -53,7 +53,7 @@ class StepRecord:
     largest: dict[tuple[str, str], float] = field(default_factory=dict)
     """max |x| by site and tensor; NaN or Inf where there was one."""
     exponents: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """How many elements of the sample have which exponent, by site and tensor: bin i is 2^(i - 150) to 2^(i - 149)."""
+    """How many elements of the sample have which exponent, by site and tensor: bin i is 2^(i - 127) to 2^(i - 126)."""
     came: set[tuple[str, Role]] = field(default_factory=set)
     """GEMMs that ran: of BWD and GRAD those for which a gradient came."""
     _sums: defaultdict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -71,8 +71,8 @@ class StepRecord:
         return {key: CastError(*row) for key, row in zip(ran, rows)}
 
 
-NUM_EXPONENTS = 300
-SMALLEST_EXPONENT = -150
+NUM_EXPONENTS = 256
+SMALLEST_EXPONENT = -127
 
 
 @dataclass
@@ -125,10 +125,12 @@ class Watcher:
         self._measure(record, product, "dy", dy, casts)
 
     def _measure(self, record: StepRecord, product: Product, tensor: str, x: Tensor, casts: _Casts) -> None:
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), _disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
             sample = sample_of(x, self.size, is_batched=product.kind == "matmul", tile_rows=casts.tile_rows)
-            for spec, keys in casts.of(tensor).items():
-                record.add(keys, measure(sample, spec, _learned_scale(product.state, product.name, tensor, spec)))
+            wanted = casts.of(tensor)
+            learned = [_learned_scale(product.state, product.name, tensor, spec) for spec in wanted]
+            for keys, sums in zip(wanted.values(), measure(sample, list(wanted), learned)):
+                record.add(keys, sums)
             self._note(record, product, tensor, sample, casts)
 
     def _note(self, record: StepRecord, product: Product, tensor: str, sample: Sample, casts: _Casts) -> None:
@@ -136,9 +138,9 @@ class Watcher:
         at = product.name, name
         before = record.largest.get(at, 0.0)
         record.largest[at] = sample.largest if not sample.largest <= before else before
-        _, exponent = torch.frexp(sample.wide)
-        bins = (exponent - 1 - SMALLEST_EXPONENT).clamp_(0, NUM_EXPONENTS - 1)[sample.is_nonzero]
-        counts = torch.bincount(bins, minlength=NUM_EXPONENTS)
+        exponent = sample.wide.float().view(torch.int32).bitwise_right_shift(23).bitwise_and_(255)
+        counts = torch.bincount(exponent, minlength=NUM_EXPONENTS)
+        counts[0] = 0  # zeros, and what is below 2^-126
         record.exponents[at] = record.exponents[at] + counts if at in record.exponents else counts
         for role in ROLES:
             numbers, names = product.spec.role(role), casts.names[role]

@@ -5,27 +5,32 @@
                                          saturated   v is that largest value
     SQNR = 10 log10(sum x^2 / sum (v - x)^2) dB        relative error = mean |v - x| / |x| over x != 0
 
-Sums are in float64, of what is finite. Casts draw no bits of a model's streams: stochastic rounding has a key of its
-own here. In a block format the largest value is that of an element under the scale of its block; a range format has
-none, since it lays its range over what is cast.
+v is in fp32, as runtime.numerics.quantize gives it (float64 for float64 x); sums are in float64, of what is finite.
+Casts draw no bits of a model's streams: stochastic rounding has a key of its own here. In a block format the largest
+value is that of an element under the scale of its block; a range format has none, since it lays its range over what is
+cast.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from runtime.kernels.cast.scales import compute_scale
 from runtime.numerics.block_casts import block_units
 from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat
 from runtime.numerics.formats import get_format
-from runtime.numerics.scaling import block_lanes, divisor_of_amax, expand_scale, from_lanes
-from runtime.numerics.specs import QuantSpec
+from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
+from runtime.numerics.specs import QuantSpec, Rounding
 from runtime.quantize.quantizer import Draw, to_grid
 from runtime.quantize.sampling import Sample, channels_as_rows
 
+_ROUNDED = 1 - 2.0**-20
 DRAW = Draw(seed=0x7E1E3E7121, step=0, stream=0)
 """Of stochastic casts that are only looked at."""
 
@@ -75,110 +80,136 @@ def decibels(noise: float) -> float:
 
 
 @torch.no_grad()
-def measure(sample: Sample, spec: QuantSpec, learned_scale: Tensor | None = None) -> Tensor:
-    """The numbers of a CastError, float64 (8,). learned_scale: of a cast whose quantizer has state."""
-    values, limits = cast_sample(sample, spec, learned_scale)
-    v, x, nonzero = values.double().flatten(), sample.wide, sample.is_nonzero
-    if not math.isfinite(sample.largest):
-        v = torch.where(sample.part.flatten().isfinite(), v, 0.0)
-    error = v - x
-    underflow = (v == 0).logical_and_(nonzero).sum()
-    zero = torch.zeros((), dtype=torch.float64, device=x.device)
-    overflow = saturated = zero
-    if limits is not None:
-        largest, ties = limits
-        size = x.abs()
-        is_beyond = size > ties
-        if isinstance(ties, Tensor):  # a block whose scale is 0 holds nothing but zeros, which is underflow
-            is_beyond.logical_and_(ties > 0)
-        at = largest * (1 - 2.0**-20)  # where the product of two scales was rounded, the largest value was too
-        overflow, saturated = is_beyond.sum(), ((v.abs() >= at) & (v != 0)).sum()
-    square, noise = torch.dot(x, x), torch.dot(error, error)
-    relative = torch.dot(error.abs_(), sample.inverse)
-    count = torch.full_like(zero, x.numel())
-    return torch.stack([count, *(n.double() for n in (nonzero.sum(), underflow, overflow, saturated)), square, noise,
-                        relative])  # fmt: skip
-
-
-def cast_sample(
-    sample: Sample, spec: QuantSpec, learned_scale: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor | float, Tensor | float] | None]:
-    """The values that a cast of the sampled tensor has at the sample, in its shape, and the largest value each could
-    have, with the tie beyond it, flat; None where there is no such value.
+def measure(sample: Sample, casts: Sequence[QuantSpec], learned: Sequence[Tensor | None] | None = None) -> Tensor:
+    """The numbers of a CastError for each cast, float64 (casts, 8). learned: the scales of those whose quantizers have
+    state, None of the others.
     """
+    counts: list[Tensor] = []
+    sums: list[Tensor] = []
+    for spec, scale in zip(casts, learned or [None] * len(casts)):
+        laid = sample.laid(spec.along)  # sums do not ask for the order of elements
+        values, (beyond, saturated) = _cast(laid, spec, scale)
+        flat = values.flatten()
+        if not math.isfinite(sample.largest):
+            flat = torch.where(laid.part.flatten().isfinite(), flat, 0.0)
+        underflow = (flat == 0).logical_and_(laid.is_nonzero).count_nonzero()
+        error = torch.sub(flat, laid.wide)
+        exact = error.double()
+        counts += underflow, beyond, saturated
+        sums += torch.dot(exact, exact), torch.dot(error.abs_(), laid.inverse).double()
+    if not casts:
+        return sample.wide.new_zeros((0, 8), dtype=torch.float64)
+    number, nonzero, square = (each.expand(len(casts)) for each in sample.totals)
+    by_cast = *torch.stack(counts).double().view(-1, 3).unbind(1), *torch.stack(sums).view(-1, 2).unbind(1)
+    underflow, beyond, saturated, noise, relative = by_cast
+    return torch.stack([number, nonzero, underflow, beyond, saturated, square, noise, relative], dim=1)
+
+
+class Cast(NamedTuple):
+    """Values at the sample, in its shape, and how many elements overflow, and saturate: float64 ()."""
+
+    values: Tensor
+    counts: tuple[Tensor, Tensor]
+
+
+def cast_sample(sample: Sample, spec: QuantSpec, learned_scale: Tensor | None = None) -> Tensor:
+    """The values that a cast of the sampled tensor has at the sample, in its shape."""
+    laid = sample.laid(spec.along)
+    values = _cast(laid, spec, learned_scale).values
+    if laid is sample:
+        return values.reshape(sample.part.shape)
+    lanes = block_lanes(sample.part, spec.along).shape
+    return from_lanes(values.reshape(lanes), sample.part.shape, spec.along)
+
+
+def _cast(sample: Sample, spec: QuantSpec, learned_scale: Tensor | None) -> Cast:
+    """Of a sample that is laid along the blocks of the cast."""
     part = sample.part
     if spec.is_identity:
-        return part, None
+        return Cast(part, sample.none)
     if spec.is_range:
-        return sample.take(to_grid(sample.x, None, spec, DRAW)), None
+        return Cast(sample.take(to_grid(sample.x, None, spec, DRAW)), sample.none)
     if spec.is_block:
         return _cast_blocks(sample, spec, get_block_format(spec.format))
+    row = get_format(spec.format)
     if spec.scale is not None and spec.scale.granularity == "channel":
         matrix, rows = channels_as_rows(sample.x, spec)
-        grid, per_row = _cast(matrix, rows, compute_scale(matrix, rows))
-        wide = per_row.expand_as(matrix).reshape(sample.x.shape)
-        taken = sample.take(grid.reshape(sample.x.shape))
-        return taken, _limits(get_format(spec.format), sample.take(wide).double().flatten())
+        scale = compute_scale(matrix, rows)
+        assert scale is not None
+        values = sample.take((_wide(to_grid(matrix, scale, rows, DRAW)) * scale).reshape(sample.x.shape))
+        unit = sample.take(scale.expand_as(matrix).reshape(sample.x.shape))
+        return Cast(values, _count(sample, part, values, unit * row.max, unit * _tie_beyond(row)))
     scale = sample.scale(spec) if learned_scale is None else learned_scale
-    values = _cast(part, spec, scale)
-    row = get_format(spec.format)
+    values = _wide(to_grid(part, scale, spec, DRAW))
     if scale is None or scale.numel() == 1:
-        return values[0], _limits(row, 1.0 if scale is None else float(scale))
-    return values[0], _limits(row, values[1].expand_as(part).double().flatten())
+        unit_size = 1.0 if scale is None else float(scale)
+        values = values if scale is None else values * scale
+        return Cast(values, _count(sample, part, values, unit_size * row.max, unit_size * _tie_beyond(row)))
+    unit = expand_scale(scale, part.shape, spec)
+    values = values * unit
+    return Cast(values, _count(sample, part, values, unit * row.max, unit * _tie_beyond(row)))
 
 
-def _cast(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values in float64 and the scale as it broadcasts."""
-    grid = to_grid(x, scale, spec, DRAW).double()
-    if scale is None:
-        return grid, grid.new_ones(())
-    wide = expand_scale(scale, x.shape, spec)
-    return grid * wide.double(), wide
+def _wide(grid: Tensor) -> Tensor:
+    return grid if grid.dtype in (torch.float32, torch.float64) else grid.float()
 
 
-def _limits(row: Format, unit: Tensor | float) -> tuple[Tensor | float, Tensor | float] | None:
-    """The largest magnitude and the tie beyond it, times the scale."""
-    if row.max > 1e30:  # fp32 and its like: nothing that is finite is beyond
-        return None
-    return unit * row.max, unit * _tie_beyond(row)
+def _count(
+    sample: Sample, x: Tensor, values: Tensor, largest: Tensor | float, ties: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Elements beyond the tie that follows the largest value, and values that are the largest. Where the product of two
+    scales was rounded, the largest value was too.
+    """
+    if isinstance(largest, float) or isinstance(ties, float):
+        if sample.largest < largest * _ROUNDED:
+            return sample.none
+        saturated = (values.abs() >= largest * _ROUNDED).count_nonzero()
+        return sample.none[0] if sample.largest <= ties else (x.abs() > ties).count_nonzero(), saturated
+    # a block whose scale is 0 holds nothing but zeros, which is underflow
+    near, beyond = (torch.where(each > 0, each, torch.inf) for each in (largest * _ROUNDED, ties))
+    return (x.abs() > beyond).count_nonzero(), (values.abs() >= near).count_nonzero()
 
 
 def _tie_beyond(row: Format) -> float:
-    """Half a step above the largest value: from there on a value rounds beyond it."""
+    """Half a step above the largest value: from there on a value rounds beyond it. Inf of fp32 and its like."""
+    if row.max > 1e38:
+        return math.inf
     if isinstance(row, FloatFormat):
         return row.max + 2.0 ** (row.emax - row.mantissa - 1)
     return row.max + 0.5 if isinstance(row, IntFormat) else (row.max + row.beyond_max) / 2
 
 
-def _cast_blocks(
-    sample: Sample, spec: QuantSpec, row: BlockFormat
-) -> tuple[Tensor, tuple[Tensor | float, Tensor | float]]:
-    """A two-level format scales by the largest of the tensor: a run that holds it is cast beside the sample."""
-    part, num_runs, is_two_level = sample.part, sample.part.shape[0] if sample.part.dim() else 1, spec.has_scale
-    if is_two_level and sample.runs is not None:
-        if not math.isfinite(sample.largest):
-            whole = Sample(sample.x, sample.x, None, sample.largest)
-            values, (largest, ties) = _cast_blocks(whole, spec, row)
-            shaped = [each.reshape(sample.x.shape) for each in (largest, ties) if isinstance(each, Tensor)]
-            taken = [sample.take(each).flatten() for each in shaped]
-            return sample.take(values), (taken[0], taken[1])
-        more = part.new_zeros((1, *part.shape[1:]))
-        more[0, 0, 0] = sample.largest
-        part = torch.cat([part, more])
-    grid = to_grid(part, None, spec, DRAW).double()
-    if is_two_level:
-        finite = part.float() if math.isfinite(sample.largest) else None
-        amax = finite.abs().amax() if finite is not None else None
-        scale = 1.0 / divisor_of_amax(amax) if amax is not None else _scale_of(part, spec)
-        grid = grid * scale.double()
-    units = from_lanes(block_units(block_lanes(part, spec.along), row), part.shape, spec.along)
-    units = units[:num_runs].flatten() if part.dim() else units.flatten()
+def _cast_blocks(sample: Sample, spec: QuantSpec, row: BlockFormat) -> Cast:
+    """A two-level format scales by the largest of the tensor, which is put into a row of its own beside the sample."""
+    if not math.isfinite(sample.largest) and spec.has_scale:  # the largest is that of the other blocks
+        scale = compute_scale(sample.all_laid(spec.along), replace(spec, along="row"))
+        assert scale is not None
+        largest = get_block_format(spec.format).block_max * float(scale)
+    else:
+        largest = sample.largest
+    matrix = seen = sample.part.reshape(-1, sample.part.shape[-1] if sample.part.dim() else 1)
+    if spec.has_scale:
+        more = matrix.new_zeros((1, matrix.shape[1]))
+        more[0, 0] = largest
+        matrix = torch.cat([matrix, more])
+    grid = _wide(to_grid(matrix, None, replace(spec, along="row"), DRAW))[: seen.shape[0]]
+    units, divisor = block_units(sample.block_amax(row.block), row, largest, _round_fast)
+    values = grid if divisor is None else grid * (1.0 / divisor)
+    units = units.to(values.dtype).unsqueeze(-1)
     element = get_format(row.element)
-    unit_max, unit_tie = element.max, _tie_beyond(element)
-    return grid[:num_runs] if part.dim() else grid, (units * unit_max, units * unit_tie)
+    limits = units * element.max, units * _tie_beyond(element)
+    return Cast(values, _count(sample, _in_blocks(seen, row), _in_blocks(values, row), *limits))
 
 
-def _scale_of(x: Tensor, spec: QuantSpec) -> Tensor:
-    scale = compute_scale(x, spec)
-    assert scale is not None
-    return scale
+def _round_fast(x: Tensor, row: Format, rounding: Rounding, *_: Any) -> Tensor:
+    """The scales of blocks on their grid, by the kernel of casts."""
+    return to_grid(x, None, QuantSpec(row.name, rounding), DRAW).float()
+
+
+def _in_blocks(matrix: Tensor, row: BlockFormat) -> Tensor:
+    """(rows, blocks, elements), what a ragged block lacks 0."""
+    if ragged := -matrix.shape[1] % row.block:
+        matrix = pad(matrix, (0, ragged))
+    return (
+        matrix.view(matrix.shape[0], -1, row.block) if matrix.is_contiguous() else matrix.unflatten(1, (-1, row.block))
+    )
