@@ -156,6 +156,11 @@ def gather(
     return Results(policy, every, sample, tuple(candidates), tuple(gemms), tuple(steps))
 
 
+def step_result(record: StepRecord) -> StepResult:
+    """Of one step that is over."""
+    return _step(record, record.errors())
+
+
 def _step(record: StepRecord, errors: Mapping[Key, CastError]) -> StepResult:
     ran = {(key.site, key.role, key.operand): error for key, error in errors.items() if not key.label}
     return StepResult(
