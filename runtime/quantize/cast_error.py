@@ -5,8 +5,8 @@
                                          saturated   v is that largest value
     SQNR = 10 log10(sum x^2 / sum (v - x)^2) dB        relative error = mean |v - x| / |x| over x != 0
 
-v is in fp32, as runtime.numerics.quantize gives it (float64 for float64 x); sums are in float64, of what is finite.
-Casts draw no bits of a model's streams: stochastic rounding has a key of its own here. In a block format the largest
+v is in fp32, as runtime.numerics.quantize gives it (float64 for float64 x); sums are in float64. What is not finite, or
+becomes so with its block or range, adds no error. Casts draw no bits of a model's streams: stochastic rounding has a key of its own here. In a block format the largest
 value is that of an element under the scale of its block; a range format has none, since it lays its range over what is
 cast.
 """
@@ -84,6 +84,8 @@ def measure(sample: Sample, casts: Sequence[QuantSpec], learned: Sequence[Tensor
     """The numbers of a CastError for each cast, float64 (casts, 8). learned: the scales of those whose quantizers have
     state, None of the others.
     """
+    if not casts or not sample.part.numel():
+        return torch.zeros((len(casts), 8), dtype=torch.float64, device=sample.x.device)
     counts: list[Tensor] = []
     sums: list[Tensor] = []
     for spec, scale in zip(casts, learned or [None] * len(casts)):
@@ -91,14 +93,12 @@ def measure(sample: Sample, casts: Sequence[QuantSpec], learned: Sequence[Tensor
         values, (beyond, saturated) = _cast(laid, spec, scale)
         flat = values.flatten()
         if not math.isfinite(sample.largest):
-            flat = torch.where(laid.part.flatten().isfinite(), flat, 0.0)
+            flat = torch.where(flat.isfinite() & laid.part.flatten().isfinite(), flat, laid.wide)
         underflow = (flat == 0).logical_and_(laid.is_nonzero).count_nonzero()
         error = torch.sub(flat, laid.wide)
         exact = error.double()
         counts += underflow, beyond, saturated
         sums += torch.dot(exact, exact), torch.dot(error.abs_(), laid.inverse).double()
-    if not casts:
-        return sample.wide.new_zeros((0, 8), dtype=torch.float64)
     number, nonzero, square = (each.expand(len(casts)) for each in sample.totals)
     by_cast = *torch.stack(counts).double().view(-1, 3).unbind(1), *torch.stack(sums).view(-1, 2).unbind(1)
     underflow, beyond, saturated, noise, relative = by_cast
