@@ -63,7 +63,7 @@ class Suggestion:
         lines = [f"# Suggested by lpcompile's telemetry of {policy.name}: steps {steps}."]
         worse = "and no format that was measured does better"
         lines += [f"# {gemm.site} {gemm.role} has {_db(gemm.sqnr_db)}, {worse}." for gemm in self.helpless]
-        if not self.mends:
+        if not (self.mends or self.helpless):
             lines.append("# No GEMM loses far more than the others: there is no rule to add.")
         if policy.schedule:
             lines.append("# Of a schedule the rules here are for the phases without a policy of their own.")

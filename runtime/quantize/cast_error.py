@@ -6,9 +6,9 @@
     SQNR = 10 log10(sum x^2 / sum (v - x)^2) dB        relative error = mean |v - x| / |x| over x != 0
 
 v is in fp32, as runtime.numerics.quantize gives it (float64 for float64 x); sums are in float64. What is not finite, or
-becomes so with its block or range, adds no error. Casts draw no bits of a model's streams: stochastic rounding has a key of its own here. In a block format the largest
-value is that of an element under the scale of its block; a range format has none, since it lays its range over what is
-cast.
+becomes so with its block or range, adds no error. Casts draw no bits of a model's streams: stochastic rounding has a
+key of its own here. In a block format the largest value is that of an element under the scale of its block; a range
+format has none, since it lays its range over what is cast.
 """
 
 import math

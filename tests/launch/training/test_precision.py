@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
 from launch.training.config import ConfigError, RunConfig, load_config
 from launch.training.precision_options import parse_precision_options
 from lpcompile import LpError, load_policy
+from tests.launch.test_train import metrics, succeed
 
 TINY = [
     *["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--data", "text.txt"],
@@ -51,31 +51,23 @@ def test_graphs_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_leaves_its_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("the matrix of a kernel is a gradient of the scale " * 200)
-    Path("mine.yaml").write_text(
+    (tmp_path / "text.txt").write_text("the matrix of a kernel is a gradient of the scale " * 200)
+    (tmp_path / "mine.yaml").write_text(
         "version: 1\nrules:\n  - match: {op: linear}\n    fwd: {x: e4m3, w: e4m3}\n    bwd: {dy: e5m2, w: e4m3}\n"
         "    grad: {dy: e5m2, x: e4m3}\n"
     )
-    losses = []
+    losses, printed = [], ""
     for extra in (["--out", "plain"], ["--out", "watched", "--telemetry", "every=2"]):
-        assert run(["train", *TINY, "--policy", "mine.yaml", *extra]) == 0
-        losses.append(
-            [json.loads(line)["loss"] for line in (Path(extra[1]) / "metrics.jsonl").read_text().splitlines()]
-        )
+        printed = succeed(tmp_path, *TINY, "--policy", "mine.yaml", *extra)
+        losses.append([step["loss"] for step in metrics(tmp_path / extra[1])])
     assert losses[0] == losses[1]
-    folder = Path("watched")
-    numbers = json.loads((folder / "telemetry.json").read_text())
-    assert numbers["steps"] == [0, 2, 4]
+    folder = tmp_path / "watched"
+    assert json.loads((folder / "telemetry.json").read_text())["steps"] == [0, 2, 4]
     assert "<svg" in (folder / "telemetry.html").read_text()
-    suggested = load_policy(folder / "suggested.yaml")
-    assert suggested.rules[-1] == load_policy("mine.yaml").rules[-1]
-    printed = capfd.readouterr().out
+    assert load_policy(folder / "suggested.yaml").rules[-1] == load_policy(tmp_path / "mine.yaml").rules[-1]
     assert "loses by" in printed
     assert "telemetry.html has the plots" in printed
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
