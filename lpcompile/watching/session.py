@@ -42,9 +42,9 @@ def telemetry(
     `every`: per operand amax, shares of underflow, overflow and saturation, SQNR and mean relative error, under the
     cast that runs and under each of `counterfactuals` ("mxfp8", "e4m3 tensor", "int8 row": candidates.py).
 
-    Measured on the operands before they are cast, about `sample` elements of each tensor (whole rows in runs of 32; all
-    of a smaller one), amax on all. The step is that of attach() or advance(); where neither is called, each change of
-    the weights is one. Forwards without gradients are looked at with inference=True alone.
+    Measured on the operands before they are cast, about `sample` elements of each tensor (whole rows in runs of 8 or
+    32; all of a smaller one), amax on all. The step is that of attach() or advance(); where neither is called, each
+    change of the weights is one. Forwards without gradients are looked at with inference=True alone.
 
     Raises LpError: a model that is not compiled, or looked at already, `every` or `sample` below 1, a format that does
     not exist, a policy without rules. NotSupported: torch.compile or compile_joint runs the model, mode="infer".

@@ -10,7 +10,7 @@ again, and the gradient comes once. BWD and GRAD are of a step if a gradient cam
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lpcompile.watching.candidates import Candidate
-from passes.place import place
+from passes.place import Placed, place
 from runtime.kernels.torch_ops import is_transformed
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec, Role
@@ -27,7 +27,7 @@ from runtime.ops.plan import contraction_of
 from runtime.ops.product import Product
 from runtime.ops.sum_scales import slot_name
 from runtime.quantize.cast_error import CastError, measure
-from runtime.quantize.sampling import Sample, sample_of
+from runtime.quantize.sampling import ACROSS, Sample, largest_of, run_of, sample_of
 from runtime.recomputation import is_recomputing
 from runtime.state import RunState
 
@@ -83,7 +83,6 @@ class _Casts:
     rhs: dict[QuantSpec, list[Key]] = field(default_factory=dict)
     dy: dict[QuantSpec, list[Key]] = field(default_factory=dict)
     names: dict[Role, tuple[str, str]] = field(default_factory=dict)
-    tile_rows: int = 1
 
     def of(self, tensor: str) -> dict[QuantSpec, list[Key]]:
         return {"lhs": self.lhs, "rhs": self.rhs, "dy": self.dy}[tensor]
@@ -126,11 +125,17 @@ class Watcher:
 
     def _measure(self, record: StepRecord, product: Product, tensor: str, x: Tensor, casts: _Casts) -> None:
         with torch.no_grad(), _disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
-            sample = sample_of(x, self.size, is_batched=product.kind == "matmul", tile_rows=casts.tile_rows)
             wanted = casts.of(tensor)
-            learned = [_learned_scale(product.state, product.name, tensor, spec) for spec in wanted]
-            for keys, sums in zip(wanted.values(), measure(sample, list(wanted), learned)):
-                record.add(keys, sums)
+            by_run: dict[int, list[QuantSpec]] = {ACROSS: []}
+            for spec in wanted:
+                by_run.setdefault(run_of(spec), []).append(spec)
+            largest, is_batched = largest_of(x.detach()), product.kind == "matmul"
+            samples = {run: sample_of(x, self.size, is_batched=is_batched, run=run, largest=largest) for run in by_run}
+            for run, specs in by_run.items():
+                learned = [_learned_scale(product.state, product.name, tensor, spec) for spec in specs]
+                for spec, sums in zip(specs, measure(samples[run], specs, learned)):
+                    record.add(wanted[spec], sums)
+            sample = samples[ACROSS]
             self._note(record, product, tensor, sample, casts)
 
     def _note(self, record: StepRecord, product: Product, tensor: str, sample: Sample, casts: _Casts) -> None:
@@ -162,7 +167,7 @@ class Watcher:
         self._lay(casts, product.name, product.spec, ROLES, "")
         refused = self.refused.setdefault(product.name, {})
         for candidate in self.candidates:
-            placed = place(product.kind, self.op_of(product.name), candidate.layer(product.kind), "cpu")
+            placed = _placed(product.kind, self.op_of(product.name), candidate)
             if isinstance(placed, str):
                 refused[candidate.name] = placed
                 continue
@@ -179,8 +184,11 @@ class Watcher:
             for side, cast in sides:
                 key = Key(site, role, casts.names[role][side == "rhs"], label)
                 casts.of(_TENSOR[role, side]).setdefault(cast, []).append(key)
-                if cast.scale is not None and cast.scale.granularity == "block":
-                    casts.tile_rows = max(casts.tile_rows, cast.scale.block[0])
+
+
+@lru_cache(maxsize=4096)
+def _placed(kind: str, op: str, candidate: Candidate) -> Placed | str:
+    return place(kind, op, candidate.layer(kind), "cpu")
 
 
 def _learned_scale(state: RunState, site: str, tensor: str, spec: QuantSpec) -> Tensor | None:

@@ -20,8 +20,15 @@ from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import MAX_SCALE, MIN_SCALE, block_lanes, matrix_shape
 from runtime.numerics.specs import Along, QuantSpec, ScaleSpec
 
-RUN = 32
-"""Rows of a run: a multiple of the blocks of every block format."""
+DOWN, ACROSS = 32, 8
+"""Rows of a run: where blocks lie down the columns a multiple of the blocks of every block format, else fewer."""
+
+
+def run_of(spec: QuantSpec) -> int:
+    """Rows of a run in which a cast gives what it gives on the whole tensor."""
+    if spec.scale is not None and spec.scale.granularity == "block":
+        return math.lcm(ACROSS, spec.scale.block[0])
+    return DOWN if spec.is_block and spec.along in ("column", "batched-column") else ACROSS
 
 
 @dataclass(frozen=True)
@@ -121,16 +128,17 @@ class Sample:
 
 
 @torch.no_grad()
-def sample_of(x: Tensor, size: int, *, is_batched: bool, tile_rows: int = 1) -> Sample:
-    """About `size` elements of x, at least one run of rows. tile_rows: a run is a multiple of it, too. Ragged rows at
-    the end are in no run.
+def sample_of(
+    x: Tensor, size: int, *, is_batched: bool = False, run: int = DOWN, largest: float | None = None
+) -> Sample:
+    """About `size` elements of x, at least one run of `run` rows. Ragged rows at the end are in no run. largest: of x,
+    where it is known.
     """
     x = x.detach()
-    low, high = torch.aminmax(x) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
-    largest = max(abs(float(low)), abs(float(high))) if not bool(low.isnan()) else math.nan
+    largest = largest_of(x) if largest is None else largest
     whole = Sample(x, x, None, largest)
     num_rows, width = matrix_shape(x.shape)
-    unit = math.lcm(RUN, tile_rows)
+    unit = run
     if is_batched and x.dim() > 2 and x.shape[-2] % unit:
         unit = x.shape[-2]
     num_runs = num_rows // unit if unit else 0
@@ -139,6 +147,14 @@ def sample_of(x: Tensor, size: int, *, is_batched: bool, tile_rows: int = 1) -> 
         return whole
     runs = torch.arange(wanted, device=x.device).mul_(2).add_(1).mul_(num_runs).div_(2 * wanted, rounding_mode="floor")
     return Sample(x, _runs_of(x, unit, runs), runs, largest)
+
+
+def largest_of(x: Tensor) -> float:
+    """max |x|; NaN or Inf where x holds one."""
+    if not x.numel():
+        return 0.0
+    low, high = map(float, torch.aminmax(x))
+    return math.nan if math.isnan(low) else max(abs(low), abs(high))
 
 
 def _scale_of(largest: float, spec: QuantSpec) -> float:

@@ -161,7 +161,7 @@ def test_nothing_to_mend() -> None:
 def test_no_candidate_helps() -> None:
     _, t = _planted(counterfactuals=["int4 tensor"])
     assert t.suggestion().mends == ()
-    assert "# layers.2 fwd has 0.3 dB, and no format that was measured does better." in t.suggest()
+    assert "# layers.2 fwd has 0.4 dB, and no format that was measured does better." in t.suggest()
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
