@@ -76,7 +76,7 @@ def _loss(policy: str | Policy, grow: Callable[[Tensor], Tensor], seed: int) -> 
 
 
 @pytest.mark.parametrize("grow", [_whole, _one_channel])
-@pytest.mark.parametrize("policy", ["hfp8", "unscaled"])
+@pytest.mark.parametrize("policy", ["hfp8", pytest.param("unscaled", marks=pytest.mark.slow)])
 def test_a_planted_layer_is_named_first_and_mended(
     policy: str, grow: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:

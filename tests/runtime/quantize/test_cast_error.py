@@ -57,6 +57,16 @@ def test_a_sample_of_a_batch_casts_as_the_whole(cast: str, rows: int) -> None:
     assert torch.equal(cast_sample(sample, spec).float(), sample.take(_values(x, spec)))
 
 
+@pytest.mark.parametrize("largest", [448.0, 448.0 * 2**-9, 449.0, 447.0, 1e-40, 3e38])
+@pytest.mark.parametrize("rule", ["amax", "pow2"])
+def test_a_scale_of_the_largest_is_that_of_the_tensor(rule: str, largest: float) -> None:
+    x, spec = torch.linspace(-0.9, 0.9, 640 * 32).view(640, 32) * largest, QuantSpec.parse(
+        f"e4m3 nearest_even tensor/{rule}"
+    )  # fmt: skip
+    x[500, 3] = largest
+    assert torch.equal(sample_of(x, 500).scale(spec), compute_scale(x, spec))  # type: ignore[arg-type]
+
+
 def test_a_scale_per_channel_of_a_convolution() -> None:
     x, spec = torch.randn(64, 8, 3, 3) * torch.logspace(-2, 2, 64).view(-1, 1, 1, 1), QuantSpec.parse(
         "int8 nearest_even channel/amax"
