@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from lpcompile.policy.resolve import Policy
     from lpcompile.quantizers import lp_parameters
     from lpcompile.reporting.certificate import report
+    from lpcompile.watching.session import telemetry
 
 __all__ = [
     "LossScaler", "LoweringError", "LoweringWarning", "LpError", "LpWarning", "NotSupported", "Policy", "PolicyError",
     "advance", "attach", "compile_joint", "load_policy", "lp_parameters", "lpcompile", "make_optimizer",
-    "original_state_dict", "report",
+    "original_state_dict", "report", "telemetry",
 ]  # fmt: skip
 
 
@@ -44,4 +45,5 @@ _FROM = {
     "make_optimizer": "lpcompile.optimizers",
     "original_state_dict": "lpcompile.api",
     "report": "lpcompile.reporting.certificate",
+    "telemetry": "lpcompile.watching.session",
 }

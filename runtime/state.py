@@ -4,7 +4,7 @@ import itertools
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -93,6 +93,13 @@ class CallCounts:
         return now[0] - before[0], now[1] - before[1]
 
 
+class Watcher(Protocol):
+    """Who looks at products as they run in eager code, and changes nothing (lpcompile/watching/)."""
+
+    def see(self, product: Any, y: Tensor, lhs: Tensor, rhs: Tensor, geometry: Any) -> None:
+        """The runtime.ops.product.Product, its result, and its operands before they are cast."""
+
+
 @dataclass
 class RunState:
     """The clock, the random streams and the overflow flag of one compiled model.
@@ -139,6 +146,9 @@ class RunState:
     quantizers: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Quantizers with state by name (runtime/quantize/owners.py): modules of the model (runtime/quantize/store.py)."""
 
+    watcher: Watcher | None = field(default=None, init=False, compare=False, repr=False)
+    """Who looks at the products of this step; None in all steps but those that are looked at."""
+
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.compile takes a plain int of a module for a constant, and would compile every step anew
         if name in ("step", "micro_batch") and not torch.compiler.is_compiling():
@@ -152,6 +162,9 @@ class RunState:
         self.key = next(_KEYS)
         self.key_text = str(self.key)
         _STATES[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "watcher": None}  # nobody looks at a copy
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from launch.engines.registry import ENGINES, known_engine
 from launch.training.models.registry import MODELS, known_model, reads_images
+from launch.training.precision_options import checked_precision
 from lpcompile.errors import LpError, did_you_mean, nearest_names
 from lpcompile.policy.yaml_read import read_mapping
 
@@ -128,6 +129,10 @@ class RunConfig(BaseModel):
 
     eval_every: Whole = Field(default=100, ge=0, description="Steps between validations; 0: only at the end.")
     save_every: Whole = Field(default=100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    telemetry: Annotated[str | None, AfterValidator(checked_precision)] = Field(
+        default=None,
+        description="What each format does to each GEMM, into telemetry.html: every=50 looks at step 0, 50 ...",
+    )
     out: str | None = Field(default=None, description="Folder of the run; omitted: runs/<date-time>-<policy>-<engine>.")
     overwrite: bool = Field(default=False, description="Empty the run's folder first if it holds an earlier run.")
     resume: str | None = Field(default=None, description="Run folder, or one checkpoint in it, to go on from.")
@@ -164,6 +169,10 @@ class RunConfig(BaseModel):
         if self.engine == "deepspeed" and self.zero_stage == 3 and self.capture in ("joint", "inductor"):
             raise ValueError(
                 "graphs do not hold the weights that ZeRO-3 partitions: --capture eager, or --zero-stage 2"
+            )
+        if self.telemetry and self.capture in ("joint", "inductor"):
+            raise ValueError(
+                f"telemetry looks at products in eager code, and --capture {self.capture} runs graphs: --capture eager"
             )
         return self
 

@@ -44,7 +44,7 @@ class MetricsLog:
         path.write_text("".join(_line(step) for step in self.steps))
         threading.excepthook = _tell_unless_of_a_disk
         self._file = path.open("a", buffering=1)
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, step: StepMetrics) -> None:
         self.steps.append(step)
@@ -64,11 +64,11 @@ class MetricsLog:
         }
         for name, value in scalars.items():
             if value is not None and math.isfinite(value):
-                self._board.add_scalar(name, value, step.step)
+                self.board.add_scalar(name, value, step.step)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        self.board.close()
 
 
 def read_metrics(folder: Path) -> list[StepMetrics]:

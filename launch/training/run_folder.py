@@ -3,6 +3,7 @@
 run.yaml          the config          certificate.txt/.json   what each GEMM was lowered to
 metrics.jsonl     one line a step     tensorboard/            the same, for TensorBoard
 checkpoints/      see checkpoint.py   summary.json, loss.png  the result
+telemetry.json/.html, suggested.yaml    with --telemetry, see precision_log.py
 """
 
 import shutil

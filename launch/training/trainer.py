@@ -28,6 +28,8 @@ from launch.training.metrics import MetricsLog, StepMetrics
 from launch.training.models.build import build_model
 from launch.training.models.registry import MODELS
 from launch.training.monitor import Monitor
+from launch.training.precision_log import PrecisionLog
+from launch.training.precision_options import parse_precision_options
 from launch.training.record import LossScaleRecord, RunRecord, check_corpus, check_resumable, has_checkpoint
 from launch.training.run_folder import prepare_folder
 from launch.training.running_statistics import RunningStatistics
@@ -130,6 +132,7 @@ class Run:
     def train(self) -> None:
         start, notes = self._resume()
         log = MetricsLog(self.folder, start) if self.world.is_first else None
+        precision = self._look(log) if log and self.config.telemetry else None
         with Monitor(self.policy.name, start, self.config.steps, self.world.is_first, self.data.unit) as monitor:
             for note in notes:
                 monitor.say(f"warning: {note}")
@@ -154,14 +157,23 @@ class Run:
                 monitor.show(metrics)
                 if log:
                     log.write(metrics)
+                if precision:
+                    precision.write()
                 if _is_due(step + 1, self.config.save_every, self.config.steps):
                     self._save(step + 1)
+            for line in precision.close() if precision else ():
+                monitor.say(line)
         peak = self.world.largest(_peak_memory(self.world))
         self._certify()
         if log:
             log.close()
             self._summarize(log.steps, int(peak)).save()
         dist.barrier()
+
+    def _look(self, log: MetricsLog) -> PrecisionLog:
+        """At the numbers of this rank, which is the first: the others have other tensors of the same layers."""
+        options = parse_precision_options(str(self.config.telemetry))
+        return PrecisionLog(self.model, options, self.policy, self.folder, log.board)
 
     def _compile(self) -> None:
         """Rewrite the model as its policy says, and write the certificate of what became of each GEMM."""

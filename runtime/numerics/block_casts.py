@@ -130,6 +130,20 @@ def grid_of_blocks(
     return values if x.dtype == torch.float64 else values.float()
 
 
+@torch.no_grad()
+def block_units(
+    amax: Tensor, row: BlockFormat, largest: float, round_with: RoundToGrid = round_to_grid
+) -> tuple[Tensor, Tensor | None]:
+    """What an element of 1 stands for in blocks of these max |x|, scale / tensor_scale in float64, 0 where the scale of
+    a block is; and the tensor scale of a two-level format, of a tensor whose finite blocks reach `largest`.
+    """
+    if row.rule == "two_level":
+        whole = torch.full((), largest, dtype=torch.float32, device=amax.device)
+        scale, _, tensor_scale = _two_level_scales(amax.float(), row, whole, round_with)
+        return scale.double() / tensor_scale.double(), tensor_scale
+    return _shared_scales(amax.double(), row) * row.element_unit, None
+
+
 def _round_blocks(
     x: Tensor, row: BlockFormat, rounding: Rounding | None, seed: int, step: int, stream: int, offset: int,
     round_with: RoundToGrid = round_to_grid,
@@ -166,13 +180,17 @@ def _shared_scales(amax: Tensor, row: BlockFormat) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
-def _two_level_scales(amax: Tensor, row: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """(s_b, what x is multiplied by, S), in fp32; NaN, NaN in a block that holds NaN or Inf."""
+def _two_level_scales(
+    amax: Tensor, row: BlockFormat, whole: Tensor | None = None, round_with: RoundToGrid = round_to_grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s_b, what x is multiplied by, S), in fp32; NaN, NaN in a block that holds NaN or Inf. whole: largest amax."""
     finite, greatest = torch.where(amax.isfinite(), amax, 0.0), torch.finfo(torch.float32).max
-    whole = finite.amax() if finite.numel() else finite.new_zeros(())
+    if whole is None:
+        whole = finite.amax() if finite.numel() else finite.new_zeros(())
     tensor_scale = divisor_of_amax(whole)
     per_max = torch.full_like(tensor_scale, 1.0 / row.element_max)  # fp32(1 / 6)
-    scale = round_to_grid(finite * (tensor_scale * per_max), get_format(row.scale), "nearest_even")
+    scaled = finite * (tensor_scale * per_max)
+    scale = round_with(scaled, get_format(row.scale), "nearest_even", None, 0, 0, 0, 0)
     factor = (1.0 / (scale * (1.0 / tensor_scale))).clamp(max=greatest)
     is_bad = ~amax.isfinite()
     return scale.masked_fill(is_bad, torch.nan), factor.masked_fill(is_bad, torch.nan), tensor_scale

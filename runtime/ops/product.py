@@ -86,6 +86,16 @@ class Product:
             return TracedProduct(self.text, self.state)(
                 lhs, rhs, bias, geometry=geometry, is_weight=is_weight, group=group * self.group_stride
             )
+        if self.state.watcher is None:
+            return self._run(lhs, rhs, bias, geometry, is_weight, group)
+        y = self._run(lhs, rhs, bias, geometry, is_weight, group)
+        self.state.watcher.see(self, y, lhs, rhs, geometry)
+        return y
+
+    def _run(
+        self, lhs: Tensor, rhs: Tensor, bias: Tensor | None, geometry: ConvGeometry | None, is_weight: bool, group: int
+    ) -> Tensor:
+        """In eager code."""
         plan = self._plans.get((geometry, group)) or self._plan(geometry, group)
         if self._small is not None and group == 0 and geometry is None:
             y = self._small(lhs, rhs, bias, plan, self.state)
