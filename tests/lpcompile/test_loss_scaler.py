@@ -237,3 +237,20 @@ def test_ranks_skip_together(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     assert run_ranks(_ranks, 2, str(tmp_path)) == [(32768.0, True, 65536.0)] * 2
+
+
+def test_steps_that_overflow_for_ever_end_in_a_sentence_with_layer_and_role(tmp_path: Path) -> None:
+    """65536 backs off to 16 in 12 steps; 32 more are skipped there."""
+    model = _model(tmp_path)
+    scaler, optimizer = LossScaler(model), torch.optim.SGD(model.parameters(), 0.01)
+    attach(model, optimizer)
+    before = _bits(model)
+    for _ in range(12 + 31):
+        _step(model, scaler, optimizer, factor=1e30)
+    assert scaler.get_scale() == 16
+    with pytest.raises(LpError, match=r"the last 32 steps were all skipped.*overflow first in 2 bwd"):
+        _step(model, scaler, optimizer, factor=1e30)
+    assert all(torch.equal(a, b) for a, b in zip(before, _bits(model)))
+    again = LossScaler(_model(tmp_path))
+    for number in range(100):  # a clean step in between starts the count anew
+        _step(model, again, optimizer, factor=1e30 if number % 20 else 1.0)
