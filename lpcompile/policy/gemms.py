@@ -24,7 +24,6 @@ from lpcompile.policy.fields import (
     Section,
     as_refusal,
     as_written,
-    not_built,
     one_of,
     refusal,
 )
@@ -36,6 +35,18 @@ from runtime.numerics.block_formats import (
     grid_format,
     is_block_format,
 )
+from runtime.numerics.cast_parts import (
+    QUANTIZER_KINDS,
+    SIGNS,
+    TRANSFORM_KINDS,
+    TRANSFORM_ROUNDINGS,
+    QuantizerKind,
+    QuantizerSpec,
+    Signs,
+    TransformKind,
+    TransformRounding,
+    TransformSpec,
+)
 from runtime.numerics.format_kinds import IntFormat
 from runtime.numerics.formats import FORMATS
 from runtime.numerics.range_formats import is_range_format
@@ -46,7 +57,6 @@ from runtime.numerics.specs import (
     GRANULARITIES,
     MAX_ALIGN,
     PRODUCTS,
-    QUANTIZER_KINDS,
     ROUNDINGS,
     SCALE_RULES,
     AccumulateModel,
@@ -55,8 +65,6 @@ from runtime.numerics.specs import (
     GemmSpec,
     Granularity,
     Product,
-    QuantizerKind,
-    QuantizerSpec,
     QuantSpec,
     Rounding,
     ScaleRule,
@@ -142,6 +150,30 @@ class Quantizer(Section):
         return QuantizerSpec(self.kind, self.init)
 
 
+class Transform(Section):
+    """A randomized Hadamard transform of an operand along the sum of its GEMM, before its cast. Both operands of the
+    GEMM have the same one, so that it leaves the sum.
+    """
+
+    SHORTHAND, EXAMPLES = "kind", TRANSFORM_KINDS
+
+    kind: Annotated[TransformKind, one_of("transform", TRANSFORM_KINDS)]
+    """hadamard16: 16 elements are turned together; also of 32, 64 and 128. What is left at the end of an axis is turned
+    in powers of two, so that any size goes."""
+    signs: Annotated[Signs, one_of("rule of signs", SIGNS)] = "fixed"
+    """fixed: Transformer Engine's vector, the same for every layer and step. random: drawn for each call of a GEMM."""
+    round: Annotated[TransformRounding, one_of("rounding of a transform", TRANSFORM_ROUNDINGS)] = "fp32"
+    """What the transform gives is rounded to: fp32, or bf16, as Transformer Engine does."""
+
+    def spec(self) -> TransformSpec:
+        return TransformSpec(self.kind, self.signs, self.round)
+
+    def plain(self) -> str | dict[str, Any]:
+        """As a policy file writes it."""
+        more = self.model_dump(mode="json", exclude_defaults=True)
+        return more if len(more) > 1 else self.kind
+
+
 class Operand(Section):
     """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
 
@@ -157,8 +189,8 @@ class Operand(Section):
     """How the scale is chosen. Default: no scaling. A block format makes its own scales and takes none."""
     quantizer: Quantizer | None = None
     """What learns the scale. Default: none, the scale is as `scale` says."""
-    transform: Any = None
-    """Rotation before the cast. Not built in this version: refused."""
+    transform: Transform | None = None
+    """What turns the operand along the sum before the cast. Default: nothing."""
 
     @field_validator("rounding")
     @classmethod
@@ -174,12 +206,6 @@ class Operand(Section):
             raise refusal(f"{name} makes its own scales, {per}", hint="no scale, or a scalar format")
         return value
 
-    @field_validator("transform")
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        if value is not None:
-            raise not_built(f"{info.field_name} is not in this version", "format, rounding, scale and quantizer")
-
     @model_validator(mode="after")
     def _check_quantizer(self) -> "Operand":
         try:
@@ -191,7 +217,9 @@ class Operand(Section):
     def spec(self) -> QuantSpec:
         assert self.rounding is not None  # filled by _fill_rounding
         scale = self.scale.spec() if self.scale else None
-        return QuantSpec(self.format, self.rounding, scale, quantizer=self.quantizer.spec() if self.quantizer else None)
+        quantizer = self.quantizer.spec() if self.quantizer else None
+        transform = self.transform.spec() if self.transform else None
+        return QuantSpec(self.format, self.rounding, scale, quantizer=quantizer, transform=transform)
 
     def plain(self) -> str | dict[str, Any]:
         """As a policy file writes it, the shorthand where it says everything."""
@@ -203,6 +231,8 @@ class Operand(Section):
             values["scale"] = self.scale.model_dump(mode="json", exclude=unused)
         if self.quantizer:
             values["quantizer"] = self.quantizer.model_dump(mode="json", exclude_none=True)
+        if self.transform:
+            values["transform"] = self.transform.plain()
         return values if len(values) > 1 else self.format
 
 
@@ -313,6 +343,16 @@ class Gemm(Section):
             if scale is not None and scale.rule == "sawb":
                 raise refusal("rule sawb is for weights", got=f"{key}: sawb", hint="rule: amax, or pact", key=key)
         return self
+
+    @model_validator(mode="after")
+    def _check_transforms(self) -> "Gemm":
+        first, second = ((key, getattr(self, key).transform) for key in (self.LHS, self.RHS))
+        if (first[1] and first[1].spec()) == (second[1] and second[1].spec()):
+            return self
+        got = " and ".join(f"{key}: {value.spec() if value else 'none'}" for key, value in (first, second))
+        key = first[0] if first[1] else second[0]
+        what = "a transform leaves a sum whose both operands have the same one"
+        raise refusal(what, got=got, hint="one transform on both, or on none", key=key)
 
     @model_validator(mode="after")
     def _check_accumulator(self) -> "Gemm":

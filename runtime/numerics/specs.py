@@ -23,7 +23,8 @@ from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
 from runtime.numerics.accumulators import ACCUMULATORS
-from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
+from runtime.numerics.block_formats import EDEN_SPAN, default_rounding, get_block_format, is_block_format
+from runtime.numerics.cast_parts import QUANTIZER_KINDS, QuantizerSpec, TransformSpec, check_word
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.range_formats import get_range_format, is_range_format
@@ -36,8 +37,6 @@ Role = Literal["fwd", "bwd", "grad"]
 Product = Literal["fma", "rounded"]
 AccumulateModel = Literal["per_mac", "per_chunk", "aligned"]
 AccumulateOverflow = Literal["saturate", "wrap"]
-QuantizerKind = Literal["pact", "lsq"]
-"""Each a file of runtime/quantize/learned/."""
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -47,12 +46,6 @@ ROLES: tuple[Role, ...] = get_args(Role)
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 ACCUMULATE_MODELS: tuple[AccumulateModel, ...] = get_args(AccumulateModel)
 ACCUMULATE_OVERFLOWS: tuple[AccumulateOverflow, ...] = get_args(AccumulateOverflow)
-QUANTIZER_KINDS: tuple[QuantizerKind, ...] = get_args(QuantizerKind)
-
-
-def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise FormatError(f'"{value}" is not a {kind}', hint=nearest_names(value, known))
 
 
 MAX_SIZE = 2**31 - 1
@@ -76,8 +69,8 @@ class ScaleSpec:
     block: tuple[int, int] = (1, 128)
 
     def __post_init__(self) -> None:
-        _check("scale granularity", self.granularity, GRANULARITIES)
-        _check("scale rule", self.rule, (*SCALE_RULES, "learned"))
+        check_word("scale granularity", self.granularity, GRANULARITIES)
+        check_word("scale rule", self.rule, (*SCALE_RULES, "learned"))
         if self.rule == "sawb" and self.granularity != "tensor":
             raise FormatError("sawb is one scale per tensor", got=f"granularity {self.granularity}", hint="tensor")
         if not all(0 < size <= MAX_SIZE for size in self.block):
@@ -96,42 +89,14 @@ class ScaleSpec:
             if not (sizes := re.fullmatch(r"([1-9][0-9]*),([1-9][0-9]*)\]", tile)):
                 raise FormatError(f'"{text}": not a block of a scale', expected="block[ROWS,COLUMNS]/RULE", got=tile)
             block = (int(sizes[1]), int(sizes[2]))
-        _check("scale granularity", granularity, GRANULARITIES)
-        _check("scale rule", rule, SCALE_RULES)
+        check_word("scale granularity", granularity, GRANULARITIES)
+        check_word("scale rule", rule, SCALE_RULES)
         return ScaleSpec(granularity, rule, block)  # type: ignore[arg-type]
 
 
 SAWB_FORMATS = ("int4", "int2", "ternary")
 LEARNED = ScaleSpec("tensor", "learned")
 """The scale of a cast whose quantizer has it; no rule computes it."""
-
-
-@dataclass(frozen=True)
-class QuantizerSpec:
-    """A quantizer with state (runtime/quantize/learned/), one per operand of a site: `pact[init=8]` or `lsq`.
-
-    init: pact's clip, or lsq's step, before anything was learned; None: pact 8, lsq 2 E|x| / sqrt(Qp) of the first x.
-    """
-
-    kind: QuantizerKind
-    init: float | None = None
-
-    def __post_init__(self) -> None:
-        _check("quantizer", self.kind, QUANTIZER_KINDS)
-        if self.init is not None and not 0 < self.init < float("inf"):
-            raise FormatError("no value to begin at", expected="init above 0", got=str(self.init))
-
-    def __str__(self) -> str:
-        return self.kind if self.init is None else f"{self.kind}[init={self.init!r}]"
-
-    @staticmethod
-    def parse(text: str) -> "QuantizerSpec":
-        if not (parts := re.fullmatch(r"([a-z]+)(?:\[init=([-+0-9.e]+)\])?", text)):
-            raise FormatError(f'"{text}" is not a quantizer', expected="KIND or KIND[init=NUMBER]")
-        try:
-            return QuantizerSpec(parts[1], float(parts[2]) if parts[2] else None)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise FormatError(f'"{text}" is not a quantizer', expected="KIND[init=NUMBER]", got=parts[2]) from error
 
 
 @dataclass(frozen=True)
@@ -143,6 +108,9 @@ class QuantSpec:
     sum of the GEMM once there is one, and till then along the rows. A scalar format has no blocks.
 
     A `quantizer` learns one scale per tensor, of an integer format without a zero point: `scale` is then LEARNED.
+
+    A `transform` turns the operand `along` the sum before the cast; scale and grid values are then those of the turned
+    operand, and both operands of a GEMM are to be turned alike.
     """
 
     format: str = "fp32"
@@ -150,23 +118,36 @@ class QuantSpec:
     scale: ScaleSpec | None = None
     along: Along | None = None
     quantizer: QuantizerSpec | None = None
+    transform: TransformSpec | None = None
 
     def __post_init__(self) -> None:
-        _check("rounding", self.rounding, ROUNDINGS)
+        check_word("rounding", self.rounding, ROUNDINGS)
         if self.quantizer is not None:
             self._check_quantizer(self.quantizer)
         elif self.scale == LEARNED:
             raise FormatError("nothing learns this scale", got=str(self.scale), hint="a quantizer, or another scale")
         if self.along is not None:
-            _check("way for blocks to lie", self.along, ALONG)
+            check_word("way for blocks to lie", self.along, ALONG)
         if self.scale is not None and self.scale.rule == "sawb" and self.format not in SAWB_FORMATS:
             raise FormatError("sawb is for few levels", got=self.format, hint=" or ".join(SAWB_FORMATS))
         look_up = get_block_format if self.is_block else get_range_format if self.is_range else get_format
         look_up(self.format)  # raises for one that there is not
-        if self.along is not None and not self.is_block:
+        if self.along is not None and not self.is_block and self.transform is None:
             raise FormatError(f"{self.format} has no blocks", got=f"along {self.along}", hint="a block format")
         if self.scale is not None and not self.is_elementwise:
             raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
+        self._check_transform()
+
+    def _check_transform(self) -> None:
+        if self.quantizer is not None and self.transform is not None:
+            what = "a quantizer that learns sees the operand as it is"
+            raise FormatError(what, got=f"{self.quantizer.kind} and {self.transform}", hint="no transform")
+        if not self.is_block or get_block_format(self.format).rule != "eden":
+            return
+        if self.transform is None or self.transform.size != EDEN_SPAN or not self.transform.is_random:
+            what = f"{self.format} is unbiased over random rotations of {EDEN_SPAN} elements"
+            got, hint = str(self.transform or "no transform"), f"hadamard{EDEN_SPAN} with random signs"
+            raise FormatError(what, got=got, hint=hint)
 
     def _check_quantizer(self, quantizer: QuantizerSpec) -> None:
         where = f"{self.format} with {quantizer.kind}"
@@ -184,12 +165,12 @@ class QuantSpec:
     @property
     def is_identity(self) -> bool:
         """True for fp32 with no scale: the operand is used as it is, in whatever dtype the model holds it."""
-        return self.format == "fp32" and self.scale is None
+        return self.format == "fp32" and self.scale is None and self.transform is None
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether it draws random bits."""
-        return self.rounding == "stochastic"
+        """Whether it draws random bits: for its rounding, or for the signs of its transform."""
+        return self.rounding == "stochastic" or (self.transform is not None and self.transform.is_random)
 
     @property
     def is_block(self) -> bool:
@@ -209,7 +190,7 @@ class QuantSpec:
     @property
     def has_scale(self) -> bool:
         """Whether grid values are to be multiplied by a scale: a chosen one, or the 1 / S of a two-level format."""
-        return self.scale is not None or (self.is_block and get_block_format(self.format).rule == "two_level")
+        return self.scale is not None or (self.is_block and get_block_format(self.format).is_two_level)
 
     @cached_property
     def text(self) -> str:
@@ -217,27 +198,31 @@ class QuantSpec:
         return str(self)
 
     def __str__(self) -> str:
-        last = self.along if self.is_block else self.quantizer or self.scale
-        return f"{self.format} {self.rounding}" + (f" {last}" if last else "")
+        parts = (self.format, self.rounding, self.quantizer or self.scale, self.along, self.transform)
+        return " ".join(str(part) for part in parts if part is not None)
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "QuantSpec":
         parts = text.split()
-        if not 1 <= len(parts) <= 3:
-            raise FormatError(
-                f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`"
-            )
+        if not 1 <= len(parts) <= 5:
+            raise FormatError(f'"{text}" is not a cast', expected=CAST_TEXT)
         rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
-        _check("rounding", rounding, ROUNDINGS)
-        if is_block_format(parts[0]):
-            return QuantSpec(parts[0], rounding, along=parts[2] if len(parts) == 3 else None)  # type: ignore[arg-type]
-        if len(parts) == 3 and parts[2].partition("[")[0] in QUANTIZER_KINDS:
-            return QuantSpec(parts[0], rounding, quantizer=QuantizerSpec.parse(parts[2]))  # type: ignore[arg-type]
-        scale = ScaleSpec.parse(parts[2]) if len(parts) == 3 else None
-        return QuantSpec(parts[0], rounding, scale)  # type: ignore[arg-type]
+        check_word("rounding", rounding, ROUNDINGS)
+        fields: dict[str, object] = {}
+        for word in parts[2:]:
+            name = word.partition("[")[0]
+            is_last = word.startswith("hadamard")
+            key = "transform" if is_last else "along" if word in ALONG or is_block_format(parts[0]) else "scale"
+            key = "quantizer" if name in QUANTIZER_KINDS else key
+            if key in fields:
+                raise FormatError(f'"{text}" is not a cast', expected=CAST_TEXT)
+            parse = {"transform": TransformSpec.parse, "quantizer": QuantizerSpec.parse, "scale": ScaleSpec.parse}
+            fields[key] = parse[key](word) if key in parse else word
+        return QuantSpec(parts[0], rounding, **fields)  # type: ignore[arg-type]
 
 
+CAST_TEXT = "`FORMAT ROUNDING [GRANULARITY/RULE | QUANTIZER] [ALONG] [TRANSFORM]`"
 IDENTITY = QuantSpec()
 AUTO = "auto"
 
@@ -264,9 +249,9 @@ class AccumulateSpec:
 
     def __post_init__(self) -> None:
         row = get_format("fp32" if self.is_open else self.format)
-        _check("product", self.product, PRODUCTS)
-        _check("model of accumulation", self.model, ACCUMULATE_MODELS)
-        _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
+        check_word("product", self.product, PRODUCTS)
+        check_word("model of accumulation", self.model, ACCUMULATE_MODELS)
+        check_word("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
         if self.chunk is not None and (not isinstance(self.chunk, int) or not 0 < self.chunk <= MAX_SIZE):
             raise FormatError(
                 "not a chunk", expected=f"a whole number of 1 to {MAX_SIZE}, or None", got=repr(self.chunk)
@@ -286,7 +271,7 @@ class AccumulateSpec:
         if self.overflow != "saturate":
             raise FormatError(f"{self.format} saturates", got=f"overflow {self.overflow}", hint="an integer format")
         if self.rounding is not None:
-            _check("rounding", self.rounding, ROUNDINGS)
+            check_word("rounding", self.rounding, ROUNDINGS)
         if self.rounding == row.rounding:
             object.__setattr__(self, "rounding", None)
         if self.model == "aligned":

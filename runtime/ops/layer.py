@@ -33,11 +33,11 @@ from runtime.ops.activations import activation_grad, followed_by, needed_by
 from runtime.ops.plan import GemmPlan
 from runtime.ops.products import multiply, multiply_traced, own
 from runtime.quantize.qtensor import CastKey, QTensor
-from runtime.quantize.quantizer import NO_DRAW, Draw, to_grid
+from runtime.quantize.quantizer import NO_DRAW, Draw, to_grid, turned
 from runtime.quantize.stateless import quantizer_of
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
-from runtime.streams import NO_CLOCK, Turn, stream_of
+from runtime.streams import NO_CLOCK, SIGN_SLOTS, Turn, stream_of
 
 DY_BWD, DY_GRAD, WEIGHT_BWD = 4, 5, 6
 """Operand slots of the random streams; 0 to 3 are the casts of the forward graph, 7 to 9 the sums."""
@@ -52,11 +52,12 @@ def cast(x: Tensor, spec: QuantSpec, turn: RunState | Turn | None, site: int, sl
 
 def draw_of(spec: QuantSpec, turn: RunState | Turn | None, site: int, slot: int) -> Draw:
     """What keys the random bits of a cast, where it has any."""
-    if spec.rounding != "stochastic":
+    if not spec.is_stochastic:
         return NO_DRAW
-    if isinstance(turn, Turn):
-        return Draw(*stream_of(turn.clock, turn.site, slot))
-    return Draw(*stream_of(NO_CLOCK if turn is None else turn.clock, site, slot))
+    clock = NO_CLOCK if turn is None else turn.clock
+    number = turn.site if isinstance(turn, Turn) else site
+    signs = stream_of(clock, number, SIGN_SLOTS[slot])[2] if spec.transform is not None else 0
+    return Draw(*stream_of(clock, number, slot), signs)
 
 
 def _cast_weight(w: Tensor, spec: QuantSpec, state: RunState, plan: GemmPlan, turn: Turn | None) -> QTensor:
@@ -77,13 +78,15 @@ def cast_gradient(
     if state is None or not state.watch_overflow or spec.is_identity:
         return cast(dy, spec, turn or state, site, slot)
     if torch.compiler.is_compiling():
-        clock = (turn or state).clock if spec.rounding == "stochastic" else NO_CLOCK
+        clock = (turn or state).clock if spec.is_stochastic else NO_CLOCK
         watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot)
         return QTensor(watched, one if spec.has_scale else None, spec)
-    scale = compute_scale(dy, spec)
-    dtype = storage_dtype(spec.format)
     draw = draw_of(spec, turn or state, site, slot)
-    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **draw._asdict())
+    dy = turned(dy, spec, draw)
+    scale = compute_scale(dy, spec)
+    seed, step, stream, _ = draw
+    dtype = storage_dtype(spec.format)
+    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, seed=seed, step=step, stream=stream)
     state.note_overflow(beyond)
     return QTensor(grid, scale, spec)
 
@@ -308,7 +311,7 @@ class _Gemm(torch.autograd.Function):
             dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], turn)
         if needs_rhs:
             note_backward(state, plan, "grad")
-            if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
+            if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.is_stochastic:
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn)
             x = QTensor(grad_lhs, grad_lhs_scale, grad.rhs)
             dw = _gradient("grad", plan, dy_cast, x, ctx.rhs_shape, ctx.dtypes[1], turn)

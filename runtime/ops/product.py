@@ -144,7 +144,7 @@ class Product:
         return plan
 
     def _activation(self, x: Tensor, spec: QuantSpec, turn: Turn | None, slot: int) -> QTensor:
-        if spec.is_identity or spec.rounding == "stochastic":
+        if spec.is_identity or spec.is_stochastic:
             return cast(x, spec, turn, self.site, slot)
         return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, turn, self.site, slot))
 
@@ -173,7 +173,11 @@ class Product:
 
 
 def _is_worth_keeping(spec: QuantSpec) -> bool:
-    return not spec.is_identity and spec.rounding != "stochastic"
+    return not spec.is_identity and not spec.is_stochastic and spec.transform is None
+
+
+TRANSFORM = " hadamard"
+"""What a spec with a transform has in its text, which compiled code reads."""
 
 
 class TracedProduct:
@@ -241,6 +245,8 @@ class TracedProduct:
         text, state = self.casts[slot], self.state
         spec = text.removesuffix("!").removesuffix("~")
         carrier, scale = x, None
+        if TRANSFORM in text:
+            x = dialect.rotate(x, state, spec=spec, site=site, slot=slot)
         if text.endswith("~"):
             owner = f"{self.name}.{operand}".removeprefix(".")
             scale = dialect.learned_scale(x, state, spec=spec, quantizer=owner)

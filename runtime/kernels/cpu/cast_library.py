@@ -38,7 +38,7 @@ def cast_library() -> ctypes.CDLL | None:
         library.lp_cast_blocks.argtypes = [
             ctypes.POINTER(BlockPlan), *into, size, integer, ctypes.c_float, integer, draw, integer
         ]  # fmt: skip
-        library.lp_finite_amax.argtypes = [pointer, integer, size, *shape, integer, integer]
+        library.lp_finite_amax.argtypes = [pointer, integer, size, *shape, integer, integer, integer]
         library.lp_finite_amax.restype = ctypes.c_float
         library.lp_scale.argtypes = [pointer, integer, pointer, *shape, *shape, ctypes.c_double, integer, integer]
         library.lp_scale.restype = None
@@ -99,6 +99,8 @@ class BlockPlan(ctypes.Structure):
         ("bf16_from", ctypes.c_int),
         ("block", ctypes.c_int),
         ("per_max", ctypes.c_float),
+        ("height", ctypes.c_int),
+        ("per_four", ctypes.c_float),
         ("element", CastPlan),
         ("scale", CastPlan),
     ]

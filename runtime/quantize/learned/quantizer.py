@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from runtime.numerics.cast_parts import QuantizerKind
 from runtime.numerics.formats import get_format
-from runtime.numerics.specs import QuantizerKind, QuantSpec
+from runtime.numerics.specs import QuantSpec
 from runtime.quantize.qtensor import CastKey
 from runtime.quantize.quantizer import AbstractQuantizer
 
