@@ -116,6 +116,13 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "decode_blocks": [(torch.arange(64, dtype=torch.uint8).view(2, 32) % 16, torch.full((2, 2), 56, dtype=torch.uint8),
                        torch.tensor(3.0), "nvfp4")],
     "scale": [(X, f"{E4M3} row/amax", "")],
+    "rotate_values": [
+        *((X.to(dtype), f"mxfp4 stochastic {along} hadamard16[random]", 7, 1, 2) for along in ("row", "batched-column")
+          for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        (X.mT, "nvfp4 nearest_even column hadamard128[bf16]", 0, 0, 0),
+        (torch.empty(0, 4), f"{E4M3} hadamard32", 0, 0, 0),
+    ],
+    "rotate": [(X, (1, 2, 3, 4), "mxfp4 stochastic row hadamard16[random]", 0, 0, "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
     "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, PLAIN[0], None, "", "")],
 }  # fmt: skip

@@ -245,8 +245,10 @@ def test_wrong_arguments_say_so() -> None:
         quantize(x, "mxfp4", overflow="ieee")
     with pytest.raises(FormatError, match=r'"scale=mean" is not an option of mxfp4. Expected scale=floor\|ceil'):
         quantize(x, "mxfp4:scale=mean")
-    with pytest.raises(FormatError, match="Expected no option"):
+    with pytest.raises(FormatError, match=r"Expected scale=headroom\|four-six\|eden"):
         quantize(x, "nvfp4:scale=floor")
+    with pytest.raises(FormatError, match="Expected no option"):
+        quantize(x, "nvfp4-2d:scale=eden")
     with pytest.raises(FormatError, match=r'"mxfp5" is not a block format\. Try "mxfp'):
         quantize_blocks(x, "mxfp5")
     with pytest.raises(FormatError, match="encode_blocks"):
