@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from runtime.errors import NotSupported
+from runtime.kernels.cast.block_grid import fast_block_cast, is_one_op
 from runtime.kernels.cast.grid import fast_to_grid_checked
 from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import has_transforms
@@ -81,11 +82,14 @@ def cast_gradient(
         clock = (turn or state).clock if spec.is_stochastic else NO_CLOCK
         watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot)
         return QTensor(watched, one if spec.has_scale else None, spec)
-    draw = draw_of(spec, turn or state, site, slot)
+    draw, dtype = draw_of(spec, turn or state, site, slot), storage_dtype(spec.format)
+    if is_one_op(dy, spec):
+        of_blocks, divided, is_bad = fast_block_cast(dy, spec, dtype=dtype, **draw._asdict())
+        state.note_overflow(is_bad)
+        return QTensor(of_blocks, divided, spec)
     dy = turned(dy, spec, draw)
     scale = compute_scale(dy, spec)
     seed, step, stream, _ = draw
-    dtype = storage_dtype(spec.format)
     grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, seed=seed, step=step, stream=stream)
     state.note_overflow(beyond)
     return QTensor(grid, scale, spec)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from runtime.kernels.cast.block_grid import fast_block_cast, is_one_op
 from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cast.rotate import rotated
 from runtime.numerics.specs import QuantSpec
@@ -61,6 +62,11 @@ class AbstractQuantizer(ABC):
         storage has one.
         """
         self.observe(x)
+        if is_one_op(x, self.spec):
+            grid, of_blocks, _ = fast_block_cast(
+                x, self.spec, dtype=storage_dtype(self.spec.format), **draw._asdict()
+            )  # fmt: skip
+            return QTensor(grid, of_blocks, *self.key)
         x = turned(x, self.spec, draw)
         scale = self.scale(x)
         return QTensor(to_grid(x, scale, self.spec, draw), scale, *self.key)

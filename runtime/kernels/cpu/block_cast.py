@@ -17,6 +17,7 @@ from runtime.kernels.cpu.cast_library import (
     BlockPlan,
     CastPlan,
     RandomPlan,
+    TurnPlan,
     cast_library,
     is_readable,
     num_threads,
@@ -38,11 +39,13 @@ class BlockValues(NamedTuple):
     """element * scale, divided by the tensor's S or not, as asked."""
     said: Tensor
     """uint8, (): 1 if a block holds NaN or Inf, plus 2 if a value may be too fine for bf16, below its subnormals."""
+    divisor: Tensor
+    """fp32, (): S of nvfp4, else 1."""
 
 
 def fast_blocks(
     x: Tensor, row: BlockFormat, plan: BlockPlan | None, *, is_divided: bool, is_stochastic: bool,
-    corrected: CastPlan | None = None,
+    corrected: CastPlan | None = None, turn: TurnPlan | None = None,
     dtype: torch.dtype = torch.float32, is_column: bool = False, out: Tensor | None = None, seed: int = 0,
     step: int = 0, stream: int = 0, offset: int = 0,
 ) -> BlockValues | None:  # fmt: skip
@@ -50,18 +53,21 @@ def fast_blocks(
     is no plan.
 
     is_column: along the last dim but one instead; the random words are then those of x.transpose(-1, -2), whose blocks
-    they are. corrected: under the rule eden, how its scales are rounded again. `out`: where to write, contiguous, of
-    x's shape and of `dtype`, x itself or apart from it.
+    they are. turn: what turns x along its blocks first, on the CPU alone, and of no tiles. corrected: under the rule
+    eden, how its scales are rounded again. `out`: where to write, contiguous, of x's shape and of `dtype`, x itself or
+    apart from it.
     The random counters are in their ranges: the caller has checked them.
     """
     if plan is None or not _is_served(x) or (row.is_square and x.dim() < 2):
         return None
     if row.rule == "eden" and (corrected is None or eden_cast() is None):
         return None
+    if turn is not None and (x.is_cuda or row.is_square):
+        return None
     if x.is_cuda and (row.is_square or (row.is_two_level and row.rule != "two_level")):
         return None
     x, is_two_level = contiguous(x), row.is_two_level
-    divisor = _divisor(x, is_column, row) if is_two_level else torch.ones((), device=x.device)
+    divisor = _divisor(x, is_column, row, turn) if is_two_level else torch.ones((), device=x.device)
     draw = (signed_seed(seed), step, stream, offset) if is_stochastic else None
     if x.is_cuda:
         return _on_cuda(x, divisor, out, plan, is_column, is_divided and is_two_level, dtype, draw)
@@ -72,13 +78,13 @@ def fast_blocks(
     call = (
         *(address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), *_matrices(x, is_banded)),
         *(is_banded, divisor.item(), is_divided and is_two_level, random_plan(*draw) if draw else None),
-        num_threads(x.numel()),
+        *(turn, num_threads(x.numel())),
     )
     if row.rule == "eden":
         said = eden_cast()(plan, corrected, *call)
     else:
         said = library.lp_cast_blocks(plan, *call)
-    return BlockValues(out, torch.tensor(said, dtype=torch.uint8, device="cpu"))
+    return BlockValues(out, torch.tensor(said, dtype=torch.uint8, device="cpu"), divisor)
 
 
 class Encoded(NamedTuple):
@@ -162,7 +168,7 @@ def _matrices(x: Tensor, is_column: bool) -> tuple[int, int, int]:
     return x.numel() // (rows * columns), rows, columns
 
 
-def _divisor(x: Tensor, is_column: bool, row: BlockFormat) -> Tensor:
+def _divisor(x: Tensor, is_column: bool, row: BlockFormat, turn: TurnPlan | None = None) -> Tensor:
     if x.is_cuda:
         from runtime.kernels.triton.block_cast import launch_finite_amax  # imports triton
 
@@ -171,7 +177,7 @@ def _divisor(x: Tensor, is_column: bool, row: BlockFormat) -> Tensor:
     assert library is not None
     is_banded = is_column or row.is_square
     shape, threads = _matrices(x, is_banded), num_threads(x.numel())
-    amax = library.lp_finite_amax(address(x), DTYPES.index(x.dtype), *shape, is_banded, row.is_square, threads)
+    amax = library.lp_finite_amax(address(x), DTYPES.index(x.dtype), *shape, is_banded, row.is_square, turn, threads)
     return divisor_of_amax(torch.tensor(amax, dtype=torch.float32, device="cpu"), row)
 
 
@@ -184,7 +190,7 @@ def _on_cuda(
     lanes = _lanes(x, is_column).contiguous()
     values, said = launch_block_cast(lanes, plan, divisor, is_divided, dtype if out is None else out.dtype, draw)
     values = _lanes(values, is_column)
-    return BlockValues(values.contiguous() if out is None else out.copy_(values), said)
+    return BlockValues(values.contiguous() if out is None else out.copy_(values), said, divisor)
 
 
 def _lanes(x: Tensor, is_column: bool) -> Tensor:

@@ -33,6 +33,7 @@
 #include "huge_pages.h"
 #include "loads.h"
 #include "philox.h"
+#include "rotate.h"
 #include "rounding.h"
 #include "strided.h"
 
@@ -576,13 +577,25 @@ int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, 
 template <class In, int Block, Chance C>
 int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target target, float* scales, int64_t matrices,
                     int64_t rows, int64_t columns, bool is_column, float divisor, bool is_divided,
-                    const RandomPlan& random, int threads) {
+                    const RandomPlan& random, const TurnPlan* turn, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = is_column ? matrices * ((rows + Block - 1) / Block) : rows * ((columns + Block - 1) / Block);
   int said = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
   for (int part = 0; part < threads; ++part) {
     const int64_t begin = count * part / threads, end = count * (part + 1) / threads;
+    if (turn) {
+      const int64_t blocks = (columns + Block - 1) / Block, bands = (rows + Block - 1) / Block;
+      turn_pieces<In>(*turn, typed, matrices, rows, columns, is_column, std::max<int64_t>(turn->size, Block), part, threads,
+                      [&](const float* y, int64_t from, int64_t to) {
+                        const int64_t band = from / rows * bands + from % rows / Block;
+                        said |= is_column ? cast_bands<Fp32, Block, C>(plan, y, out, target.type, band, band + (to - from + Block - 1) / Block,
+                                                                       rows, columns, divisor, is_divided, random)
+                                          : cast_blocks<Fp32, Block, C>(plan, y, out, target, scales, from * blocks, to * blocks, columns,
+                                                                        divisor, is_divided, random);
+                      });
+      continue;
+    }
     said |= is_column
                 ? cast_bands<In, Block, C>(plan, typed, out, target.type, begin, end, rows, columns, divisor, is_divided, random)
                 : cast_blocks<In, Block, C>(plan, typed, out, target, scales, begin, end, columns, divisor, is_divided, random);
@@ -593,13 +606,13 @@ int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target targ
 template <class In, int Block>
 int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target target, float* scales, int64_t matrices,
                     int64_t rows, int64_t columns, bool is_column, float divisor, bool is_divided,
-                    const RandomPlan* random, int threads) {
+                    const RandomPlan* random, const TurnPlan* turn, int threads) {
   const Chance chance = chance_of(plan.element, random != nullptr);
   const RandomPlan draw = random ? *random : RandomPlan{};
   const auto cast = chance == kFixed    ? cast_all_blocks<In, Block, kFixed>
                     : chance == kSingle ? cast_all_blocks<In, Block, kSingle>
                                         : cast_all_blocks<In, Block, kDouble>;
-  return cast(plan, x, out, target, scales, matrices, rows, columns, is_column, divisor, is_divided, draw, threads);
+  return cast(plan, x, out, target, scales, matrices, rows, columns, is_column, divisor, is_divided, draw, turn, threads);
 }
 
 auto blocks_of(const BlockPlan& plan, int dtype) {
@@ -637,6 +650,19 @@ float finite_amax(const void* x, int64_t matrices, int64_t rows, int64_t columns
       for (int64_t j = 0; j < width; ++j) whole = std::max(whole, finite(amax[j]));
     }
   }
+  return whole;
+}
+
+template <class In>
+float turned_amax(const TurnPlan& turn, const void* x, int64_t matrices, int64_t rows, int64_t columns, bool is_column, int threads) {
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  float whole = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : whole)
+  for (int part = 0; part < threads; ++part)
+    turn_pieces<In>(turn, typed, matrices, rows, columns, is_column, turn.size, part, threads,
+                    [&](const float* y, int64_t from, int64_t to) {
+                      whole = std::max(whole, finite_amax<Fp32, 16>(y + from * columns, 1, to - from, columns, is_column, false, 1));
+                    });
   return whole;
 }
 
@@ -699,13 +725,15 @@ int lp_encode(const CastPlan* plan, const TablePlan* table, const CodePlan* code
 
 // Blocks of 16 elements under the rule two_level, else of 32: along the columns of a [rows, columns] matrix, or, if
 // is_column, along the rows of each of `matrices` ones. divisor: S of two_level; is_divided: whether values are divided by
-// it. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too fine for bf16.
+// it. turn: null, or what turns x along the blocks first. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too
+// fine for bf16.
 int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t matrices, int64_t rows,
-                   int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random, int threads) {
+                   int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random,
+                   const TurnPlan* turn, int threads) {
   ask_for_huge_pages(out, matrices * rows * columns * kOutBytes[type]);
   if (!is_column) rows *= matrices, matrices = 1;
   return blocks_of(*plan, dtype)(*plan, x, out, Target{type}, nullptr, matrices, rows, columns, is_column != 0, divisor,
-                                 is_divided != 0, random, threads);
+                                 is_divided != 0, random, turn, threads);
 }
 
 // Codes of the elements, one byte each, of blocks along the columns, and one fp32 scale a block, NaN where it holds NaN or
@@ -714,15 +742,19 @@ void lp_encode_blocks(const BlockPlan* plan, const CodePlan* codes, const void* 
                       int64_t rows, int64_t columns, float divisor, const RandomPlan* random, int threads) {
   ask_for_huge_pages(out, rows * columns);
   blocks_of(*plan, dtype)(*plan, x, out, Target{kCodes, codes}, scales, 1, rows, columns, false, divisor, false, random,
-                          threads);
+                          nullptr, threads);
 }
 
 // max |x| over the blocks of 16 elements, laid as above, that hold neither NaN nor Inf; 0 if there is none.
-// is_square, with is_column: over tiles of 16 x 16.
+// is_square, with is_column: over tiles of 16 x 16. turn: null, or what turns x first; not with is_square.
 float lp_finite_amax(const void* x, int dtype, int64_t matrices, int64_t rows, int64_t columns, int is_column, int is_square,
-                     int threads) {
+                     const TurnPlan* turn, int threads) {
   const auto amax = dtype == 0 ? finite_amax<Fp32, 16> : dtype == 1 ? finite_amax<Bf16, 16> : finite_amax<Fp16, 16>;
   if (!is_column) rows *= matrices, matrices = 1;
+  if (turn) {
+    const auto turned = dtype == 0 ? turned_amax<Fp32> : dtype == 1 ? turned_amax<Bf16> : turned_amax<Fp16>;
+    return turned(*turn, x, matrices, rows, columns, is_column != 0, threads);
+  }
   return amax(x, matrices, rows, columns, is_column != 0, is_square != 0, threads);
 }
 

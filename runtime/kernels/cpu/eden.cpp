@@ -13,6 +13,7 @@
 #include "bits.h"
 #include "loads.h"
 #include "philox.h"
+#include "rotate.h"
 #include "rounding.h"
 
 namespace {
@@ -173,22 +174,31 @@ int cast_bands(const Eden& e, const typename In::Storage* x, int64_t begin, int6
 }
 
 template <class In, Chance C>
-int cast_all(const Eden& e, const void* x, int64_t matrices, bool is_column, int threads) {
+int cast_all(const Eden& e, const void* x, int64_t matrices, bool is_column, const TurnPlan* turn, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = is_column ? matrices * ((e.rows + kSpan - 1) / kSpan) : matrices * e.rows;
   int said = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
   for (int part = 0; part < threads; ++part) {
     const int64_t begin = count * part / threads, end = count * (part + 1) / threads;
+    if (turn) {
+      const int64_t bands = (e.rows + kSpan - 1) / kSpan;
+      turn_pieces<In>(*turn, typed, matrices, e.rows, e.columns, is_column, std::max<int64_t>(turn->size, kSpan), part, threads,
+                      [&](const float* y, int64_t from, int64_t to) {
+                        const int64_t band = from / e.rows * bands + from % e.rows / kSpan;
+                        said |= is_column ? cast_bands<Fp32, C>(e, y, band, band + 1) : cast_rows<Fp32, C>(e, y, from, to);
+                      });
+      continue;
+    }
     said |= is_column ? cast_bands<In, C>(e, typed, begin, end) : cast_rows<In, C>(e, typed, begin, end);
   }
   return said;
 }
 
 template <class In>
-int cast_all(const Eden& e, const void* x, int64_t matrices, bool is_column, int threads) {
-  return e.random ? cast_all<In, kSingle>(e, x, matrices, is_column, threads)
-                  : cast_all<In, kFixed>(e, x, matrices, is_column, threads);
+int cast_all(const Eden& e, const void* x, int64_t matrices, bool is_column, const TurnPlan* turn, int threads) {
+  return e.random ? cast_all<In, kSingle>(e, x, matrices, is_column, turn, threads)
+                  : cast_all<In, kFixed>(e, x, matrices, is_column, turn, threads);
 }
 
 }  // namespace
@@ -198,10 +208,12 @@ extern "C" {
 // As lp_cast_blocks of cast.cpp. corrected: how the corrected scales are rounded, with `random` unless that is null; its low
 // half has a spacing with an inverse, as e4m3's has.
 int lp_cast_eden(const BlockPlan* plan, const CastPlan* corrected, const void* x, int dtype, void* out, int type, int64_t matrices,
-                 int64_t rows, int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random, int threads) {
-  const Eden e = {plan, corrected, random, out, type, rows, columns, divisor, is_divided != 0};
+                 int64_t rows, int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random,
+                 const TurnPlan* turn, int threads) {
+  Eden e = {plan, corrected, random, out, type, rows, columns, divisor, is_divided != 0};
   const auto cast = dtype == 0 ? cast_all<Fp32> : dtype == 1 ? cast_all<Bf16> : cast_all<Fp16>;
-  return cast(e, x, matrices, is_column, threads);
+  if (!is_column) e.rows = rows * matrices, matrices = 1;
+  return cast(e, x, matrices, is_column, turn, threads);
 }
 
 }  // extern "C"

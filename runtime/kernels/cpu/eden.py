@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import BlockPlan, CastPlan, RandomPlan
+from runtime.kernels.cpu.cast_library import BlockPlan, CastPlan, RandomPlan, TurnPlan
 
 SOURCE = Path(__file__).with_name("eden.cpp")
 
@@ -20,6 +20,6 @@ def eden_cast() -> Any:
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.lp_cast_eden.argtypes = [
         *(ctypes.POINTER(BlockPlan), ctypes.POINTER(CastPlan), pointer, integer, pointer, integer, size, size, size),
-        *(integer, ctypes.c_float, integer, ctypes.POINTER(RandomPlan), integer),
+        *(integer, ctypes.c_float, integer, ctypes.POINTER(RandomPlan), ctypes.POINTER(TurnPlan), integer),
     ]
     return library.lp_cast_eden

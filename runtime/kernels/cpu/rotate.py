@@ -9,8 +9,9 @@ from torch import Tensor
 
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import DTYPES, is_readable, num_threads
+from runtime.kernels.cpu.cast_library import DTYPES, TurnPlan, is_readable, num_threads
 from runtime.kernels.cpu.contiguous import contiguous
+from runtime.numerics.cast_parts import TransformSpec
 from runtime.numerics.scaling import matrix_shape
 from runtime.numerics.specs import QuantSpec
 
@@ -27,6 +28,11 @@ def _library() -> ctypes.CDLL | None:
         )
         library.lp_rotate.restype = None
     return library
+
+
+def turn_plan(transform: TransformSpec, signs: Tensor) -> TurnPlan:
+    """What turns an operand inside of its cast. signs: (size,), fp32, on the CPU; they outlive the plan."""
+    return TurnPlan(transform.size, transform.round == "bf16", address(signs))
 
 
 def fast_rotate(x: Tensor, spec: QuantSpec, signs: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.kernels.cast.block_grid import fast_block_cast
 from runtime.kernels.cast.block_values import block_values
 from runtime.kernels.cast.grid import fast_to_grid
 from runtime.kernels.cast.rotate import rotated
@@ -117,3 +118,25 @@ def test_threads_change_no_bit() -> None:
             found.append(fast_to_grid(rotated(x, spec, seed=1), spec, None, dtype=torch.bfloat16, seed=4))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+
+
+@pytest.mark.parametrize("format", ["mxfp4:scale=rceil", "mxfp8", *RULES[:4]])
+@pytest.mark.parametrize("transform", ["hadamard16[random,bf16]", "hadamard32", "hadamard128[random]", ""])
+def test_one_op_is_rotation_scale_and_cast(format: str, transform: str) -> None:
+    """What is turned in a cache is what would be turned in memory."""
+    for shape, dtype, poison in itertools.product(SHAPES[2:6], DTYPES[:2], (None, torch.nan)):
+        x = _hard(shape, poison).to(dtype)
+        for along, rounding in itertools.product(WAYS, ("nearest_even", "stochastic")):
+            if (along != "row" and x.dim() < 2) or ("eden" in format and transform != "hadamard128[random]"):
+                continue
+            spec = QuantSpec.parse(f"{format} {rounding} {along} {transform}")
+            key = {"seed": 5, "step": 2, "stream": 9}
+            found, scale, is_bad = fast_block_cast(x, spec, dtype=torch.bfloat16, signs=4, **key)
+            y = rotated(x, spec, seed=5, step=2, stream=4)
+            wanted = fast_to_grid(y, spec, None, dtype=torch.bfloat16, **key)
+            assert found.dtype == wanted.dtype
+            assert same_bits(found.float(), wanted.float()), (shape, dtype, spec.text)
+            of_tensor = compute_scale(y, spec)
+            assert (scale is None) is (of_tensor is None)
+            assert of_tensor is None or torch.equal(scale, of_tensor)  # type: ignore[arg-type]
+            assert is_bad is bool(~x.isfinite().all())

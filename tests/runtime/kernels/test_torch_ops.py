@@ -122,6 +122,11 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (X.mT, "nvfp4 nearest_even column hadamard128[bf16]", 0, 0, 0),
         (torch.empty(0, 4), f"{E4M3} hadamard32", 0, 0, 0),
     ],
+    "cast_blocks": [
+        (X, "mxfp4 stochastic row hadamard16[random]", torch.bfloat16, 7, 1, 2, 3),
+        (X.mT, "nvfp4 nearest_even column", torch.float32, 7, 1, 2, 3),
+        (X.double(), "nvfp4-2d nearest_even", torch.float32, 7, 1, 2, 3),
+    ],
     "rotate": [(X, (1, 2, 3, 4), "mxfp4 stochastic row hadamard16[random]", 0, 0, "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
     "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, PLAIN[0], None, "", "")],
