@@ -83,7 +83,7 @@ def _cast_blocks(
 def _shape(
     x: Tensor, spec: str, dtype: torch.dtype, seed: int, step: int, stream: int, signs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    is_wide = x.dtype == torch.float64 and dtype == torch.float32
+    is_wide = x.dtype == torch.float64 and dtype == torch.float32 and not QuantSpec.parse(spec).has_scale
     grid = torch.empty(x.shape, dtype=torch.float64 if is_wide else dtype, device=x.device)
     return grid, x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.uint8)
 

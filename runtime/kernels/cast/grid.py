@@ -238,7 +238,8 @@ def _shape(
     parsed = QuantSpec.parse(spec)
     if parsed.is_identity:
         dtype = x.dtype
-    is_wide = x.dtype == torch.float64 and dtype == torch.float32
+    is_fp32 = parsed.is_block and parsed.has_scale  # what has two levels is rounded to fp32
+    is_wide = x.dtype == torch.float64 and dtype == torch.float32 and not is_fp32
     return torch.empty(x.shape, dtype=torch.float64 if is_wide else dtype, device=x.device)
 
 

@@ -51,7 +51,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "to_grid": [
         (X, ROWS, f"{E4M3} row/amax", torch.bfloat16, *DRAW), (X.transpose(0, 2), None, E4M3, torch.float32, *DRAW),
         (X.double(), None, "e4m3 stochastic", torch.float32, *DRAW),
-        (X, None, "nf4 nearest_even", torch.float32, *DRAW),
+        (X, None, "nf4 nearest_even", torch.float32, *DRAW), (X.double(), None, "nvfp4", torch.float32, *DRAW),
         (X, None, "mxfp8 nearest_even column", torch.float32, *DRAW), (X, None, "fp32", torch.float32, *DRAW),
         (X.half(), None, "int8 nearest_even", torch.int8, *DRAW), (X, None, "dlfloat16", torch.float32, *DRAW),
     ],
