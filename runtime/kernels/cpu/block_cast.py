@@ -124,7 +124,7 @@ def fast_decode_blocks(codes: Tensor, scales: Tensor, row: BlockFormat, divisor:
     """
     plan, library = code_plan(row.element), codes_library()
     is_served = codes.is_cpu and codes.dtype == torch.uint8 and codes.layout == torch.strided and codes.numel()
-    if plan is None or library is None or not is_served:
+    if plan is None or library is None or not is_served or row.is_square:
         return None
     codes, scales = codes.contiguous(), scales.contiguous()
     _, rows, columns = _matrices(codes, False)

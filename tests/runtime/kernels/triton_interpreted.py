@@ -97,7 +97,7 @@ def test_block_formats(name: str) -> None:
         assert torch.equal(divisor, two_level_divisor(x, None, row) if name == "nvfp4" else divisor)
         got, said = launch_block_cast(x, plan, divisor, False, torch.float32, DRAW if mode == "stochastic" else None)
         assert same_bits(got, grid_of_blocks(x, row, mode, **keys)), mode
-        fast = fast_blocks(x, plan, is_divided=False, is_stochastic=mode == "stochastic", **keys)
+        fast = fast_blocks(x, row, plan, is_divided=False, is_stochastic=mode == "stochastic", **keys)
         assert fast is None or said == fast.said
 
 
