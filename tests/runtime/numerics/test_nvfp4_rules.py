@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.kernels.cast.block_codes import decode_blocks as fast_decode_blocks
 from runtime.numerics import decode, get_format, quantize
 from runtime.numerics.block_casts import decode_blocks, encode_blocks
 from runtime.numerics.block_formats import get_block_format
@@ -204,6 +205,7 @@ def test_a_tile_and_its_transpose_have_the_same_values(shape: tuple[int, ...]) -
     coded = encode_blocks(w, "nvfp4-2d")
     assert coded.scales.shape == (*shape[:-2], -(-shape[-2] // 16), -(-shape[-1] // 16))
     assert torch.equal(decode_blocks(*coded[:2], "nvfp4-2d", coded.tensor_scale), y)
+    assert torch.equal(fast_decode_blocks(*coded[:2], "nvfp4-2d", coded.tensor_scale), y)
 
 
 def test_a_tile_by_hand() -> None:
