@@ -116,7 +116,7 @@ def _casts_weight_in_backward(gemm: fx.Node, constants: set[fx.Node]) -> bool:
 
 
 def _is_worth_keeping(spec: QuantSpec) -> bool:
-    return not spec.is_identity and not spec.is_stochastic
+    return not spec.is_identity and not spec.is_stochastic and spec.transform is None
 
 
 def _draws(node: fx.Node) -> bool:

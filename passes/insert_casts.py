@@ -5,8 +5,9 @@
                                               ... the same for %w ...
                                               %y = lp.gemm(%x, %w, %b, %q, %s, ...)
 
-GRAD's cast of the input is its own node only where its spec is not FWD's; a weight is cast again in backward by lp.gemm
-itself. Where a quantizer with state has the scale, it is asked, and the carrier of the gradient passes one that learns:
+A cast with a transform is one of %r = lp.rotate(%x), scale and grid values both. GRAD's cast of the input is its own
+node only where its spec is not FWD's; a weight is cast again in backward by lp.gemm itself. Where a quantizer with
+state has the scale, it is asked, and the carrier of the gradient passes one that learns:
 
     %s = lp.learned_scale(%x)   %c = lp.carrier(%x, %s)   %q = lp.quantize(%x, %s)   %y = lp.gemm(%c, ...)
 """
@@ -84,8 +85,10 @@ def _cast(
         scale = call_op(graph, "lp.learned_scale", {"x": x, "state": state}, {**attributes})
         if spec.quantizer.learns:
             carrier = call_op(graph, "lp.carrier", {"x": x, "s": scale, "state": state}, {**attributes})
-    elif spec.has_scale:
-        scale = call_op(graph, "lp.scale", {"x": x}, {**attributes})
     needs_state = state if spec.is_stochastic else None
     keyed: dict[str, Any] = {**attributes, "site": number, "slot": slot}
+    if spec.transform is not None:
+        x = call_op(graph, "lp.rotate", {"x": x, "state": needs_state}, {**keyed})
+    if spec.quantizer is None and spec.has_scale:
+        scale = call_op(graph, "lp.scale", {"x": x}, {**attributes})
     return carrier, (call_op(graph, "lp.quantize", {"x": x, "s": scale, "state": needs_state}, keyed), scale)

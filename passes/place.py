@@ -75,7 +75,14 @@ def _why_refused(
 ) -> str:
     contraction = contraction_of(kind, geometry)
     operands: tuple[tuple[Side, QuantSpec], ...] = (("lhs", numbers.lhs), ("rhs", numbers.rhs))
+    if numbers.lhs.transform != numbers.rhs.transform:
+        said = (f"{slot_name(contraction, role, side)} has {each.transform or 'none'}" for side, each in operands)
+        return f"{role}: a transform leaves a sum whose both operands have it, and {', '.join(said)}; use one on both"
     for side, operand in operands:
+        if operand.transform is not None and kind == "conv":
+            name = slot_name(contraction, role, side)
+            what = f"{operand.transform} turns an operand along one axis, and the sum of a {op} has several"
+            return f"{role} {name}: {what}; use no transform"
         if operand.is_block and kind == "conv":
             name = slot_name(contraction, role, side)
             what = f"blocks of {operand.format} lie along one axis, and the sum of a {op} has several"

@@ -23,7 +23,7 @@ from passes.ir.program import Program
 from passes.manager import Pass
 from runtime.ops.dialect import OPS
 
-_CASTS = (SCALE, OPS["lp.learned_scale"].run, OPS["lp.carrier"].run, QUANTIZE)
+_CASTS = (OPS["lp.rotate"].run, SCALE, OPS["lp.learned_scale"].run, OPS["lp.carrier"].run, QUANTIZE)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from runtime.errors import LpError
 from runtime.numerics.random import signed_seed
 
 SITE_BITS = 18
+SIGN_SLOTS = (10, 10, 11, 12, 11, 12, 11)
+"""By the slot of a cast: that of the signs of a transform, the same for both operands of a GEMM: FWD, BWD, GRAD."""
 NO_CLOCK = (0, 0, 0, 0)
 
 

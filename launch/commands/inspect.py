@@ -167,12 +167,12 @@ def _in_block(x: float, row: BlockFormat, rounding: Rounding | None, seed: int) 
     code = f"{_bits(int(coded.codes), element)} | {_bits(int(coded.scales), scale_row)}"
     if math.isnan(scale):
         return Inspection(row.name, mode, code, q, None, None, "scale NaN: the whole block is NaN")
-    note = [f"scale {number(scale)}" + (f" / {tensor_scale:.7g}" if row.rule == "two_level" else "")]
+    note = [f"scale {number(scale)}" + (f" / {tensor_scale:.7g}" if row.is_two_level else "")]
     unit = scale * row.element_unit / tensor_scale
     if unit == 0:
         return Inspection(row.name, mode, code, q, 0.0, 0.0, note[0])
     y = x / unit
-    if row.rule == "two_level":  # it is done in fp32
+    if row.is_two_level:  # it is done in fp32
         y = float(torch.tensor(y, dtype=torch.float32))
     below, above = (
         None if end is None else _block_value(end, scale, coded.tensor_scale, row) for end in neighbours(y, element)
@@ -185,7 +185,7 @@ def _in_block(x: float, row: BlockFormat, rounding: Rounding | None, seed: int) 
 
 def _block_value(element: float, scale: float, tensor_scale: torch.Tensor, row: BlockFormat) -> float:
     product = element * row.element_unit * scale
-    return float(torch.tensor(product, dtype=torch.float32) / tensor_scale) if row.rule == "two_level" else product
+    return float(torch.tensor(product, dtype=torch.float32) / tensor_scale) if row.is_two_level else product
 
 
 def _notes(x: float, q: float, row: Format, mode: Rounding, seed: int) -> list[str]:

@@ -158,6 +158,16 @@ class Gemm(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_transforms(self) -> "Gemm":
+        first, second = ((key, getattr(self, key).transform) for key in (self.LHS, self.RHS))
+        if (first[1] and first[1].spec()) == (second[1] and second[1].spec()):
+            return self
+        got = " and ".join(f"{key}: {value.spec() if value else 'none'}" for key, value in (first, second))
+        key = first[0] if first[1] else second[0]
+        what = "a transform leaves a sum whose both operands have the same one"
+        raise refusal(what, got=got, hint="one transform on both, or on none", key=key)
+
+    @model_validator(mode="after")
     def _check_accumulator(self) -> "Gemm":
         operands = [getattr(self, key).format for key in (self.LHS, self.RHS)]
         is_integer = self.accumulate.spec().is_integer

@@ -1,5 +1,6 @@
 """What one operand is cast to, as a policy says it: format, rounding, and how its scale is chosen or followed."""
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -11,7 +12,6 @@ from lpcompile.policy.fields import (
     Section,
     as_refusal,
     as_written,
-    not_built,
     one_of,
     refusal,
 )
@@ -41,6 +41,15 @@ from runtime.numerics.specs import (
     Rounding,
     ScaleRule,
     ScaleSpec,
+)
+from runtime.numerics.transform_specs import (
+    SIGNS,
+    TRANSFORM_KINDS,
+    TRANSFORM_ROUNDINGS,
+    Signs,
+    TransformKind,
+    TransformRounding,
+    TransformSpec,
 )
 
 PLANNED_QUANTIZERS = ("pact+", "sawb+", "lsq+", "dorefa")
@@ -177,6 +186,30 @@ class Quantizer(Section):
         return self.model_dump(mode="json", exclude=unused, exclude_none=True)
 
 
+class Transform(Section):
+    """A randomized Hadamard transform of an operand along the sum of its GEMM, before its cast. Both operands of the
+    GEMM have the same one, so that it leaves the sum.
+    """
+
+    SHORTHAND, EXAMPLES = "kind", TRANSFORM_KINDS
+
+    kind: Annotated[TransformKind, one_of("transform", TRANSFORM_KINDS)]
+    """hadamard16: 16 elements are turned together; also of 32, 64 and 128. What is left at the end of an axis is turned
+    in powers of two, so that any size goes."""
+    signs: Annotated[Signs, one_of("rule of signs", SIGNS)] = "fixed"
+    """fixed: Transformer Engine's vector, the same for every layer and step. random: drawn for each call of a GEMM."""
+    round: Annotated[TransformRounding, one_of("rounding of a transform", TRANSFORM_ROUNDINGS)] = "fp32"
+    """What the transform gives is rounded to: fp32, or bf16, as Transformer Engine does."""
+
+    def spec(self) -> TransformSpec:
+        return TransformSpec(self.kind, self.signs, self.round)
+
+    def plain(self) -> str | dict[str, Any]:
+        """As a policy file writes it."""
+        more = self.model_dump(mode="json", exclude_defaults=True)
+        return more if len(more) > 1 else self.kind
+
+
 class Operand(Section):
     """One operand of a GEMM. A bare format name means that format, its own rounding, and scale 1."""
 
@@ -192,8 +225,8 @@ class Operand(Section):
     """How the scale is chosen. Default: no scaling. A block format makes its own scales and takes none."""
     quantizer: Quantizer | None = None
     """What has the scale, with a state. Default: none, the scale is as `scale` says."""
-    transform: Any = None
-    """Rotation before the cast. Not built in this version: refused."""
+    transform: Transform | None = None
+    """What turns the operand along the sum before the cast. Default: nothing."""
 
     @field_validator("rounding")
     @classmethod
@@ -209,12 +242,6 @@ class Operand(Section):
             raise refusal(f"{name} makes its own scales, {per}", hint="no scale, or a scalar format")
         return value
 
-    @field_validator("transform")
-    @classmethod
-    def _refuse(cls, value: Any, info: ValidationInfo) -> None:
-        if value is not None:
-            raise not_built(f"{info.field_name} is not in this version", "format, rounding, scale and quantizer")
-
     @model_validator(mode="after")
     def _check_quantizer(self) -> "Operand":
         try:
@@ -227,12 +254,28 @@ class Operand(Section):
         assert self.rounding is not None  # filled by _fill_rounding
         scale = self.scale.spec() if self.scale else None
         quantizer = self.quantizer.spec() if self.quantizer else None
+        transform = self.transform.spec() if self.transform else None
         if not isinstance(scale, DelayedSpec):
-            return QuantSpec(self.format, self.rounding, scale, quantizer=quantizer)
+            return QuantSpec(self.format, self.rounding, scale, quantizer=quantizer, transform=transform)
         if quantizer is not None:
             got = f"scale {scale} and quantizer {quantizer}"
             raise FormatError("the quantizer is the scale", where=self.format, got=got, hint="one of them")
-        return QuantSpec(self.format, self.rounding, quantizer=scale)
+        return QuantSpec(self.format, self.rounding, quantizer=scale, transform=transform)
+
+    @staticmethod
+    def of(spec: QuantSpec) -> "Operand":
+        """The operand whose spec this is, but for the way that its blocks lie."""
+        values: dict[str, Any] = {"format": spec.format, "rounding": spec.rounding}
+        if isinstance(spec.quantizer, DelayedSpec):
+            values["scale"] = {"rule": "delayed", **asdict(spec.quantizer)}
+        elif spec.quantizer is not None:
+            values["quantizer"] = {"kind": spec.quantizer.kind, **asdict(spec.quantizer)}
+        elif spec.scale is not None:
+            block = {"block": spec.scale.block} if spec.scale.granularity == "block" else {}
+            values["scale"] = {"granularity": spec.scale.granularity, "rule": spec.scale.rule, **block}
+        if spec.transform is not None:
+            values["transform"] = asdict(spec.transform)
+        return Operand.model_validate(values)
 
     def plain(self) -> str | dict[str, Any]:
         """As a policy file writes it, the shorthand where it says everything."""
@@ -243,4 +286,6 @@ class Operand(Section):
             values["scale"] = self.scale.plain()
         if self.quantizer:
             values["quantizer"] = self.quantizer.plain()
+        if self.transform:
+            values["transform"] = self.transform.plain()
         return values if len(values) > 1 else self.format

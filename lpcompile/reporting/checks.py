@@ -23,7 +23,6 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lpcompile.frontends.leaves.find import Leaf
 from lpcompile.policy.patterns import REGEX, layer_of
@@ -32,6 +31,7 @@ from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Rule, Site
 from passes.finding import Finding, names_of
 from runtime.numerics import encode_blocks
+from runtime.numerics.block_casts import block_amax
 from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
@@ -199,6 +199,8 @@ def _misfit(w: Tensor, cast: QuantSpec) -> _Misfit | None:
     amax = max(-float(smallest), float(largest))
     if not 0 < amax < float("inf"):
         return None
+    if cast.transform is not None:
+        return None  # another weight is cast
     if cast.is_block:
         return _misfit_of_blocks(w, amax, cast)
     row = get_format(cast.format)
@@ -229,7 +231,7 @@ def _misfit(w: Tensor, cast: QuantSpec) -> _Misfit | None:
 def _misfit_of_blocks(w: Tensor, amax: float, cast: QuantSpec) -> _Misfit | None:
     row = get_block_format(cast.format)
     scale = get_format(row.scale)
-    if row.rule != "two_level":
+    if not row.is_two_level:
         if amax / row.element_max >= scale.tiny:
             return None
         what = f"the largest weight, {amax:.3g}, needs a scale below {row.scale}'s smallest, {scale.tiny:.3g}"
@@ -246,6 +248,5 @@ def _misfit_of_blocks(w: Tensor, amax: float, cast: QuantSpec) -> _Misfit | None
 
 def _vanishing_blocks(lanes: Tensor, format: str) -> tuple[int, int]:
     """How many blocks that hold something but zeros get the scale 0, of how many."""
-    codes, block = encode_blocks(lanes, format).scales, get_block_format(format).block
-    blocks = pad(lanes.abs(), (0, -lanes.shape[-1] % block)).unflatten(-1, (-1, block))
-    return int(((codes == 0) & (blocks.amax(-1) > 0)).sum()), codes.numel()
+    codes, amax = encode_blocks(lanes, format).scales, block_amax(lanes, get_block_format(format))
+    return int(((codes == 0) & (amax > 0)).sum()), codes.numel()

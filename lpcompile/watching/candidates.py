@@ -51,9 +51,8 @@ class Candidate:
 
     def layer(self, kind: str) -> LayerSpec:
         """All six operands in this format, with fp32 sums."""
-        return LayerSpec(
-            *(GemmSpec(self.operand(kind, role, "lhs"), self.operand(kind, role, "rhs")) for role in ROLES)
-        )
+        fwd, bwd, grad = (GemmSpec(self.operand(kind, role, "lhs"), self.operand(kind, role, "rhs")) for role in ROLES)
+        return LayerSpec(fwd, bwd, grad)
 
 
 @lru_cache(maxsize=256)

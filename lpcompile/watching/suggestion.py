@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from lpcompile.policy.file import load_policy, shipped_policies
-from lpcompile.policy.gemms import Accumulate, Bwd, Fwd, Grad, Scale
-from lpcompile.policy.gemms import Operand as PolicyOperand
+from lpcompile.policy.gemms import Accumulate, Bwd, Fwd, Grad
+from lpcompile.policy.operands import Operand as PolicyOperand
 from lpcompile.policy.resolve import Policy
 from lpcompile.policy.rules import Match, Rule
 from lpcompile.policy.yaml_text import dump
@@ -28,7 +28,7 @@ from passes.place import place
 from runtime.numerics.block_formats import get_block_format, is_block_format
 from runtime.numerics.formats import get_format
 from runtime.numerics.range_formats import get_range_format, is_range_format
-from runtime.numerics.specs import FP32_SUMS, GemmSpec, LayerSpec, QuantSpec, Role
+from runtime.numerics.specs import FP32_SUMS, GemmSpec, LayerSpec, Role
 from runtime.quantize.cast_error import decibels
 
 LOW_DB, GAP_DB = 10.0, 6.0
@@ -158,7 +158,7 @@ def _with(gemm: Gemm, side: str, spec: GemmSpec, candidate: Candidate) -> GemmSp
 
 
 def _runs(gemm: Gemm, spec: GemmSpec) -> bool:
-    layer: LayerSpec = replace(gemm.spec, **{gemm.role: spec})
+    layer: LayerSpec = replace(gemm.spec, **{gemm.role: spec})  # type: ignore[arg-type]
     placed = place(_kind(gemm), gemm.described.op, layer, "cpu")
     return not isinstance(placed, str) and placed.choices[gemm.role].fidelity != "refused"
 
@@ -180,20 +180,10 @@ def _section(role: Role, spec: GemmSpec) -> Fwd | Bwd | Grad:
     keys = {key: getattr(how, key) for key in Accumulate.model_fields}
     said = {key: each for key, each in keys.items() if each != Accumulate.model_fields[key].default}
     given: dict[str, Any] = {"accumulate": Accumulate(**said), "out": spec.out}
-    lhs, rhs = _operand(spec.lhs), _operand(spec.rhs)
+    lhs, rhs = PolicyOperand.of(spec.lhs), PolicyOperand.of(spec.rhs)
     if role == "fwd":
         return Fwd(x=lhs, w=rhs, **given)
     return Bwd(dy=lhs, w=rhs, **given) if role == "bwd" else Grad(dy=lhs, x=rhs, **given)
-
-
-def _operand(spec: QuantSpec) -> PolicyOperand:
-    values: dict[str, Any] = {"format": spec.format, "rounding": spec.rounding}
-    if spec.quantizer is not None:
-        values["quantizer"] = {"kind": spec.quantizer.kind, "init": spec.quantizer.init}
-    elif spec.scale is not None:
-        block = {"block": spec.scale.block} if spec.scale.granularity == "block" else {}
-        values["scale"] = Scale(granularity=spec.scale.granularity, rule=spec.scale.rule, **block)  # type: ignore[arg-type]
-    return PolicyOperand(**values)
 
 
 def _name_of(policy: Policy) -> str | None:

@@ -51,4 +51,5 @@ def _bytes(kind: OpType) -> int:
 
 
 _QUANTIZE = OPS["lp.quantize"].run
-_COUNTED = (_QUANTIZE, OPS["lp.scale"].run, OPS["lp.dequantize"].run, torch.amax, torch.Tensor.contiguous)
+_CASTS = (OPS["lp.rotate"].run, OPS["lp.scale"].run, OPS["lp.dequantize"].run)
+_COUNTED = (_QUANTIZE, *_CASTS, torch.amax, torch.Tensor.contiguous)

@@ -2,13 +2,15 @@
 
 w: row     one scale per output feature: a row of w_NK, a column of the w_KN that transformers' Conv1D holds
 w: channel the same of a linear layer, a column of b in a product a.b; of a convolution its weight's first dim
-mxfp8      blocks along the sum: along the row of an operand whose free axis is the row, else down its column
+mxfp8      blocks along the sum: along the row of an operand whose free axis is the row, else down its column; a
+           transform turns along the sum likewise. Blocks that are tiles lie along none
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
+from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.free_axes import Side
 from runtime.numerics.specs import ROLES, Along, GemmSpec, Granularity, LayerSpec, QuantSpec, Role
 from runtime.ops.contractions import ConvGeometry
@@ -39,7 +41,7 @@ def _with_blocks_along_sum(kind: str, geometry: ConvGeometry | None, role: Role,
     down: Along = "batched-column" if kind == "matmul" else "column"
 
     def laid(side: Side, operand: QuantSpec) -> QuantSpec:
-        if not operand.is_block:
+        if operand.transform is None and not (operand.is_block and not get_block_format(operand.format).is_square):
             return operand
         return replace(operand, along=down if free[role, side] == "column" else "row")
 

@@ -89,8 +89,11 @@ def table_plan(format: str, rounding: Rounding) -> TablePlan | None:
 @lru_cache(maxsize=256)
 def block_plan(row: BlockFormat, rounding: Rounding) -> BlockPlan | None:
     """The plan of a cast to a block format; None where the loop cannot do it."""
-    element = cast_plan(row.element, rounding) if rounding in ROUNDINGS else None
-    is_two_level = row.rule == "two_level"
+    of_elements: Rounding = "nearest_even" if row.rule == "eden" else rounding
+    element = cast_plan(row.element, of_elements) if rounding in ROUNDINGS else None
+    is_two_level = row.is_two_level
+    if rounding == "stochastic" and (row.is_square or row.rule == "four_six"):
+        return None
     scale = cast_plan(row.scale, "nearest_even") if is_two_level else CastPlan()  # of 2^k nothing is rounded
     if element is None or scale is None or row.block != (16 if is_two_level else 32):
         return None
@@ -107,10 +110,17 @@ def block_plan(row: BlockFormat, rounding: Rounding) -> BlockPlan | None:
         unit=row.element_unit,
         bf16_from=-133 - (math.frexp(quantum)[1] - 1),
         block=row.block,
-        per_max=1.0 / row.element_max,
+        per_max=1.0 / row.target,
+        height=row.height,
+        per_four=1.5 / row.target,
         element=element,
         scale=scale,
     )
+
+
+def corrected_plan(row: BlockFormat, rounding: Rounding) -> CastPlan | None:
+    """How the scales of a block format are rounded once they are corrected; None for one whose are not."""
+    return cast_plan(row.scale, rounding) if row.rule == "eden" else None
 
 
 def _starts(values: torch.Tensor, row: LookupFormat, rounding: Rounding) -> torch.Tensor:

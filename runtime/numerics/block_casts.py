@@ -25,6 +25,20 @@ nvfp4, every line rounded to fp32, amax_t over the tensor and amax_b over the bl
     element       e2m1(x * min(1 / (s_b * (1/S)), FLT_MAX))                saturated
     value         element * s_b / S                                        0 where s_b is 0
 
+nvfp4-2d is the same for tiles of 16 x 16 of the last two dims. Three variants of nvfp4, where they differ:
+
+    headroom  6 * 16/17 for 6 in S and s_b: a block scale that is rounded down clips nothing, and so stochastic rounding
+              has no bias (0.3 % toward zero without it); Panferov et al., arXiv 2601.22813, their baseline
+    four_six  448 is 256 in S. Per block also s_4 = e4m3(min(amax_b * (S * (1/4)), 448)), and the block has whichever of
+              the two scales has the lesser squared error, sum (x / s - q)^2 * s^2, 6 if equal; arXiv 2512.02010
+    eden      448 is 256 in S. Elements to nearest-even; then s_b = e4m3(s_b <x, x> / <x, q(x)>), the products over the
+              128 elements of 8 blocks, rounded as `rounding` says: stochastically, block b drawing word offset + b, b
+              flat in C order of the blocks. Where those 128 are turned at random before and back after, the mean is x:
+              MS-EDEN, arXiv 2601.22813
+
+Sums of squares and products are fp32, of x in units of its scale, added by halves: element i to i + 8, then 4, 2, 1; of
+eight blocks likewise, each times its scale squared. Under eden a NaN or Inf reaches the 128 elements of its blocks.
+
 Invariant, for fp32 x: with codes, scales, tensor_scale = encode_blocks(x, f),
 decode_blocks(codes, scales, f, tensor_scale) is quantize(x, f), bit for bit.
 Shape letters: K the last dim, B = ceil(K / block).
@@ -39,7 +53,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.errors import FormatError
-from runtime.numerics.block_formats import BlockFormat, get_block_format
+from runtime.numerics.block_formats import EDEN_SPAN, BlockFormat, get_block_format
 from runtime.numerics.codes import codes_of_grid, grid_of_codes
 from runtime.numerics.format_kinds import FloatFormat, Format
 from runtime.numerics.formats import get_format
@@ -137,9 +151,9 @@ def block_units(
     """What an element of 1 stands for in blocks of these max |x|, scale / tensor_scale in float64, 0 where the scale of
     a block is; and the tensor scale of a two-level format, of a tensor whose finite blocks reach `largest`.
     """
-    if row.rule == "two_level":
+    if row.is_two_level:
         whole = torch.full((), largest, dtype=torch.float32, device=amax.device)
-        scale, _, tensor_scale = _two_level_scales(amax.float(), row, whole, round_with)
+        scale, _, tensor_scale = _two_level_scales(amax.float(), row, None, whole, round_with)
         return scale.double() / tensor_scale.double(), tensor_scale
     return _shared_scales(amax.double(), row) * row.element_unit, None
 
@@ -151,12 +165,16 @@ def _round_blocks(
     """Grid values of the elements in x's shape, NaN where the scale is; scales (..., B); the tensor scale."""
     if not x.is_floating_point():
         raise FormatError("only real numbers are quantized", expected="a floating-point tensor", got=str(x.dtype))
-    element, is_two_level = get_format(row.element), row.rule == "two_level"
-    if is_two_level:
-        scale, factor, tensor_scale = _two_level_scales(_block_amax(x.float(), row), row)
+    element = get_format(row.element)
+    if row.rule == "four_six":
+        return _round_four_six(x.float(), row, rounding, (seed, step, stream, offset), round_with)
+    if row.rule == "eden":
+        return _round_eden(x.float(), row, rounding, (seed, step, stream, offset))
+    if row.is_two_level:
+        scale, factor, tensor_scale = _two_level_scales(block_amax(x.float(), row), row)
         scaled = x.float() * _per_element(factor, x, row)
     else:
-        scale, tensor_scale = _shared_scales(_block_amax(x.double(), row), row), torch.ones((), device=x.device)
+        scale, tensor_scale = _shared_scales(block_amax(x.double(), row), row), torch.ones((), device=x.device)
         scaled = x.double() / (_per_element(scale, x, row) * row.element_unit)
     q = round_with(scaled, element, rounding or element.rounding, None, seed, step, stream, offset)
     return q, scale, tensor_scale
@@ -180,15 +198,69 @@ def _shared_scales(amax: Tensor, row: BlockFormat) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
-def _two_level_scales(
-    amax: Tensor, row: BlockFormat, whole: Tensor | None = None, round_with: RoundToGrid = round_to_grid
+def _round_four_six(
+    x: Tensor, row: BlockFormat, rounding: Rounding | None, draw: tuple[int, int, int, int], round_with: RoundToGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(s_b, what x is multiplied by, S), in fp32; NaN, NaN in a block that holds NaN or Inf. whole: largest amax."""
+    """As _round_blocks; both ways draw the same bits."""
+    element, amax = get_format(row.element), block_amax(x, row)
+    ways = []
+    for target in (row.target, row.target * 2 / 3):
+        scale, factor, tensor_scale = _two_level_scales(amax, row, target)
+        scaled = x * _per_element(factor, x, row)
+        q = round_with(scaled, element, rounding or element.rounding, None, *draw)
+        off = scaled - q
+        ways.append((q, scale, _sum_of_blocks(off * off, row) * (scale * scale)))
+    (six, scale_six, error_six), (four, scale_four, error_four) = ways
+    is_four = error_four < error_six
+    q = torch.where(_per_element(is_four, x, row), four, six)
+    return q, torch.where(is_four, scale_four, scale_six), tensor_scale
+
+
+def _round_eden(
+    x: Tensor, row: BlockFormat, rounding: Rounding | None, draw: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As _round_blocks; `rounding` is that of the corrected scale, None nearest-even."""
+    scale, factor, tensor_scale = _two_level_scales(block_amax(x, row), row)
+    scaled = x * _per_element(factor, x, row)
+    q = round_to_grid(scaled, get_format(row.element), "nearest_even")
+    of_x, of_q = (_sum_of_spans(scaled * y, scale, row) for y in (scaled, q))
+    correction = torch.where(of_q == 0, 1.0, of_x / of_q)
+    corrected = round_to_grid(scale * correction, get_format(row.scale), rounding or "nearest_even", None, *draw)
+    return q.masked_fill(_per_element(corrected.isnan(), x, row), torch.nan), corrected, tensor_scale
+
+
+def _sum_of_spans(terms: Tensor, scale: Tensor, row: BlockFormat) -> Tensor:
+    """The sum of the terms of the blocks that share a correction, each block times its scale squared; (..., B)."""
+    sums, num = _sum_of_blocks(terms, row) * (scale * scale), EDEN_SPAN // row.block
+    padded = pad(sums, (0, -sums.shape[-1] % num)).unflatten(-1, (-1, num))
+    return _halved(padded).repeat_interleave(num, dim=-1)[..., : sums.shape[-1]]
+
+
+def _sum_of_blocks(terms: Tensor, row: BlockFormat) -> Tensor:
+    """(..., B), in fp32, in the order that the head of the file says."""
+    flat = terms.reshape(1) if terms.dim() == 0 else terms
+    return _halved(pad(flat, (0, -flat.shape[-1] % row.block)).unflatten(-1, (-1, row.block)))
+
+
+def _halved(x: Tensor) -> Tensor:
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def _two_level_scales(
+    amax: Tensor, row: BlockFormat, target: float | None = None, whole: Tensor | None = None,
+    round_with: RoundToGrid = round_to_grid,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(s_b, what x is multiplied by, S), in fp32; NaN, NaN in a block that holds NaN or Inf. target: the row's own;
+    whole: the largest amax.
+    """
     finite, greatest = torch.where(amax.isfinite(), amax, 0.0), torch.finfo(torch.float32).max
     if whole is None:
         whole = finite.amax() if finite.numel() else finite.new_zeros(())
-    tensor_scale = divisor_of_amax(whole)
-    per_max = torch.full_like(tensor_scale, 1.0 / row.element_max)  # fp32(1 / 6)
+    tensor_scale = divisor_of_amax(whole, row)
+    per_max = torch.full_like(tensor_scale, 1.0 / (target or row.target))  # fp32(1 / 6)
     scaled = finite * (tensor_scale * per_max)
     scale = round_with(scaled, get_format(row.scale), "nearest_even", None, 0, 0, 0, 0)
     factor = (1.0 / (scale * (1.0 / tensor_scale))).clamp(max=greatest)
@@ -199,25 +271,39 @@ def _two_level_scales(
 def _values(q: Tensor, scale: Tensor, tensor_scale: Tensor, row: BlockFormat) -> Tensor:
     """element * scale / tensor_scale: the product exact in float64, the quotient rounded once to fp32."""
     product = q.double() * _per_element(scale.double(), q, row) * row.element_unit
-    return product.float() / tensor_scale if row.rule == "two_level" else product
+    return product.float() / tensor_scale if row.is_two_level else product
 
 
-def _block_amax(x: Tensor, row: BlockFormat) -> Tensor:
-    """max |x| of each block, (..., B); NaN if it holds one."""
+def block_amax(x: Tensor, row: BlockFormat) -> Tensor:
+    """max |x| of each block, (..., B), of tiles (..., A, B); NaN if it holds one."""
     flat = x.reshape(1) if x.dim() == 0 else x
-    num_blocks = -(-flat.shape[-1] // row.block)
+    num_blocks, (height, num_bands) = -(-flat.shape[-1] // row.block), _bands(flat, row)
     if not flat.numel():
-        return flat.new_zeros((*flat.shape[:-1], num_blocks))
+        return flat.new_zeros(scale_shape(flat, row))
     padded = pad(flat, (0, num_blocks * row.block - flat.shape[-1]))
-    return padded.reshape(*flat.shape[:-1], num_blocks, row.block).abs().amax(-1)
+    amax = padded.reshape(*flat.shape[:-1], num_blocks, row.block).abs().amax(-1)
+    if height == 1:
+        return amax
+    tall = pad(amax, (0, 0, 0, num_bands * height - amax.shape[-2]))
+    return tall.unflatten(-2, (num_bands, height)).amax(-2)
+
+
+def _bands(x: Tensor, row: BlockFormat) -> tuple[int, int]:
+    """How many rows share a scale, 1 where x has none, and how many times."""
+    height = row.height if x.dim() > 1 else 1
+    return height, -(-x.shape[-2] // height) if height > 1 else 1
 
 
 def _per_element(scale: Tensor, x: Tensor, row: BlockFormat) -> Tensor:
-    """(..., B) repeated to the shape of x."""
-    width = x.shape[-1] if x.dim() else 1
-    return scale.repeat_interleave(row.block, dim=-1)[..., :width].reshape(x.shape)
+    """(..., B), or (..., A, B), repeated to the shape of x."""
+    width, height = x.shape[-1] if x.dim() else 1, _bands(x, row)[0]
+    wide = scale.repeat_interleave(row.block, dim=-1)[..., :width]
+    if height > 1:
+        wide = wide.repeat_interleave(height, dim=-2)[..., : x.shape[-2], :]
+    return wide.reshape(x.shape)
 
 
 def scale_shape(x: Tensor, row: BlockFormat) -> torch.Size:
     shape = x.shape or torch.Size((1,))
-    return torch.Size((*shape[:-1], -(-shape[-1] // row.block)))
+    lead = (*shape[:-2], _bands(x, row)[1]) if _bands(x, row)[0] > 1 else shape[:-1]
+    return torch.Size((*lead, -(-shape[-1] // row.block)))

@@ -4,6 +4,7 @@
 
     mx*     scale = 2^k, a code of e8m0; tensor_scale = 1                     OCP Microscaling Formats v1.0
     nvfp4   scale a code of e4m3; tensor_scale one fp32 number per tensor     NVIDIA Transformer Engine
+    nvfp4-2d   the same, a tile of 16 x 16 of the last two dims a block: x and its transpose have the same values
 
 A row says what the elements and the scale are and by which rule the scale is chosen; block_casts.py has the arithmetic.
 """
@@ -18,8 +19,11 @@ from runtime.numerics.format_kinds import DefaultRounding, FloatFormat, Format
 from runtime.numerics.formats import get_format
 from runtime.numerics.range_formats import is_range_format
 
-BlockScaleRule = Literal["floor", "ceil", "rceil", "even", "two_level"]
+BlockScaleRule = Literal["floor", "ceil", "rceil", "even", "two_level", "headroom", "four_six", "eden"]
 BLOCK_RULES: tuple[BlockScaleRule, ...] = get_args(BlockScaleRule)
+"""The last four have two levels: a scale a block under one of the tensor."""
+EDEN_SPAN = 128
+"""Elements that share a correction under `eden`: those that are rotated together."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class BlockFormat:
     """Format of the scale."""
     rule: BlockScaleRule = "floor"
     """How the scale of a block is chosen; `NAME:scale=RULE` chooses another. two_level: nvfp4's."""
+    height: int = 1
+    """Rows that share a scale, along the last dim but one."""
     element_unit: float = 1.0
     """What an element of 1 stands for: mxint8 is int8 in units of 2^-6."""
     source: str = ""
@@ -44,7 +50,7 @@ class BlockFormat:
     @property
     def bits_per_value(self) -> float:
         """Bits of an element and of its share of the scale."""
-        return get_format(self.element).bits + get_format(self.scale).bits / self.block
+        return get_format(self.element).bits + get_format(self.scale).bits / (self.block * self.height)
 
     @property
     def element_max(self) -> float:
@@ -53,8 +59,28 @@ class BlockFormat:
 
     @property
     def block_max(self) -> float:
-        """Largest value of an element under the largest scale of a block: 6 * 448 in nvfp4."""
-        return self.element_max * get_format(self.scale).max
+        """Largest value of an element under the largest scale of a block: 6 * 448 in nvfp4. Under four_six and eden,
+        which may take a larger scale after all, 6 * 256.
+        """
+        largest = _ROOM if self.rule in ("four_six", "eden") else get_format(self.scale).max
+        return self.target * largest
+
+    @property
+    def is_two_level(self) -> bool:
+        """Whether there is a scale of the whole tensor too."""
+        return self.rule in _TWO_LEVELS
+
+    @property
+    def is_square(self) -> bool:
+        """Whether a block is a tile of two dims, the same for x and its transpose."""
+        return self.height > 1
+
+    @property
+    def target(self) -> float:
+        """Where the largest of a block goes, in units of its scale, before that is rounded. headroom leaves 1/17 for a
+        scale that is rounded down, so that nothing is clipped.
+        """
+        return self.element_max * 16 / 17 if self.rule == "headroom" else self.element_max
 
 
 def is_block_format(name: str) -> bool:
@@ -64,7 +90,9 @@ def is_block_format(name: str) -> bool:
 
 @lru_cache(maxsize=256)
 def get_block_format(name: str) -> BlockFormat:
-    """The block format called `name`: a row of BLOCK_FORMATS, or one of MX with `:scale=floor|ceil|rceil|even`."""
+    """The block format called `name`: a row of BLOCK_FORMATS, or one of MX with `:scale=floor|ceil|rceil|even`, or
+    nvfp4 with `:scale=headroom|four-six|eden`.
+    """
     base, colon, option = name.partition(":")
     if base not in BLOCK_FORMATS:
         raise FormatError(f'"{name}" is not a block format', hint=nearest_names(name, tuple(BLOCK_FORMATS)))
@@ -72,12 +100,13 @@ def get_block_format(name: str) -> BlockFormat:
     if not colon:
         return row
     key, _, rule = option.partition("=")
-    if row.rule == "two_level" or key != "scale" or rule not in _MX_RULES:
+    known = () if row.is_square else _NVFP4_RULES if row.is_two_level else _MX_RULES
+    if key != "scale" or rule not in known:
         raise FormatError(
             f'"{name}": "{option}" is not an option of {base}',
-            expected="no option" if row.rule == "two_level" else f"scale={'|'.join(_MX_RULES)}",
+            expected=f"scale={'|'.join(known)}" if known else "no option",
         )
-    return replace(row, name=name, rule=rule)
+    return replace(row, name=name, rule=rule.replace("-", "_"))  # type: ignore[arg-type]
 
 
 def default_rounding(name: str) -> DefaultRounding:
@@ -108,7 +137,9 @@ def grid_format(name: str) -> Format:
     return FloatFormat(name, 5, digits, 1 - digits - (math.frexp(quantum)[1] - 1), top="none")
 
 
-_MX_RULES = BLOCK_RULES[:4]
+_MX_RULES, _TWO_LEVELS = BLOCK_RULES[:4], BLOCK_RULES[4:]
+_NVFP4_RULES = ("headroom", "four-six", "eden")
+_ROOM = 256.0
 _OCP = "OCP Microscaling Formats v1.0, section 5.2"
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {
@@ -121,5 +152,6 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
         BlockFormat("mxfp4", "e2m1", 32, "e8m0", source=_OCP),
         BlockFormat("mxint8", "int8", 32, "e8m0", element_unit=2.0**-6, source=f"{_OCP}; symmetric, without -2"),
         BlockFormat("nvfp4", "e2m1", 16, "e4m3", rule="two_level", source="NVIDIA Transformer Engine, NVFP4 recipe"),
+        BlockFormat("nvfp4-2d", "e2m1", 16, "e4m3", rule="two_level", height=16, source="the same recipe, its weights"),
     )
 }

@@ -99,7 +99,7 @@ def scalar_cells(row: Format) -> list[str]:
 def block_cells(row: BlockFormat) -> list[str]:
     """One row of the second table, in the order of BLOCK_COLUMNS."""
     element = row.element + (f" * {number(row.element_unit)}" if row.element_unit != 1 else "")
-    rule = "amax / 6 under one fp32 scale per tensor" if row.rule == "two_level" else row.rule
+    rule = "amax / 6 under one fp32 scale per tensor" if row.is_two_level else row.rule
     share = f"{row.bits_per_value:g}"
     return [row.name, element, str(row.block), row.scale, rule, number(row.element_max), share, row.source]
 

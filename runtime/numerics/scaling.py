@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from runtime.errors import FormatError
-from runtime.numerics.block_formats import get_block_format
+from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.format_kinds import filled_to
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import Along, QuantSpec, ScaleSpec
@@ -39,7 +39,7 @@ def compute_scale(x: Tensor, spec: QuantSpec) -> Tensor | None:
     if not x.is_floating_point():
         raise FormatError("a scale is computed from real numbers", expected="a floating-point tensor", got=str(x.dtype))
     if spec.is_block:
-        return 1.0 / two_level_divisor(x, spec.along, get_block_format(spec.format).block)
+        return 1.0 / two_level_divisor(x, spec.along, get_block_format(spec.format))
     assert spec.scale is not None
     assert spec.quantizer is None  # which has its scale
     largest, is_pow2 = filled_to(get_format(spec.format)), spec.scale.rule == "pow2"
@@ -129,16 +129,19 @@ def from_lanes(lanes: Tensor, x_shape: torch.Size, along: Along | None) -> Tenso
     return lanes.transpose(-1, -2) if along == "batched-column" else lanes.t().view(x_shape)
 
 
-def two_level_divisor(x: Tensor, along: Along | None, block: int) -> Tensor:
+def two_level_divisor(x: Tensor, along: Along | None, row: BlockFormat) -> Tensor:
     """S of nvfp4, fp32, (): by what every value is divided; blocks with NaN or Inf left out."""
-    amax = group_amax(block_lanes(x, along).float(), ScaleSpec("block", block=(1, block)))
+    lanes = block_lanes(x, along).float()
+    if row.is_square and lanes.dim() > 2:
+        lanes = pad(lanes, (0, 0, 0, -lanes.shape[-2] % row.height))  # no tile reaches into the next matrix
+    amax = group_amax(lanes, ScaleSpec("block", block=(row.height, row.block)))
     finite = torch.where(amax.isfinite(), amax, 0.0)
-    return divisor_of_amax(finite.amax() if finite.numel() else finite.new_zeros(()))
+    return divisor_of_amax(finite.amax() if finite.numel() else finite.new_zeros(()), row)
 
 
-def divisor_of_amax(amax: Tensor) -> Tensor:
+def divisor_of_amax(amax: Tensor, row: BlockFormat) -> Tensor:
     """S = min(448 * 6 / amax, FLT_MAX) in fp32; 1 for an amax of 0."""
-    quotient = torch.full_like(amax, get_block_format("nvfp4").block_max) / amax
+    quotient = torch.full_like(amax, row.block_max) / amax
     return torch.where(amax > 0, quotient.clamp(max=torch.finfo(torch.float32).max), torch.ones_like(amax))
 
 

@@ -24,11 +24,12 @@ from typing import Literal, get_args
 
 from runtime.errors import FormatError, nearest_names
 from runtime.numerics.accumulators import ACCUMULATORS
-from runtime.numerics.block_formats import default_rounding, get_block_format, is_block_format
+from runtime.numerics.block_formats import EDEN_SPAN, default_rounding, get_block_format, is_block_format
 from runtime.numerics.format_kinds import FloatFormat, IntFormat, LookupFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.quantizer_specs import AnyQuantizerSpec, QuantizerSpec, check_name, is_quantizer
 from runtime.numerics.range_formats import get_range_format, is_range_format
+from runtime.numerics.transform_specs import TransformSpec
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 Granularity = Literal["tensor", "row", "column", "channel", "block"]
@@ -112,6 +113,9 @@ class QuantSpec:
 
     A `quantizer` has the scale, one per tensor, and `scale` is then LEARNED: one that learns by a gradient is for
     integers without a zero point, one that observes for every format that makes no scales of its own.
+
+    A `transform` turns the operand `along` the sum before the cast; scale and grid values are then those of the turned
+    operand, and both operands of a GEMM are to be turned alike.
     """
 
     format: str = "fp32"
@@ -119,6 +123,7 @@ class QuantSpec:
     scale: ScaleSpec | None = None
     along: Along | None = None
     quantizer: AnyQuantizerSpec | None = None
+    transform: TransformSpec | None = None
 
     def __post_init__(self) -> None:
         check_name("rounding", self.rounding, ROUNDINGS)
@@ -132,10 +137,22 @@ class QuantSpec:
             raise FormatError("sawb is for few levels", got=self.format, hint=" or ".join(SAWB_FORMATS))
         look_up = get_block_format if self.is_block else get_range_format if self.is_range else get_format
         look_up(self.format)  # raises for one that there is not
-        if self.along is not None and not self.is_block:
+        if self.along is not None and not self.is_block and self.transform is None:
             raise FormatError(f"{self.format} has no blocks", got=f"along {self.along}", hint="a block format")
         if self.scale is not None and not self.is_elementwise:
             raise FormatError(f"{self.format} makes its own scales", got=str(self.scale), hint="no scale")
+        self._check_transform()
+
+    def _check_transform(self) -> None:
+        if self.quantizer is not None and self.transform is not None:
+            what = "a quantizer that learns sees the operand as it is"
+            raise FormatError(what, got=f"{self.quantizer.kind} and {self.transform}", hint="no transform")
+        if not self.is_block or get_block_format(self.format).rule != "eden":
+            return
+        if self.transform is None or self.transform.size != EDEN_SPAN or not self.transform.is_random:
+            what = f"{self.format} is unbiased over random rotations of {EDEN_SPAN} elements"
+            got, hint = str(self.transform or "no transform"), f"hadamard{EDEN_SPAN} with random signs"
+            raise FormatError(what, got=got, hint=hint)
 
     def _check_quantizer(self, quantizer: AnyQuantizerSpec) -> None:
         where = f"{self.format} with {quantizer.kind}"
@@ -160,12 +177,12 @@ class QuantSpec:
     @property
     def is_identity(self) -> bool:
         """True for fp32 with no scale: the operand is used as it is, in whatever dtype the model holds it."""
-        return self.format == "fp32" and self.scale is None
+        return self.format == "fp32" and self.scale is None and self.transform is None
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether it draws random bits."""
-        return self.rounding == "stochastic"
+        """Whether it draws random bits: for its rounding, or for the signs of its transform."""
+        return self.rounding == "stochastic" or (self.transform is not None and self.transform.is_random)
 
     @property
     def is_block(self) -> bool:
@@ -185,7 +202,7 @@ class QuantSpec:
     @property
     def has_scale(self) -> bool:
         """Whether grid values are to be multiplied by a scale: a chosen one, or the 1 / S of a two-level format."""
-        return self.scale is not None or (self.is_block and get_block_format(self.format).rule == "two_level")
+        return self.scale is not None or (self.is_block and get_block_format(self.format).is_two_level)
 
     @cached_property
     def text(self) -> str:
@@ -193,27 +210,30 @@ class QuantSpec:
         return str(self)
 
     def __str__(self) -> str:
-        last = self.along if self.is_block else self.quantizer or self.scale
-        return f"{self.format} {self.rounding}" + (f" {last}" if last else "")
+        parts = (self.format, self.rounding, self.quantizer or self.scale, self.along, self.transform)
+        return " ".join(str(part) for part in parts if part is not None)
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "QuantSpec":
         parts = text.split()
-        if not 1 <= len(parts) <= 3:
-            raise FormatError(
-                f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`"
-            )
+        if not 1 <= len(parts) <= 5:
+            raise FormatError(f'"{text}" is not a cast', expected=CAST_TEXT)
         rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
         check_name("rounding", rounding, ROUNDINGS)
-        if is_block_format(parts[0]):
-            return QuantSpec(parts[0], rounding, along=parts[2] if len(parts) == 3 else None)  # type: ignore[arg-type]
-        if len(parts) == 3 and is_quantizer(parts[2]):
-            return QuantSpec(parts[0], rounding, quantizer=QuantizerSpec.parse(parts[2]))  # type: ignore[arg-type]
-        scale = ScaleSpec.parse(parts[2]) if len(parts) == 3 else None
-        return QuantSpec(parts[0], rounding, scale)  # type: ignore[arg-type]
+        fields: dict[str, object] = {}
+        for word in parts[2:]:
+            is_last = word.startswith("hadamard")
+            key = "transform" if is_last else "along" if word in ALONG or is_block_format(parts[0]) else "scale"
+            key = "quantizer" if is_quantizer(word) else key
+            if key in fields:
+                raise FormatError(f'"{text}" is not a cast', expected=CAST_TEXT)
+            parse = {"transform": TransformSpec.parse, "quantizer": QuantizerSpec.parse, "scale": ScaleSpec.parse}
+            fields[key] = parse[key](word) if key in parse else word
+        return QuantSpec(parts[0], rounding, **fields)  # type: ignore[arg-type]
 
 
+CAST_TEXT = "`FORMAT ROUNDING [GRANULARITY/RULE | QUANTIZER] [ALONG] [TRANSFORM]`"
 IDENTITY = QuantSpec()
 AUTO = "auto"
 

@@ -1,5 +1,6 @@
 """The lp dialect: each op declared once, with its operands, attributes, rules and reference.
 
+    lp.rotate          x -> x           x turned by the transform of a cast, which is then made of the result
     lp.scale           x -> s           the scale of a cast
     lp.constant_scale  x -> s           lp.scale of a weight, kept between uses (runtime/quantize/kept_casts.py)
     lp.learned_scale   x -> s           what a quantizer with state has for a scale; a gradient flows into the parameter
@@ -26,7 +27,7 @@ from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.registry import kernels
 from runtime.numerics.free_axes import Side
 from runtime.numerics.scaling import expand_scale
-from runtime.numerics.specs import ROLES, LayerSpec, QuantSpec
+from runtime.numerics.specs import CAST_TEXT, ROLES, LayerSpec, QuantSpec
 from runtime.ops import traced
 from runtime.ops.activations import ACTIVATIONS
 from runtime.ops.batch_norm import fold_bias, fold_input_bias, fold_weight, norm_scale, norm_shift
@@ -46,6 +47,7 @@ from runtime.ops.types import (
     gemm_result,
     norm_result,
     quantize_result,
+    rotate_result,
     same_as_x,
     scale_result,
     stand_in_result,
@@ -53,7 +55,7 @@ from runtime.ops.types import (
 from runtime.quantize.kept_casts import LIFETIMES, Kept
 from runtime.quantize.owners import OPERANDS
 from runtime.quantize.qtensor import CastKey, QTensor
-from runtime.quantize.quantizer import to_grid
+from runtime.quantize.quantizer import to_grid, turned
 from runtime.state import RunState
 
 
@@ -66,6 +68,17 @@ def scale(x: Tensor, *, spec: str) -> Tensor | None:
     parsed = QuantSpec.parse(spec)
     check_transforms(parsed.is_identity, x)
     return compute_scale(x.detach(), parsed)
+
+
+def rotate(x: Tensor, state: RunState | None, *, spec: str, site: int, slot: int) -> Tensor:
+    """x turned along the sum of its GEMM by the transform of one cast; lp.scale and lp.quantize of that cast read it in
+    the place of x. `site` and `slot` are those of the lp.quantize, and key random signs. Carries no gradient.
+    """
+    if torch.compiler.is_compiling():
+        return traced.rotate(x, state, spec, site, slot)
+    parsed = QuantSpec.parse(spec)
+    check_transforms(False, x)
+    return turned(x, parsed, draw_of(parsed, state, site, slot))
 
 
 def constant_scale(x: Tensor, state: RunState, *, spec: str, site: int, slot: int, lifetime: str) -> Tensor | None:
@@ -103,8 +116,9 @@ def quantize(
     lifetime: str = "",
     quantizer: str = "",
 ) -> Tensor:
-    """Grid values of x / s. `q * s` is the cast value. Saturates; NaN stays NaN. `site` and `slot` key the stochastic
-    bits. With a `lifetime` (x is a weight, s its lp.constant_scale) they are kept, and made again only if x has
+    """Grid values of x / s, x being an lp.rotate where `spec` has a transform. `q * s` is the cast value. Saturates;
+    NaN stays NaN. `site` and `slot` key the stochastic bits. With a `lifetime` (x is a weight, s its
+    lp.constant_scale) they are kept, and made again only if x has
     changed; or the scale, where it is that of a `quantizer`.
     """
     if torch.compiler.is_compiling():
@@ -274,9 +288,7 @@ def _is_residual_like_result(operands: Operands, attributes: dict[str, Any]) -> 
     return residual == result or not (isinstance(residual, TensorType) and isinstance(result, TensorType))
 
 
-_CAST_PARSES = Rule(
-    "`spec` must be a cast, `FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`", _parses("spec", QuantSpec.parse)
-)
+_CAST_PARSES = Rule(f"`spec` must be a cast, {CAST_TEXT}", _parses("spec", QuantSpec.parse))
 
 _LIFETIME = Rule(f"`lifetime` must be {' or '.join(LIFETIMES)}", lambda a: a.get("lifetime", LIFETIMES[0]) in LIFETIMES)
 
@@ -320,6 +332,7 @@ _HAS_SCALE = Rule(
 _CARRIES = Rule(
     "`spec` must have a quantizer that learns by a gradient", lambda a: not QuantSpec.parse(a["spec"]).observes
 )
+_TURNS = Rule("`spec` must have a transform", lambda a: QuantSpec.parse(a["spec"]).transform is not None)
 _LEARNS = Rule("`spec` must have a quantizer with state", lambda a: QuantSpec.parse(a["spec"]).quantizer is not None)
 _NAMES_QUANTIZER = Rule(
     f"`quantizer` must name, as SITE.OPERAND with one of {', '.join(OPERANDS)}, the quantizer of a spec that has one, "
@@ -346,6 +359,7 @@ _LIES_ALONG = TypeRule("a batch norm must have one number per feature along `axi
 OPS: dict[str, OpDef] = {
     op.name: op
     for op in (
+        OpDef("lp.rotate", rotate, rotate_result, (_CAST_PARSES, _TURNS, _SLOT)),
         OpDef("lp.scale", scale, scale_result, (_CAST_PARSES, _HAS_SCALE)),
         OpDef(
             "lp.constant_scale",

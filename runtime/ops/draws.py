@@ -3,13 +3,14 @@
 from runtime.numerics.specs import QuantSpec
 from runtime.quantize.quantizer import NO_DRAW, Draw
 from runtime.state import RunState
-from runtime.streams import NO_CLOCK, Turn, stream_of
+from runtime.streams import NO_CLOCK, SIGN_SLOTS, Turn, stream_of
 
 
 def draw_of(spec: QuantSpec, turn: RunState | Turn | None, site: int, slot: int) -> Draw:
     """What keys the random bits of a cast, where it has any."""
-    if spec.rounding != "stochastic":
+    if not spec.is_stochastic:
         return NO_DRAW
-    if isinstance(turn, Turn):
-        return Draw(*stream_of(turn.clock, turn.site, slot))
-    return Draw(*stream_of(NO_CLOCK if turn is None else turn.clock, site, slot))
+    clock = NO_CLOCK if turn is None else turn.clock
+    number = turn.site if isinstance(turn, Turn) else site
+    signs = stream_of(clock, number, SIGN_SLOTS[slot])[2] if spec.transform is not None else 0
+    return Draw(*stream_of(clock, number, slot), signs)

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from runtime.errors import NotSupported
+from runtime.kernels.cast.block_grid import fast_block_cast, is_one_op
 from runtime.kernels.cast.grid import fast_to_grid_checked
 from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.torch_ops import has_transforms
@@ -39,7 +40,7 @@ from runtime.ops.products import multiply, multiply_traced, own
 from runtime.quantize.kept_casts import Kept
 from runtime.quantize.owners import operand_of, owner_of
 from runtime.quantize.qtensor import CastKey, QTensor
-from runtime.quantize.quantizer import to_grid
+from runtime.quantize.quantizer import to_grid, turned
 from runtime.quantize.stateless import quantizer_of
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState
@@ -90,18 +91,23 @@ def cast_gradient(
     if state is None or spec.is_identity or not (state.watch_overflow or spec.observes):
         return cast(dy, spec, turn or state, site, slot)
     if torch.compiler.is_compiling():
-        clock = (turn or state).clock if spec.rounding == "stochastic" else NO_CLOCK
+        clock = (turn or state).clock if spec.is_stochastic else NO_CLOCK
         watched, one = torch.ops.lp.cast_gradient(dy, str(spec), clock, state.key, site, slot, owner)
         return QTensor(watched, one if spec.has_scale else None, spec)
+    draw, dtype = draw_of(spec, turn or state, site, slot), storage_dtype(spec.format)
     if spec.observes:
-        made, amax = observed.cast_backward(dy, state, owner, draw_of(spec, turn or state, site, slot))
+        made, amax = observed.cast_backward(dy, state, owner, draw)
         if state.watch_overflow:
             state.note_overflow(~amax.isfinite(), *_place(owner, slot))
         return made
+    if is_one_op(dy, spec):
+        of_blocks, divided, is_bad = fast_block_cast(dy, spec, dtype=dtype, **draw._asdict())
+        state.note_overflow(is_bad, *_place(owner, slot))
+        return QTensor(of_blocks, divided, spec)
+    dy = turned(dy, spec, draw)
     scale = compute_scale(dy, spec)
-    dtype = storage_dtype(spec.format)
-    draw = draw_of(spec, turn or state, site, slot)
-    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, **draw._asdict())
+    seed, step, stream, _ = draw
+    grid, beyond = fast_to_grid_checked(dy, spec, scale, dtype=dtype, seed=seed, step=step, stream=stream)
     state.note_overflow(beyond, *_place(owner, slot))
     return QTensor(grid, scale, spec)
 
@@ -337,7 +343,7 @@ class _Gemm(torch.autograd.Function):
             dx = _gradient("bwd", plan, dy_cast, w, ctx.lhs_shape, ctx.dtypes[0], turn)
         if needs_rhs:
             note_backward(state, plan, "grad")
-            if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.rounding == "stochastic":
+            if dy_cast is None or bwd.lhs != grad.lhs or grad.lhs.is_stochastic:
                 dy_cast = cast_gradient(dy, grad.lhs, state, plan.site, DY_GRAD, turn, owner_in(plan, "grad", "lhs"))
             grid = restore_operand(grad_lhs, ctx.forms[1])
             assert grid is not None

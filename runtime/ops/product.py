@@ -161,7 +161,7 @@ class Product:
         if spec.observes:
             owner, draw = self._owners[slot], draw_of(spec, turn, self.site, slot)
             return cast_forward(x, self.state, owner, draw)
-        if spec.is_identity or spec.rounding == "stochastic":
+        if spec.is_identity or spec.is_stochastic:
             return cast(x, spec, turn, self.site, slot)
         is_brief = self.spec.keep == "codes"
         return MEMO.find_or_make(x, CastKey(spec), lambda: cast(x, spec, turn, self.site, slot), is_brief)
@@ -199,7 +199,11 @@ def _learns(spec: QuantSpec) -> bool:
 
 
 def _is_worth_keeping(spec: QuantSpec) -> bool:
-    return not spec.is_identity and spec.rounding != "stochastic"
+    return not spec.is_identity and not spec.is_stochastic and spec.transform is None
+
+
+TRANSFORM = " hadamard"
+"""What a spec with a transform has in its text, which compiled code reads."""
 
 
 class TracedProduct:
@@ -272,6 +276,8 @@ class TracedProduct:
         carrier, scale = x, None
         if text.endswith("^"):
             return x, cast_traced(x, state, spec, site, slot, owner)
+        if TRANSFORM in text:
+            x = dialect.rotate(x, state, spec=spec, site=site, slot=slot)
         if text.endswith("~"):
             scale = dialect.learned_scale(x, state, spec=spec, quantizer=owner)
             carrier = dialect.carrier(x, scale, state, spec=spec, quantizer=owner)

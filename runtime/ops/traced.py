@@ -33,7 +33,7 @@ from runtime.ops.layer import CAST_NAMES
 from runtime.ops.observed import cast_observed_shape
 from runtime.ops.plan import GemmPlan, plan_text
 from runtime.quantize.qtensor import QTensor
-from runtime.quantize.quantizer import to_grid
+from runtime.quantize.quantizer import to_grid, turned
 from runtime.quantize.storage import storage_dtype
 from runtime.state import RunState, find_state
 from runtime.streams import NO_CLOCK, SITE_BITS, Turn
@@ -58,6 +58,13 @@ def cast_traced(x: Tensor, state: RunState, spec: str, site: int, slot: int, own
     looks, key = torch.is_grad_enabled(), int(state.key_text)
     made: tuple[Tensor, Tensor] = torch.ops.lp.cast_observed(x.detach(), spec, clock, key, site, slot, owner, looks)
     return made
+
+
+def rotate(x: Tensor, state: RunState | None, spec: str, site: int, slot: int) -> Tensor:
+    """lp.rotate in a graph that is compiled."""
+    clock, site = find_clock(state, _draws(spec), site)
+    result: Tensor = torch.ops.lp.rotate(x, clock, spec, site, slot, _code())
+    return result
 
 
 def gemm(
@@ -100,14 +107,14 @@ def find_clock(state: RunState | None, is_stochastic: bool, site: int) -> tuple[
 
 @constant_result
 def _draws(spec: str) -> bool:
-    return QuantSpec.parse(spec).rounding == "stochastic"
+    return QuantSpec.parse(spec).is_stochastic
 
 
 @constant_result
 def layer_draws(spec: str) -> bool:
     layer = LayerSpec.parse(spec)
     roles = (layer.fwd, layer.bwd, layer.grad)
-    return any("stochastic" in (role.lhs.rounding, role.rhs.rounding, role.accumulator.mode) for role in roles)
+    return layer.is_stochastic or any(role.accumulator.mode == "stochastic" for role in roles)
 
 
 @constant_result
@@ -132,6 +139,11 @@ def _scale(x: Tensor, spec: str, code: str) -> Tensor:
 def _quantize(x: Tensor, s: Tensor | None, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
     parsed = QuantSpec.parse(spec)
     return to_grid(x, s, parsed, draw_of(parsed, Turn(tuple(clock), site), site, slot))
+
+
+def _rotate(x: Tensor, clock: Sequence[int], spec: str, site: int, slot: int, code: str) -> Tensor:
+    parsed = QuantSpec.parse(spec)
+    return turned(x, parsed, draw_of(parsed, Turn(tuple(clock), site), site, slot))
 
 
 def _gemm(
@@ -189,6 +201,9 @@ def _roomy_dtype(spec: QuantSpec) -> torch.dtype:
 
 
 declare("scale(Tensor x, str spec, str code) -> Tensor", _scale, fake=None)
+declare(
+    "rotate(Tensor x, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor", _rotate, fake=None,
+)  # fmt: skip
 declare(
     "quantize(Tensor x, Tensor? s, SymInt[] clock, str spec, int site, int slot, str code) -> Tensor",
     _quantize, fake=None,

@@ -112,6 +112,15 @@ def scale_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
     return TensorType(tuple(scale_shape(torch.Size(x.shape), spec.scale)), torch.float32)
 
 
+def rotate_result(operands: Operands, attributes: dict[str, Any]) -> OpType:
+    """x's shape; fp32, or what its transform rounds to; float64 for float64 x."""
+    x, transform = operands["x"], QuantSpec.parse(attributes["spec"]).transform
+    if not isinstance(x, TensorType) or transform is None:
+        return VALUE
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return TensorType(x.shape, torch.bfloat16 if transform.round == "bf16" else wide)
+
+
 def same_as_x(operands: Operands, attributes: dict[str, Any]) -> OpType:
     """x's own."""
     return operands["x"] or VALUE

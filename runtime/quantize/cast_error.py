@@ -25,10 +25,12 @@ from runtime.numerics.block_casts import block_units
 from runtime.numerics.block_formats import BlockFormat, get_block_format
 from runtime.numerics.format_kinds import FloatFormat, Format, IntFormat
 from runtime.numerics.formats import get_format
+from runtime.numerics.hadamard import rotate_back, signs_of
 from runtime.numerics.scaling import block_lanes, expand_scale, from_lanes
 from runtime.numerics.specs import QuantSpec, Rounding
 from runtime.quantize.quantizer import Draw, to_grid
 from runtime.quantize.sampling import Sample, channels_as_rows
+from runtime.quantize.stateless import quantizer_of
 
 _ROUNDED = 1 - 2.0**-20
 DRAW = Draw(seed=0x7E1E3E7121, step=0, stream=0)
@@ -127,6 +129,8 @@ def _cast(sample: Sample, spec: QuantSpec, learned_scale: Tensor | None) -> Cast
     part = sample.part
     if spec.is_identity:
         return Cast(part, sample.none)
+    if spec.transform is not None or (spec.is_block and _needs_all(get_block_format(spec.format))):
+        return Cast(sample.take(_cast_all(sample.x, spec)), sample.none)
     if spec.is_range:
         return Cast(sample.take(to_grid(sample.x, None, spec, DRAW)), sample.none)
     if spec.is_block:
@@ -148,6 +152,21 @@ def _cast(sample: Sample, spec: QuantSpec, learned_scale: Tensor | None) -> Cast
     unit = expand_scale(scale, part.shape, spec)
     values = values * unit
     return Cast(values, _count(sample, part, values, unit * row.max, unit * _tie_beyond(row)))
+
+
+def _needs_all(row: BlockFormat) -> bool:
+    """Whether a block's scale follows from more than its largest element."""
+    return row.is_square or row.rule in ("four_six", "eden")
+
+
+def _cast_all(x: Tensor, spec: QuantSpec) -> Tensor:
+    """The values of a cast of all of x, turned back where it was turned."""
+    made = quantizer_of(spec).cast(x, DRAW)
+    values = _wide(made.grid) if made.scale is None else _wide(made.grid) * made.scale
+    if spec.transform is None:
+        return values
+    signs = signs_of(spec.transform, seed=DRAW.seed, step=DRAW.step, stream=DRAW.signs, device=x.device)
+    return rotate_back(values, spec, signs)
 
 
 def _wide(grid: Tensor) -> Tensor:

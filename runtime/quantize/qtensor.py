@@ -16,7 +16,7 @@ from runtime.numerics.specs import QuantSpec
 
 
 class CastKey(NamedTuple):
-    """Identity and version of a cast. Equal keys: the same values from the same tensor, unless rounding draws bits."""
+    """Identity and version of a cast. Equal keys: the same values from the same tensor, unless a cast draws bits."""
 
     spec: QuantSpec
     owner: str = ""
@@ -27,7 +27,7 @@ class CastKey(NamedTuple):
     @property
     def is_drawn(self) -> bool:
         """Whether a second cast gives other bits: then it is never shared, kept or left out."""
-        return self.spec.rounding == "stochastic"
+        return self.spec.is_stochastic
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_values_and_gradients_are_those_of_the_reference(name: str) -> None:
         model = nn.Sequential(nn.Identity(), layer)
         x = torch.randn(shape)
         (spec,) = _resolved(policy, model, x)
-        if spec is None or _learns(spec):
+        if spec is None or _learns(spec) or _turns(spec):
             continue
         plain = _plain(spec)
         one = lpcompile(nn.Sequential(nn.Identity(), layer), _policy_of(plain), example_inputs=(x,))
@@ -106,6 +106,11 @@ def _resolved(policy: Policy, model: nn.Module, x: Tensor) -> list[LayerSpec | N
 
 def _learns(spec: LayerSpec) -> bool:
     return any(each.quantizer for role in ROLES for each in (spec.role(role).lhs, spec.role(role).rhs))
+
+
+def _turns(spec: LayerSpec) -> bool:
+    """Has a transform: test_four_bits.py has those."""
+    return any(each.transform for role in ROLES for each in (spec.role(role).lhs, spec.role(role).rhs))
 
 
 def _plain(spec: LayerSpec) -> LayerSpec:

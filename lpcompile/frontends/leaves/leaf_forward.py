@@ -72,4 +72,4 @@ def _part(leaf: Leaf, product: Callable[..., Any] | None) -> Callable[..., Any]:
 def is_kept_weight(product: Product) -> bool:
     """Whether a product casts its weight, so that the cast may be kept between uses."""
     casts = (product.spec.fwd.rhs, product.spec.bwd.rhs)
-    return any(not spec.is_identity and not spec.is_stochastic for spec in casts)
+    return any(not (spec.is_identity or spec.is_stochastic or spec.transform) for spec in casts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cast.traced import Draw
-from runtime.kernels.cast_plans import block_plan
+from runtime.kernels.cast_plans import block_plan, corrected_plan
 from runtime.kernels.cpu.address import can_be_written
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.grid import on_grid
@@ -56,17 +56,17 @@ def _block_values(
         check_counter(*draw[1:])
     fast = fast_blocks(
         _narrowed(x, row, mode) if x.dtype == torch.float64 and out is None else x,
+        row,
         block_plan(row, mode),
         is_divided=True,
         is_stochastic=mode == "stochastic",
+        corrected=corrected_plan(row, mode),
         out=out,
         **draw._asdict(),
     )
     if fast is not None:
         return fast.values if out is not None else fast.values.to(x.dtype)
-    values = (
-        _in_pieces(x, row, mode, draw) if row.rule != "two_level" else quantize_blocks(x, row, mode, **draw._asdict())
-    )
+    values = _in_pieces(x, row, mode, draw) if not row.is_two_level else quantize_blocks(x, row, mode, **draw._asdict())
     return values if out is None else out.copy_(values)
 
 
@@ -74,7 +74,7 @@ def _narrowed(x: Tensor, row: BlockFormat, mode: Rounding) -> Tensor:
     """float64 in fp32 where the block cast of that is the same: nvfp4 rounds it to fp32 before anything else, an MX
     format's scale and elements are those of x rounded to odd. Random bits decide by more bits than fp32 has left.
     """
-    if row.rule == "two_level":
+    if row.is_two_level:
         return x.float()
     odd = None if mode == "stochastic" else odd_in_fp32(x)
     return x if odd is None else odd

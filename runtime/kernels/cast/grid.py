@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cast.traced import Draw, is_traced, traced_to_grid
-from runtime.kernels.cast_plans import block_plan, cast_plan, table_plan
+from runtime.kernels.cast_plans import block_plan, cast_plan, corrected_plan, table_plan
 from runtime.kernels.cpu.block_cast import fast_blocks
 from runtime.kernels.cpu.cast_library import CastPlan, TablePlan, cast_library, is_readable, run_cast
 from runtime.kernels.cpu.contiguous import contiguous
@@ -196,9 +196,10 @@ def _cast_blocks(
 ) -> tuple[Tensor, Tensor]:
     is_stochastic, is_column = spec.rounding == "stochastic", spec.along in ("column", "batched-column")
     matrix = x.reshape(matrix_shape(x.shape)) if spec.along == "column" else x
+    row = get_block_format(spec.format)
     fast = fast_blocks(
-        matrix, block_plan(get_block_format(spec.format), spec.rounding), is_divided=False, is_column=is_column,
-        is_stochastic=is_stochastic, dtype=dtype, **draw._asdict(),
+        matrix, row, block_plan(row, spec.rounding), is_divided=False, is_column=is_column,
+        is_stochastic=is_stochastic, dtype=dtype, corrected=corrected_plan(row, spec.rounding), **draw._asdict(),
     )  # fmt: skip
     if fast is not None:
         return fast.values.view(x.shape), fast.said if dtype == torch.bfloat16 else fast.said & SAID_OVERFLOW
@@ -237,7 +238,8 @@ def _shape(
     parsed = QuantSpec.parse(spec)
     if parsed.is_identity:
         dtype = x.dtype
-    is_wide = x.dtype == torch.float64 and dtype == torch.float32
+    is_fp32 = parsed.is_block and parsed.has_scale  # what has two levels is rounded to fp32
+    is_wide = x.dtype == torch.float64 and dtype == torch.float32 and not is_fp32
     return torch.empty(x.shape, dtype=torch.float64 if is_wide else dtype, device=x.device)
 
 

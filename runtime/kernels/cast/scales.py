@@ -10,6 +10,7 @@ from runtime.kernels.cpu.block_cast import fast_divisor
 from runtime.kernels.cpu.scale import fast_scale
 from runtime.kernels.torch_ops import declare
 from runtime.numerics import scaling
+from runtime.numerics.block_formats import get_block_format
 from runtime.numerics.format_kinds import filled_to
 from runtime.numerics.formats import get_format
 from runtime.numerics.scaling import matrix_shape, scale_shape, tile_shape
@@ -41,7 +42,7 @@ def _by_kernel(x: Tensor, spec: QuantSpec) -> Tensor | None:
     """None where no kernel serves x."""
     if spec.is_block:
         lanes = x.reshape(matrix_shape(x.shape)) if spec.along == "column" else x
-        divisor = fast_divisor(lanes, spec.along not in (None, "row"))
+        divisor = fast_divisor(lanes, get_block_format(spec.format), spec.along not in (None, "row"))
         return None if divisor is None else 1.0 / divisor
     assert spec.scale is not None
     if spec.scale.rule not in ("amax", "pow2"):

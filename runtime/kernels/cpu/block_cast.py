@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from runtime.errors import FormatError
-from runtime.kernels.constants import RULE_NUMBERS
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.cast_library import (
     DTYPES,
     OUT_DTYPES,
     BlockPlan,
+    CastPlan,
     RandomPlan,
+    TurnPlan,
     cast_library,
     is_readable,
     num_threads,
 )
 from runtime.kernels.cpu.codes import CodePlan, code_plan, codes_library
 from runtime.kernels.cpu.contiguous import contiguous
+from runtime.kernels.cpu.eden import eden_cast
 from runtime.kernels.cpu.philox import random_plan
 from runtime.kernels.triton import is_readable_by_triton
-from runtime.numerics.block_formats import BlockFormat, get_block_format
+from runtime.numerics.block_formats import BlockFormat
 from runtime.numerics.random import signed_seed
 from runtime.numerics.scaling import divisor_of_amax
 
@@ -37,34 +39,52 @@ class BlockValues(NamedTuple):
     """element * scale, divided by the tensor's S or not, as asked."""
     said: Tensor
     """uint8, (): 1 if a block holds NaN or Inf, plus 2 if a value may be too fine for bf16, below its subnormals."""
+    divisor: Tensor
+    """fp32, (): S of nvfp4, else 1."""
 
 
 def fast_blocks(
-    x: Tensor, plan: BlockPlan | None, *, is_divided: bool, is_stochastic: bool, dtype: torch.dtype = torch.float32,
-    is_column: bool = False, out: Tensor | None = None, seed: int = 0, step: int = 0, stream: int = 0, offset: int = 0,
+    x: Tensor, row: BlockFormat, plan: BlockPlan | None, *, is_divided: bool, is_stochastic: bool,
+    corrected: CastPlan | None = None, turn: TurnPlan | None = None,
+    dtype: torch.dtype = torch.float32, is_column: bool = False, out: Tensor | None = None, seed: int = 0,
+    step: int = 0, stream: int = 0, offset: int = 0,
 ) -> BlockValues | None:  # fmt: skip
-    """x rounded by `plan`, blocks along the last dim, held in `dtype`; None if x is not served or there is no plan.
+    """x rounded by `plan`, that of `row`, blocks along the last dim, held in `dtype`; None if x is not served or there
+    is no plan.
 
     is_column: along the last dim but one instead; the random words are then those of x.transpose(-1, -2), whose blocks
-    they are. `out`: where to write, contiguous, of x's shape and of `dtype`, x itself or apart from it.
+    they are. turn: what turns x along its blocks first, on the CPU alone, and of no tiles. corrected: under the rule
+    eden, how its scales are rounded again. `out`: where to write, contiguous, of x's shape and of `dtype`, x itself or
+    apart from it.
     The random counters are in their ranges: the caller has checked them.
     """
-    if plan is None or not _is_served(x):
+    if plan is None or not _is_served(x) or (row.is_square and x.dim() < 2):
         return None
-    x, is_two_level = contiguous(x), plan.rule == RULE_NUMBERS["two_level"]
-    divisor = _divisor(x, is_column) if is_two_level else torch.ones((), device=x.device)
+    if row.rule == "eden" and (corrected is None or eden_cast() is None):
+        return None
+    if turn is not None and (x.is_cuda or row.is_square):
+        return None
+    if x.is_cuda and (row.is_square or (row.is_two_level and row.rule != "two_level")):
+        return None
+    x, is_two_level = contiguous(x), row.is_two_level
+    divisor = _divisor(x, is_column, row, turn) if is_two_level else torch.ones((), device=x.device)
     draw = (signed_seed(seed), step, stream, offset) if is_stochastic else None
     if x.is_cuda:
         return _on_cuda(x, divisor, out, plan, is_column, is_divided and is_two_level, dtype, draw)
     out = torch.empty(x.shape, dtype=dtype, device="cpu") if out is None else out
     library = cast_library()
     assert library is not None
-    said = library.lp_cast_blocks(
-        plan, address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), *_matrices(x, is_column),
-        is_column, divisor.item(), is_divided and is_two_level, random_plan(*draw) if draw else None,
-        num_threads(x.numel()),
-    )  # fmt: skip
-    return BlockValues(out, torch.tensor(said, dtype=torch.uint8, device="cpu"))
+    is_banded = is_column or row.is_square
+    call = (
+        *(address(x), DTYPES.index(x.dtype), address(out), OUT_DTYPES.index(out.dtype), *_matrices(x, is_banded)),
+        *(is_banded, divisor.item(), is_divided and is_two_level, random_plan(*draw) if draw else None),
+        *(turn, num_threads(x.numel())),
+    )
+    if row.rule == "eden":
+        said = eden_cast()(plan, corrected, *call)
+    else:
+        said = library.lp_cast_blocks(plan, *call)
+    return BlockValues(out, torch.tensor(said, dtype=torch.uint8, device="cpu"), divisor)
 
 
 class Encoded(NamedTuple):
@@ -84,10 +104,10 @@ def fast_encode_blocks(
 ) -> Encoded | None:  # fmt: skip
     """The codes of what fast_blocks rounds, on the CPU, along the last dim; None if x is not served."""
     codes, library = code_plan(row.element), cast_library()
-    if plan is None or codes is None or library is None or not is_readable(x):
+    if plan is None or codes is None or library is None or not is_readable(x) or row.is_square or row.rule == "eden":
         return None
     x = contiguous(x)
-    divisor = _divisor(x, False) if row.rule == "two_level" else torch.ones(())
+    divisor = _divisor(x, False, row) if row.is_two_level else torch.ones(())
     _, rows, columns = _matrices(x, False)
     out = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     scales = torch.empty((*x.shape[:-1], -(-columns // row.block)), dtype=torch.float32, device="cpu")
@@ -104,14 +124,14 @@ def fast_decode_blocks(codes: Tensor, scales: Tensor, row: BlockFormat, divisor:
     """
     plan, library = code_plan(row.element), codes_library()
     is_served = codes.is_cpu and codes.dtype == torch.uint8 and codes.layout == torch.strided and codes.numel()
-    if plan is None or library is None or not is_served:
+    if plan is None or library is None or not is_served or row.is_square:
         return None
     codes, scales = codes.contiguous(), scales.contiguous()
     _, rows, columns = _matrices(codes, False)
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     is_beyond = library.lp_decode_blocks(
         plan, address(codes), address(scales), address(out), rows, columns, row.block, row.element_unit,
-        divisor.item(), row.rule == "two_level", num_threads(codes.numel()),
+        divisor.item(), row.is_two_level, num_threads(codes.numel()),
     )  # fmt: skip
     if is_beyond:
         raise FormatError(f"not codes of {row.element}", expected=f"0 <= code < 2^{plan.bits}")
@@ -130,11 +150,11 @@ def _encoder(casts: ctypes.CDLL) -> Any:
     return casts.lp_encode_blocks
 
 
-def fast_divisor(x: Tensor, is_column: bool = False) -> Tensor | None:
+def fast_divisor(x: Tensor, row: BlockFormat, is_column: bool = False) -> Tensor | None:
     """S of nvfp4, fp32, (); None if x is not served. is_column: blocks along the last dim but one."""
-    if not _is_served(x):
+    if not _is_served(x) or (row.is_square and (x.dim() < 2 or x.is_cuda)):
         return None
-    return _divisor(contiguous(x), is_column)
+    return _divisor(contiguous(x), is_column, row)
 
 
 def _is_served(x: Tensor) -> bool:
@@ -148,16 +168,17 @@ def _matrices(x: Tensor, is_column: bool) -> tuple[int, int, int]:
     return x.numel() // (rows * columns), rows, columns
 
 
-def _divisor(x: Tensor, is_column: bool) -> Tensor:
+def _divisor(x: Tensor, is_column: bool, row: BlockFormat, turn: TurnPlan | None = None) -> Tensor:
     if x.is_cuda:
         from runtime.kernels.triton.block_cast import launch_finite_amax  # imports triton
 
-        return divisor_of_amax(launch_finite_amax(_lanes(x, is_column).contiguous(), get_block_format("nvfp4").block))
+        return divisor_of_amax(launch_finite_amax(_lanes(x, is_column).contiguous(), row.block), row)
     library = cast_library()
     assert library is not None
-    shape, threads = _matrices(x, is_column), num_threads(x.numel())
-    amax = library.lp_finite_amax(address(x), DTYPES.index(x.dtype), *shape, is_column, threads)
-    return divisor_of_amax(torch.tensor(amax, dtype=torch.float32, device="cpu"))
+    is_banded = is_column or row.is_square
+    shape, threads = _matrices(x, is_banded), num_threads(x.numel())
+    amax = library.lp_finite_amax(address(x), DTYPES.index(x.dtype), *shape, is_banded, row.is_square, turn, threads)
+    return divisor_of_amax(torch.tensor(amax, dtype=torch.float32, device="cpu"), row)
 
 
 def _on_cuda(
@@ -169,7 +190,7 @@ def _on_cuda(
     lanes = _lanes(x, is_column).contiguous()
     values, said = launch_block_cast(lanes, plan, divisor, is_divided, dtype if out is None else out.dtype, draw)
     values = _lanes(values, is_column)
-    return BlockValues(values.contiguous() if out is None else out.copy_(values), said)
+    return BlockValues(values.contiguous() if out is None else out.copy_(values), said, divisor)
 
 
 def _lanes(x: Tensor, is_column: bool) -> Tensor:

@@ -31,27 +31,13 @@
 #include "bits.h"
 #include "codes.h"
 #include "huge_pages.h"
+#include "loads.h"
 #include "philox.h"
+#include "rotate.h"
+#include "rounding.h"
 #include "strided.h"
 
 namespace {
-
-// Mirrors CastPlan in runtime/kernels/cpu/cast_library.py, field by field; runtime/kernels/cast_plans.py fills it
-// in, and the two below.
-struct CastPlan {
-  uint32_t shift;       // bits of an fp32 fraction that the format does not keep
-  uint32_t round_bias;  // added to bits(a)
-  uint32_t odd_mask;    // 1: also add the last kept bit
-  uint32_t keep_mask;   // ~(2^shift - 1)
-  float low;            // where the constant spacing ends
-  float magic;          // 2^23 spacing
-  float spacing;        // of the low half
-  float up_at;          // step up if d >= up_at
-  float down_below;     // step down if d < down_below
-  float max;            // saturation
-  float zero;           // added last: -0.0f keeps the sign of zero, +0.0f (integers) clears it
-  float min;            // saturation below
-};
 
 // Mirrors TablePlan: the table continued by one value past each end, so that overflow is judged after rounding.
 struct TablePlan {
@@ -63,104 +49,8 @@ struct TablePlan {
   float max, min, zero;
 };
 
-// Mirrors BlockPlan: how the blocks of a block format are scaled; runtime/numerics/block_casts.py has the rules.
-struct BlockPlan {
-  int rule;          // LP_RULE_..., by the flags of runtime/kernels/constants.py
-  int exponent;      // of the largest element, in units of the scale: floor(log2 max)
-  double max;        // the largest element
-  float round_from;  // even: the significand from which amax rounds up to the next power of two
-  float unit;        // what an element of 1 stands for
-  int bf16_from;     // smallest k at which every element times 2^k is a bf16
-  int block;         // elements that share a scale: 16 or 32
-  float per_max;     // two_level: fp32(1 / max)
-  CastPlan element, scale;
-};
-
-struct Fp32 {
-  using Storage = float;
-  static inline float load(Storage v) { return v; }
-};
-
-struct Bf16 {
-  using Storage = uint16_t;
-  static inline float load(Storage v) { return float_of(uint32_t(v) << 16); }
-};
-
-struct Fp16 {
-  using Storage = uint16_t;
-  // The fraction and exponent moved into place are the value times 2^-112, subnormals too; 2^16 and above were Inf or NaN.
-  static inline float load(Storage v) {
-    const float magnitude = float_of(uint32_t(v & 0x7fff) << 13) * 0x1p112f;
-    const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-    return float_of(bits_of(magnitude) | special | uint32_t(v & 0x8000) << 16);
-  }
-};
-
-// How a value is rounded: kFixed as the plan says; by chance in fp32, where the spacing of the low half is a power of two
-// that has an inverse; by chance in double, in every other format.
-enum Chance { kFixed, kSingle, kDouble };
-
-inline Chance chance_of(const CastPlan& p, bool is_stochastic) {
-  if (!is_stochastic) return kFixed;
-  const bool is_power = (bits_of(p.spacing) & 0x7fffffu) == 0;
-  return is_power && p.spacing >= 0x1p-126f ? kSingle : kDouble;
-}
-
-// y rounded by `p`, not saturated; NaN for NaN. word: 32 random bits, unless kFixed. In the low half of kSingle t = a /
-// spacing and what is behind its point are exact, and up is rest >= 1 - word 2^-32, that is, floor(rest 2^32) + word
-// reaches 2^32.
-template <Chance C>
-inline float rounded(const CastPlan& p, float y, uint32_t word) {
-  const uint32_t bits = bits_of(y), magnitude = bits & 0x7fffffffu;
-  const float a = float_of(magnitude);
-  float upper, lower;
-  if (C == kFixed) {
-    upper = float_of((magnitude + p.round_bias + ((magnitude >> p.shift) & p.odd_mask)) & p.keep_mask);
-    const float nearest = (a + p.magic) - p.magic, d = a - nearest;
-    lower = nearest + (d >= p.up_at ? p.spacing : 0.0f) - (d < p.down_below ? p.spacing : 0.0f);
-  } else {
-    upper = float_of((magnitude + (word >> 1 >> (31 - p.shift))) & p.keep_mask);
-    if (C == kSingle) {
-      const float t = (a < p.low ? a : p.low) * (1.0f / p.spacing), below = std::floor(t);
-      const uint32_t rest = uint32_t((t - below) * 0x1p32f);
-      lower = (below + (rest + word < word ? 1.0f : 0.0f)) * p.spacing;
-    } else {
-      const double spacing = p.spacing, t = std::min(a, p.low) / spacing, below = std::floor(t);
-      lower = float((below + (t - below >= 1.0 - word * 0x1p-32 ? 1.0 : 0.0)) * spacing);
-    }
-  }
-  const float q = a < p.low ? lower : upper;
-  return y != y ? y : float_of(bits_of(q) | (bits & 0x80000000u));
-}
-
-// q within [min, max], NaN as it is.
-inline float saturated(float q, float min, float max) { return q > max ? max : q < min ? min : q; }
-
 // 1 if q is not in [min, max], and for NaN.
 inline uint32_t is_beyond(float q, float min, float max) { return uint32_t(!(q <= max)) | uint32_t(!(q >= min)); }
-
-// What a cast writes. Values are exact in each: a grid value is held in a dtype only if its whole format embeds there.
-enum OutType { kFp32, kBf16, kFp16, kInt8 };
-constexpr int kOutBytes[] = {4, 2, 2, 1};
-
-void narrow(const float* __restrict from, void* to, int64_t at, int64_t count, int type) {
-  if (type == kBf16) {
-    uint16_t* __restrict out = static_cast<uint16_t*>(to) + at;
-    // A NaN gets the quiet bit: one whose payload lies in the low half alone would be cut to Inf.
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = uint16_t((bits_of(from[i]) | (from[i] != from[i] ? 0x400000u : 0u)) >> 16);
-    }
-  } else if (type == kFp16) {
-    uint16_t* __restrict out = static_cast<uint16_t*>(to) + at;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t sign = bits_of(from[i]) >> 16 & 0x8000u, shifted = bits_of(from[i] * 0x1p-112f) & 0x7fffffffu;
-      out[i] = uint16_t(sign | (from[i] != from[i] ? 0x7e00u : std::abs(from[i]) > 65504.0f ? 0x7c00u : shifted >> 13));
-    }
-  } else {
-    int8_t* __restrict out = static_cast<int8_t*>(to) + at;
-    for (int64_t i = 0; i < count; ++i) out[i] = int8_t(int32_t(from[i]));
-  }
-}
 
 // x and out may be the same memory: element i is read before it is written, and no loop looks at another one.
 //
@@ -488,54 +378,8 @@ void scale_all(const void* x, float* out, int64_t rows, int64_t columns, int64_t
   }
 }
 
-// 2^k for -127 <= k <= 127; the lowest is subnormal.
-inline float power_of_two(int k) { return float_of(k >= -126 ? uint32_t(k + 127) << 23 : 1u << 22); }
-
-// k of an MX block from its largest magnitude; its scale is 2^k.
-inline int shared_exponent(const BlockPlan& p, float amax) {
-  if (!(amax > 0.0f)) return -127;
-  const bool is_tiny = amax < 0x1p-126f;
-  const uint32_t bits = bits_of(is_tiny ? amax * 0x1p24f : amax), fraction = bits & 0x7fffffu;
-  int k = int(bits >> 23) - 127 - (is_tiny ? 24 : 0) - p.exponent;
-  if (p.rule == LP_RULE_CEIL) k += fraction != 0;
-  if (p.rule == LP_RULE_RCEIL) k += amax > p.max * std::ldexp(1.0, k);
-  if (p.rule == LP_RULE_EVEN) k += float_of(fraction | 0x3f800000u) >= p.round_from;
-  return std::clamp(k, -127, 127);
-}
-
 constexpr int64_t kRunBlocks = kRun / 16;
-
-// The blocks of one run: q = round(x * factor), value = q * unit * scale.
-struct BlockScales {
-  float amax[kRunBlocks], factor[kRunBlocks], scale[kRunBlocks];
-};
-
-// Scales from amax. A block with NaN or Inf gets NaN. Returns 1 if there is one, plus 2 if one is too fine for bf16.
-int scale_blocks(const BlockPlan& p, BlockScales& s, int64_t count, float divisor) {
-  const float greatest = std::numeric_limits<float>::max(), nan = std::numeric_limits<float>::quiet_NaN();
-  int said = 0;
-  if (p.rule == LP_RULE_TWO_LEVEL) {
-    const CastPlan e4m3 = p.scale;
-    const float up = divisor * p.per_max, down = 1.0f / divisor;
-#pragma omp simd reduction(| : said)
-    for (int64_t i = 0; i < count; ++i) {
-      const bool is_bad = !(s.amax[i] <= greatest);
-      const float scale = saturated(rounded<kFixed>(e4m3, s.amax[i] * up, 0), e4m3.min, e4m3.max);
-      s.factor[i] = is_bad ? nan : std::min(1.0f / (scale * down), greatest);
-      s.scale[i] = scale;
-      said |= is_bad;
-    }
-    return said;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const bool is_bad = !(s.amax[i] <= greatest);
-    const int k = is_bad ? 0 : shared_exponent(p, s.amax[i]);
-    s.factor[i] = is_bad ? nan : power_of_two(-k);
-    s.scale[i] = power_of_two(k);
-    said |= is_bad | (s.amax[i] > 0.0f && k < p.bf16_from) << 1;
-  }
-  return said;
-}
+using RunScales = BlockScales<kRunBlocks>;
 
 // A run of elements along which a block's factor and scale stay (Step 0) or change with each (Step 1).
 template <class In, int Step, Chance C>
@@ -569,26 +413,68 @@ inline void elements_of_block(const BlockPlan& plan, const typename In::Storage*
   }
 }
 
-template <class In>
-inline float block_amax(const typename In::Storage* __restrict x, int64_t count) {
-  uint32_t top = 0;
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < count; ++i) top = std::max(top, bits_of(In::load(x[i])) & 0x7fffffffu);
-  return float_of(top);
+// The largest of each 16 columns in all of them: blocks that are tiles.
+inline void widen_amax(float* amax, int64_t width) {
+  for (int64_t j = 0; j < width; j += 16) {
+    const int64_t end = std::min<int64_t>(j + 16, width);
+    uint32_t top = 0;
+    for (int64_t i = j; i < end; ++i) top = std::max(top, bits_of(amax[i]));
+    std::fill(amax + j, amax + end, float_of(top));
+  }
 }
 
-// The same over `height` rows, for each of `width` columns.
+inline float squared_error(const CastPlan& p, float y) {
+  const float off = y - (saturated(rounded<kFixed>(p, y, 0), p.min, p.max) + p.zero);
+  return off * off;
+}
+
+// Block i under the scale of `four` where its squared error is less, added by halves.
 template <class In>
-inline void column_amax(const typename In::Storage* __restrict x, int64_t height, int64_t columns, int64_t width,
-                        float* __restrict amax) {
-  std::fill(amax, amax + width, 0.0f);
-  for (int64_t row = 0; row < height; ++row) {
-    const typename In::Storage* __restrict line = x + row * columns;
+inline void take_four(const BlockPlan& plan, const typename In::Storage* x, int64_t count, RunScales& s, const RunScales& four,
+                      int64_t i) {
+  const CastPlan p = plan.element;
+  const float factors[2] = {s.factor[i], four.factor[i]}, scales[2] = {s.scale[i], four.scale[i]};
+  float found[2];
+  for (int way = 0; way < 2; ++way) {
+    float errors[16] = {};
+    if (count == 16) {
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) {
-      const uint32_t magnitude = bits_of(In::load(line[j])) & 0x7fffffffu;
-      amax[j] = float_of(std::max(bits_of(amax[j]), magnitude));
+      for (int k = 0; k < 16; ++k) errors[k] = squared_error(p, In::load(x[k]) * factors[way]);
+    } else {
+      for (int64_t k = 0; k < count; ++k) errors[k] = squared_error(p, In::load(x[k]) * factors[way]);
     }
+    for (int half = 8; half; half /= 2)
+      for (int k = 0; k < half; ++k) errors[k] += errors[k + half];
+    found[way] = errors[0] * (scales[way] * scales[way]);
+  }
+  if (found[1] < found[0]) s.factor[i] = four.factor[i], s.scale[i] = four.scale[i];
+}
+
+// The same for each of `width` columns, `height` rows of each. errors: 16 rows of kRunBlocks.
+template <class In>
+inline void take_four_columns(const BlockPlan& plan, const typename In::Storage* x, int64_t height, int64_t columns, int64_t width,
+                              RunScales& s, const RunScales& four, float* __restrict errors) {
+  const CastPlan p = plan.element;
+  float found[2][kRunBlocks];
+  for (int way = 0; way < 2; ++way) {
+    const float* factor = way ? four.factor : s.factor;
+    const float* scale = way ? four.scale : s.scale;
+    for (int64_t i = 0; i < height; ++i) {
+      const typename In::Storage* __restrict line = x + i * columns;
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) errors[i * kRunBlocks + j] = squared_error(p, In::load(line[j]) * factor[j]);
+    }
+    std::fill(errors + height * kRunBlocks, errors + 16 * kRunBlocks, 0.0f);
+    for (int64_t half = 8; half; half /= 2)
+      for (int64_t i = 0; i < half; ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) errors[i * kRunBlocks + j] += errors[(i + half) * kRunBlocks + j];
+    for (int64_t j = 0; j < width; ++j) found[way][j] = errors[j] * (scale[j] * scale[j]);
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    const bool is_four = found[1][j] < found[0][j];
+    s.factor[j] = is_four ? four.factor[j] : s.factor[j];
+    s.scale[j] = is_four ? four.scale[j] : s.scale[j];
   }
 }
 
@@ -599,7 +485,7 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
   const int64_t blocks = (columns + Block - 1) / Block;
   std::vector<uint32_t> buffer(C != kFixed ? kWords : 0);
   std::vector<float> wide(target.type == kFp32 ? 0 : kRun);
-  BlockScales s;
+  RunScales s, four;
   int said = 0;
   for (int64_t block = begin; block < end;) {
     const int64_t row = block / blocks, column = block % blocks * Block, at = row * columns + column;
@@ -615,7 +501,12 @@ int cast_blocks(const BlockPlan& plan, const typename In::Storage* x, void* out,
     const int64_t whole = count / Block, rest = count % Block;
     for (int64_t i = 0; i < whole; ++i) s.amax[i] = block_amax<In>(x + at + i * Block, Block);
     if (rest) s.amax[whole] = block_amax<In>(x + at + whole * Block, rest);
-    said |= scale_blocks(plan, s, run, divisor);
+    said |= scale_blocks(plan, s, run, divisor, plan.per_max);
+    if (plan.rule == LP_RULE_FOUR_SIX) {
+      std::copy(s.amax, s.amax + run, four.amax);
+      scale_blocks(plan, four, run, divisor, plan.per_four);
+      for (int64_t i = 0; i < run; ++i) take_four<In>(plan, x + at + i * Block, i < whole ? Block : rest, s, four, i);
+    }
     for (int64_t i = 0; i < run; ++i) {
       const int64_t first = i * Block;
       const auto* from = x + at + first;
@@ -670,8 +561,8 @@ int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, 
                int64_t rows, int64_t columns, float divisor, bool is_divided, const RandomPlan& random) {
   const int64_t bands = (rows + Block - 1) / Block;
   std::vector<uint32_t> buffer(C != kFixed ? kWords : 0), words(C != kFixed ? Block * kRunBlocks : 0);
-  std::vector<float> wide(type == kFp32 ? 0 : kRunBlocks);
-  BlockScales s;
+  std::vector<float> wide(type == kFp32 ? 0 : kRunBlocks), errors(plan.rule == LP_RULE_FOUR_SIX ? 16 * kRunBlocks : 0);
+  RunScales s, four;
   int said = 0;
   for (int64_t band = begin; band < end; ++band) {
     const int64_t matrix = band / bands, row = band % bands * Block, height = std::min<int64_t>(Block, rows - row);
@@ -679,7 +570,13 @@ int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, 
       const int64_t width = std::min(kRunBlocks, columns - column), base = matrix * rows * columns;
       const auto* from = x + base + row * columns + column;
       column_amax<In>(from, height, columns, width, s.amax);
-      said |= scale_blocks(plan, s, width, divisor);
+      if (plan.height > 1) widen_amax(s.amax, width);
+      said |= scale_blocks(plan, s, width, divisor, plan.per_max);
+      if (plan.rule == LP_RULE_FOUR_SIX) {
+        std::copy(s.amax, s.amax + width, four.amax);
+        scale_blocks(plan, four, width, divisor, plan.per_four);
+        take_four_columns<In>(plan, from, height, columns, width, s, four, errors.data());
+      }
       if (C != kFixed) draw_strip(random, base + column * rows + row, rows, height, width, words.data(), buffer);
       for (int64_t i = 0; i < height; ++i) {
         const int64_t at = base + (row + i) * columns + column;
@@ -695,13 +592,25 @@ int cast_bands(const BlockPlan& plan, const typename In::Storage* x, void* out, 
 template <class In, int Block, Chance C>
 int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target target, float* scales, int64_t matrices,
                     int64_t rows, int64_t columns, bool is_column, float divisor, bool is_divided,
-                    const RandomPlan& random, int threads) {
+                    const RandomPlan& random, const TurnPlan* turn, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t count = is_column ? matrices * ((rows + Block - 1) / Block) : rows * ((columns + Block - 1) / Block);
   int said = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : said)
   for (int part = 0; part < threads; ++part) {
     const int64_t begin = count * part / threads, end = count * (part + 1) / threads;
+    if (turn) {
+      const int64_t blocks = (columns + Block - 1) / Block, bands = (rows + Block - 1) / Block;
+      turn_pieces<In>(*turn, typed, matrices, rows, columns, is_column, std::max<int64_t>(turn->size, Block), part, threads,
+                      [&](const float* y, int64_t from, int64_t to) {
+                        const int64_t band = from / rows * bands + from % rows / Block;
+                        said |= is_column ? cast_bands<Fp32, Block, C>(plan, y, out, target.type, band, band + (to - from + Block - 1) / Block,
+                                                                       rows, columns, divisor, is_divided, random)
+                                          : cast_blocks<Fp32, Block, C>(plan, y, out, target, scales, from * blocks, to * blocks, columns,
+                                                                        divisor, is_divided, random);
+                      });
+      continue;
+    }
     said |= is_column
                 ? cast_bands<In, Block, C>(plan, typed, out, target.type, begin, end, rows, columns, divisor, is_divided, random)
                 : cast_blocks<In, Block, C>(plan, typed, out, target, scales, begin, end, columns, divisor, is_divided, random);
@@ -712,13 +621,13 @@ int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target targ
 template <class In, int Block>
 int cast_all_blocks(const BlockPlan& plan, const void* x, void* out, Target target, float* scales, int64_t matrices,
                     int64_t rows, int64_t columns, bool is_column, float divisor, bool is_divided,
-                    const RandomPlan* random, int threads) {
+                    const RandomPlan* random, const TurnPlan* turn, int threads) {
   const Chance chance = chance_of(plan.element, random != nullptr);
   const RandomPlan draw = random ? *random : RandomPlan{};
   const auto cast = chance == kFixed    ? cast_all_blocks<In, Block, kFixed>
                     : chance == kSingle ? cast_all_blocks<In, Block, kSingle>
                                         : cast_all_blocks<In, Block, kDouble>;
-  return cast(plan, x, out, target, scales, matrices, rows, columns, is_column, divisor, is_divided, draw, threads);
+  return cast(plan, x, out, target, scales, matrices, rows, columns, is_column, divisor, is_divided, draw, turn, threads);
 }
 
 auto blocks_of(const BlockPlan& plan, int dtype) {
@@ -732,7 +641,7 @@ inline float finite(float amax) { return amax <= std::numeric_limits<float>::max
 
 // max |x| over the blocks that hold neither NaN nor Inf.
 template <class In, int Block>
-float finite_amax(const void* x, int64_t matrices, int64_t rows, int64_t columns, bool is_column, int threads) {
+float finite_amax(const void* x, int64_t matrices, int64_t rows, int64_t columns, bool is_column, bool is_square, int threads) {
   const auto* typed = static_cast<const typename In::Storage*>(x);
   const int64_t bands = (rows + Block - 1) / Block, items = is_column ? matrices * bands : rows;
   float whole = 0;
@@ -752,9 +661,23 @@ float finite_amax(const void* x, int64_t matrices, int64_t rows, int64_t columns
     for (int64_t column = 0; column < columns; column += kRunBlocks) {
       const int64_t width = std::min(kRunBlocks, columns - column);
       column_amax<In>(typed + row * columns + column, height, columns, width, amax);
+      if (is_square) widen_amax(amax, width);
       for (int64_t j = 0; j < width; ++j) whole = std::max(whole, finite(amax[j]));
     }
   }
+  return whole;
+}
+
+template <class In>
+float turned_amax(const TurnPlan& turn, const void* x, int64_t matrices, int64_t rows, int64_t columns, bool is_column, int threads) {
+  const auto* typed = static_cast<const typename In::Storage*>(x);
+  float whole = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : whole)
+  for (int part = 0; part < threads; ++part)
+    turn_pieces<In>(turn, typed, matrices, rows, columns, is_column, turn.size, part, threads,
+                    [&](const float* y, int64_t from, int64_t to) {
+                      whole = std::max(whole, finite_amax<Fp32, 16>(y + from * columns, 1, to - from, columns, is_column, false, 1));
+                    });
   return whole;
 }
 
@@ -831,13 +754,15 @@ int lp_encode(const CastPlan* plan, const TablePlan* table, const CodePlan* code
 
 // Blocks of 16 elements under the rule two_level, else of 32: along the columns of a [rows, columns] matrix, or, if
 // is_column, along the rows of each of `matrices` ones. divisor: S of two_level; is_divided: whether values are divided by
-// it. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too fine for bf16.
+// it. turn: null, or what turns x along the blocks first. Returns 1 if a block held NaN or Inf, plus 2 if a value may be too
+// fine for bf16.
 int lp_cast_blocks(const BlockPlan* plan, const void* x, int dtype, void* out, int type, int64_t matrices, int64_t rows,
-                   int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random, int threads) {
+                   int64_t columns, int is_column, float divisor, int is_divided, const RandomPlan* random,
+                   const TurnPlan* turn, int threads) {
   ask_for_huge_pages(out, matrices * rows * columns * kOutBytes[type]);
   if (!is_column) rows *= matrices, matrices = 1;
   return blocks_of(*plan, dtype)(*plan, x, out, Target{type}, nullptr, matrices, rows, columns, is_column != 0, divisor,
-                                 is_divided != 0, random, threads);
+                                 is_divided != 0, random, turn, threads);
 }
 
 // Codes of the elements, one byte each, of blocks along the columns, and one fp32 scale a block, NaN where it holds NaN or
@@ -846,15 +771,20 @@ void lp_encode_blocks(const BlockPlan* plan, const CodePlan* codes, const void* 
                       int64_t rows, int64_t columns, float divisor, const RandomPlan* random, int threads) {
   ask_for_huge_pages(out, rows * columns);
   blocks_of(*plan, dtype)(*plan, x, out, Target{kCodes, codes}, scales, 1, rows, columns, false, divisor, false, random,
-                          threads);
+                          nullptr, threads);
 }
 
 // max |x| over the blocks of 16 elements, laid as above, that hold neither NaN nor Inf; 0 if there is none.
-float lp_finite_amax(const void* x, int dtype, int64_t matrices, int64_t rows, int64_t columns, int is_column,
-                     int threads) {
+// is_square, with is_column: over tiles of 16 x 16. turn: null, or what turns x first; not with is_square.
+float lp_finite_amax(const void* x, int dtype, int64_t matrices, int64_t rows, int64_t columns, int is_column, int is_square,
+                     const TurnPlan* turn, int threads) {
   const auto amax = dtype == 0 ? finite_amax<Fp32, 16> : dtype == 1 ? finite_amax<Bf16, 16> : finite_amax<Fp16, 16>;
   if (!is_column) rows *= matrices, matrices = 1;
-  return amax(x, matrices, rows, columns, is_column != 0, threads);
+  if (turn) {
+    const auto turned = dtype == 0 ? turned_amax<Fp32> : dtype == 1 ? turned_amax<Bf16> : turned_amax<Fp16>;
+    return turned(*turn, x, matrices, rows, columns, is_column != 0, threads);
+  }
+  return amax(x, matrices, rows, columns, is_column != 0, is_square != 0, threads);
 }
 
 // out: one fp32 scale per tile of the [rows, columns] matrix, row-major. max: the format's largest value.

@@ -28,7 +28,7 @@ def cast_library() -> ctypes.CDLL | None:
     library = load_library(SOURCE)
     if library is not None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        plan, draw = ctypes.POINTER(CastPlan), ctypes.POINTER(RandomPlan)
+        plan, draw, turn = (ctypes.POINTER(each) for each in (CastPlan, RandomPlan, TurnPlan))
         shape = [size, size]
         into: list[Any] = [pointer, integer, pointer, integer, *shape]
         rest: list[Any] = [pointer, *shape, integer, draw, integer]
@@ -40,9 +40,9 @@ def cast_library() -> ctypes.CDLL | None:
             plan, tables, pointer, integer, pointer, integer, size, pointer, draw, pointer, integer
         ]  # fmt: skip
         library.lp_cast_blocks.argtypes = [
-            ctypes.POINTER(BlockPlan), *into, size, integer, ctypes.c_float, integer, draw, integer
+            ctypes.POINTER(BlockPlan), *into, size, integer, ctypes.c_float, integer, draw, turn, integer
         ]  # fmt: skip
-        library.lp_finite_amax.argtypes = [pointer, integer, size, *shape, integer, integer]
+        library.lp_finite_amax.argtypes = [pointer, integer, size, *shape, integer, integer, turn, integer]
         library.lp_finite_amax.restype = ctypes.c_float
         library.lp_scale.argtypes = [pointer, integer, pointer, *shape, *shape, ctypes.c_double, integer, integer]
         library.lp_scale.restype = None
@@ -103,9 +103,17 @@ class BlockPlan(ctypes.Structure):
         ("bf16_from", ctypes.c_int),
         ("block", ctypes.c_int),
         ("per_max", ctypes.c_float),
+        ("height", ctypes.c_int),
+        ("per_four", ctypes.c_float),
         ("element", CastPlan),
         ("scale", CastPlan),
     ]
+
+
+class TurnPlan(ctypes.Structure):
+    """What turns an operand before its cast; mirrors TurnPlan of rotate.h. The signs live as long as the plan does."""
+
+    _fields_ = [("size", ctypes.c_int32), ("is_rounded", ctypes.c_int32), ("signs", ctypes.c_void_p)]
 
 
 class RandomPlan(ctypes.Structure):

@@ -219,6 +219,34 @@ WRONG_KEYS = [
         fwd("{dy: e5m2}"),
         '3: rules[0].fwd.dy: "dy" is not a key here. Known: accumulate, out, x, w, a, b.',
     ),
+    (
+        fwd("{x: {format: e4m3, transform: hadamard16}}"),
+        "3: rules[0].fwd.x: a transform leaves a sum whose both operands have the same one. "
+        "Got x: hadamard16 and w: none. Try one transform on both, or on none.",
+    ),
+    (
+        fwd(
+            "{x: {format: e4m3, transform: hadamard16}, "
+            "w: {format: e4m3, transform: {kind: hadamard16, signs: random}}}"
+        ),
+        "3: rules[0].fwd.x: a transform leaves a sum whose both operands have the same one. "
+        "Got x: hadamard16 and w: hadamard16[random]. Try one transform on both, or on none.",
+    ),
+    (
+        fwd("{x: {format: e4m3, transform: hadamard12}}"),
+        '3: rules[0].fwd.x.transform: "hadamard12" is not a transform. Did you mean "hadamard128"? '
+        "Known: hadamard16, hadamard32, hadamard64, hadamard128.",
+    ),
+    (
+        fwd('{x: {format: "nvfp4:scale=eden"}}'),
+        "3: rules[0].fwd.x: nvfp4:scale=eden is unbiased over random rotations of 128 elements. Got no transform. "
+        "Try hadamard128 with random signs.",
+    ),
+    (
+        fwd("{x: {format: int4, quantizer: {kind: lsq}, transform: hadamard16}}"),
+        "3: rules[0].fwd.x: a quantizer that learns sees the operand as it is. Got lsq and hadamard16. "
+        "Try no transform.",
+    ),
     (fwd("{x: e4m3, x: bf16}"), '3: rules[0].fwd: the key "x" stands here a second time; first on line 3.'),
     ("name: a\nsource: b\nname: c\n", '3: the key "name" stands here a second time; first on line 1.'),
     ("rules:\nname: a\n", '1: the key "rules" has no value. Try a value, or removing the key.'),
@@ -234,10 +262,6 @@ NOT_BUILT = [
         fwd("{x: {format: int4, quantizer: {kind: dorefa}}}"),
         '3: rules[0].fwd.x.quantizer.kind: quantizer "dorefa" is planned and not in this version. '
         "Try one of pact, lsq, grad-scale.",
-    ),
-    (
-        fwd("{x: {format: e4m3, transform: hadamard16}}"),
-        "3: rules[0].fwd.x.transform: transform is not in this version. Try format, rounding, scale and quantizer.",
     ),
     *(
         (

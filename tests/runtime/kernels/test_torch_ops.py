@@ -51,7 +51,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "to_grid": [
         (X, ROWS, f"{E4M3} row/amax", torch.bfloat16, *DRAW), (X.transpose(0, 2), None, E4M3, torch.float32, *DRAW),
         (X.double(), None, "e4m3 stochastic", torch.float32, *DRAW),
-        (X, None, "nf4 nearest_even", torch.float32, *DRAW),
+        (X, None, "nf4 nearest_even", torch.float32, *DRAW), (X.double(), None, "nvfp4", torch.float32, *DRAW),
         (X, None, "mxfp8 nearest_even column", torch.float32, *DRAW), (X, None, "fp32", torch.float32, *DRAW),
         (X.half(), None, "int8 nearest_even", torch.int8, *DRAW), (X, None, "dlfloat16", torch.float32, *DRAW),
     ],
@@ -116,6 +116,18 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "decode_blocks": [(torch.arange(64, dtype=torch.uint8).view(2, 32) % 16, torch.full((2, 2), 56, dtype=torch.uint8),
                        torch.tensor(3.0), "nvfp4")],
     "scale": [(X, f"{E4M3} row/amax", "")],
+    "rotate_values": [
+        *((X.to(dtype), f"mxfp4 stochastic {along} hadamard16[random]", 7, 1, 2) for along in ("row", "batched-column")
+          for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        (X.mT, "nvfp4 nearest_even column hadamard128[bf16]", 0, 0, 0),
+        (torch.empty(0, 4), f"{E4M3} hadamard32", 0, 0, 0),
+    ],
+    "cast_blocks": [
+        (X, "mxfp4 stochastic row hadamard16[random]", torch.bfloat16, 7, 1, 2, 3),
+        (X.mT, "nvfp4 nearest_even column", torch.float32, 7, 1, 2, 3),
+        (X.double(), "nvfp4-2d nearest_even", torch.float32, 7, 1, 2, 3),
+    ],
+    "rotate": [(X, (1, 2, 3, 4), "mxfp4 stochastic row hadamard16[random]", 0, 0, "")],
     "quantize": [(X, None, (0, 0, 0, 0), E4M3, 0, 0, "")],
     "gemm": [(X, W, None, [X, None, W, None, W, None, X, None], (0, 0, 0, 0), -1, PLAIN[0], None, "", "")],
 }  # fmt: skip

@@ -93,11 +93,11 @@ def test_block_formats(name: str) -> None:
         x = hard_blocks(columns)
         plan, keys = block_plan(row, mode), dict(zip(KEYS, DRAW))
         assert plan is not None
-        divisor = divisor_of_amax(launch_finite_amax(x, 16)) if name == "nvfp4" else torch.ones(())
-        assert torch.equal(divisor, two_level_divisor(x, None, 16) if name == "nvfp4" else divisor)
+        divisor = divisor_of_amax(launch_finite_amax(x, 16), row) if name == "nvfp4" else torch.ones(())
+        assert torch.equal(divisor, two_level_divisor(x, None, row) if name == "nvfp4" else divisor)
         got, said = launch_block_cast(x, plan, divisor, False, torch.float32, DRAW if mode == "stochastic" else None)
         assert same_bits(got, grid_of_blocks(x, row, mode, **keys)), mode
-        fast = fast_blocks(x, plan, is_divided=False, is_stochastic=mode == "stochastic", **keys)
+        fast = fast_blocks(x, row, plan, is_divided=False, is_stochastic=mode == "stochastic", **keys)
         assert fast is None or said == fast.said
 
 
@@ -109,7 +109,7 @@ def test_block_formats_in_other_dtypes(name: str) -> None:
     assert plan is not None
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.randn(3, 50, generator=torch.Generator().manual_seed(5)).to(dtype)
-        divisor = two_level_divisor(x, None, 16) if name == "nvfp4" else torch.ones(())
+        divisor = two_level_divisor(x, None, row) if name == "nvfp4" else torch.ones(())
         got, said = launch_block_cast(x, plan, divisor, name == "nvfp4", torch.float32, None)
         assert same_bits(got, quantize_blocks(x.float(), row))
         assert said == 0

@@ -15,7 +15,7 @@ from runtime.numerics.block_casts import BlockCodes, decode_blocks, encode_block
 from runtime.numerics.block_formats import BLOCK_FORMATS, get_block_format
 
 RULES = ("floor", "ceil", "rceil", "even")
-MX = [name for name in BLOCK_FORMATS if name != "nvfp4"]
+MX = [name for name in BLOCK_FORMATS if not name.startswith("nvfp4")]
 ALL = [*(f"{name}:scale={rule}" for name in MX for rule in RULES), "nvfp4"]
 
 
@@ -28,8 +28,8 @@ def decoded(coded: BlockCodes, name: str) -> Tensor:
 
 
 def test_rows_are_what_their_sources_say() -> None:
-    assert [row.bits_per_value for row in BLOCK_FORMATS.values()] == [8.25, 8.25, 6.25, 6.25, 4.25, 8.25, 4.5]
-    assert [row.element_max for row in BLOCK_FORMATS.values()] == [448, 57344, 7.5, 28, 6, 127 / 64, 6]
+    assert [row.bits_per_value for row in BLOCK_FORMATS.values()] == [8.25, 8.25, 6.25, 6.25, 4.25, 8.25, 4.5, 4.03125]
+    assert [row.element_max for row in BLOCK_FORMATS.values()] == [448, 57344, 7.5, 28, 6, 127 / 64, 6, 6]
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,10 @@ def test_wrong_arguments_say_so() -> None:
         quantize(x, "mxfp4", overflow="ieee")
     with pytest.raises(FormatError, match=r'"scale=mean" is not an option of mxfp4. Expected scale=floor\|ceil'):
         quantize(x, "mxfp4:scale=mean")
-    with pytest.raises(FormatError, match="Expected no option"):
+    with pytest.raises(FormatError, match=r"Expected scale=headroom\|four-six\|eden"):
         quantize(x, "nvfp4:scale=floor")
+    with pytest.raises(FormatError, match="Expected no option"):
+        quantize(x, "nvfp4-2d:scale=eden")
     with pytest.raises(FormatError, match=r'"mxfp5" is not a block format\. Try "mxfp'):
         quantize_blocks(x, "mxfp5")
     with pytest.raises(FormatError, match="encode_blocks"):
