@@ -144,7 +144,6 @@ class QuantSpec:
     A block format makes its own scales, so `scale` is None; its blocks lie `along` the rows of the matrix view, down
     its columns, or down the columns of each matrix of a batch (the last two dims). None, as a policy has it: along the
     sum of the GEMM once there is one, and till then along the rows. A scalar format has no blocks.
-
     A `quantizer` learns one scale per tensor, of an integer format without a zero point: `scale` is then LEARNED.
     """
 
@@ -228,9 +227,8 @@ class QuantSpec:
     def parse(text: str) -> "QuantSpec":
         parts = text.split()
         if not 1 <= len(parts) <= 3:
-            raise FormatError(
-                f'"{text}" is not a cast', expected="`FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`"
-            )
+            wanted = "`FORMAT ROUNDING [GRANULARITY/RULE | ALONG | QUANTIZER]`"
+            raise FormatError(f'"{text}" is not a cast', expected=wanted)
         rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
         _check("rounding", rounding, ROUNDINGS)
         if is_block_format(parts[0]):
@@ -252,7 +250,6 @@ class AccumulateSpec:
     reference_gemm.py defines the order of additions and every rounding. `rounding` None is the row's own
     (`mode`); naming the row's own is the same spec. An integer accumulator adds exactly and has no rounding: it
     saturates at the row's ends, or wraps as two's complement of its bits. AUTO for a format leaves it open.
-
     model aligned: a chunk and the running sum are added at once, in fixed point, as reference_aligned.py defines;
     `align` is its number of fraction bits, None the format's own, and naming the format's own is the same spec.
     """
@@ -271,9 +268,8 @@ class AccumulateSpec:
         _check("model of accumulation", self.model, ACCUMULATE_MODELS)
         _check("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
         if self.chunk is not None and (not isinstance(self.chunk, int) or not 0 < self.chunk <= MAX_SIZE):
-            raise FormatError(
-                "not a chunk", expected=f"a whole number of 1 to {MAX_SIZE}, or None", got=repr(self.chunk)
-            )
+            wanted = f"a whole number of 1 to {MAX_SIZE}, or None"
+            raise FormatError("not a chunk", expected=wanted, got=repr(self.chunk))
         if self.align is not None and self.model != "aligned":
             raise FormatError("only aligned sums are aligned", got=f"align {self.align}", hint="model: aligned")
         if isinstance(row, LookupFormat):
@@ -420,9 +416,7 @@ _IDENTITY_GEMM = GemmSpec()
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The three GEMMs of a layer, and how forward keeps the cast operands that BWD and GRAD read: as the grid values
-    that are multiplied, or as their codes, which take the format's own bits. That changes no result.
-    """
+    """The three GEMMs of a layer, and what forward keeps of the operands that backward reads: grid values or codes."""
 
     fwd: GemmSpec = field(default_factory=GemmSpec)
     bwd: GemmSpec = field(default_factory=GemmSpec)
@@ -442,19 +436,15 @@ class LayerSpec:
         return {"fwd": self.fwd, "bwd": self.bwd, "grad": self.grad}[role]
 
     def having(self, gemms: Mapping[Role, GemmSpec]) -> "LayerSpec":
-        """With these in the place of its own."""
-        fwd, bwd, grad = (gemms.get(role, self.role(role)) for role in ROLES)
-        return replace(self, fwd=fwd, bwd=bwd, grad=grad)
+        return replace(self, **{str(role): gemm for role, gemm in gemms.items()})  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        keep = "" if self.keep == "grid" else f"; keep: {self.keep}"
-        return f"fwd: {self.fwd}; bwd: {self.bwd}; grad: {self.grad}{keep}"
+        kept = "" if self.keep == "grid" else f"; keep: {self.keep}"
+        return f"fwd: {self.fwd}; bwd: {self.bwd}; grad: {self.grad}{kept}"
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> "LayerSpec":
         parts = dict(part.split(": ", 1) for part in text.split("; "))
-        keep = parts.get("keep", "grid")
-        _check("way to keep operands", keep, KEEPS)
-        fwd, bwd, grad = (GemmSpec.parse(parts[role]) for role in ROLES)
-        return LayerSpec(fwd, bwd, grad, keep)  # type: ignore[arg-type]
+        _check("way to keep operands", keep := parts.get("keep", "grid"), KEEPS)
+        return LayerSpec(*(GemmSpec.parse(parts[role]) for role in ROLES), keep)  # type: ignore[arg-type, call-arg]
