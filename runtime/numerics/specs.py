@@ -245,7 +245,6 @@ class AccumulateSpec:
     reference_gemm.py defines the order of additions and every rounding. `rounding` None is the row's own
     (`mode`); naming the row's own is the same spec. An integer accumulator adds exactly and has no rounding: it
     saturates at the row's ends, or wraps as two's complement of its bits. AUTO for a format leaves it open.
-
     model aligned: a chunk and the running sum are added at once, in fixed point, as reference_aligned.py defines;
     `align` is its number of fraction bits, None the format's own, and naming the format's own is the same spec.
     """
@@ -264,9 +263,8 @@ class AccumulateSpec:
         check_name("model of accumulation", self.model, ACCUMULATE_MODELS)
         check_name("rule of overflow", self.overflow, ACCUMULATE_OVERFLOWS)
         if self.chunk is not None and (not isinstance(self.chunk, int) or not 0 < self.chunk <= MAX_SIZE):
-            raise FormatError(
-                "not a chunk", expected=f"a whole number of 1 to {MAX_SIZE}, or None", got=repr(self.chunk)
-            )
+            wanted = f"a whole number of 1 to {MAX_SIZE}, or None"
+            raise FormatError("not a chunk", expected=wanted, got=repr(self.chunk))
         if self.align is not None and self.model != "aligned":
             raise FormatError("only aligned sums are aligned", got=f"align {self.align}", hint="model: aligned")
         if isinstance(row, LookupFormat):
@@ -413,9 +411,7 @@ _IDENTITY_GEMM = GemmSpec()
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The three GEMMs of a layer, and how forward keeps the cast operands that BWD and GRAD read: as the grid values
-    that are multiplied, or as their codes, which take the format's own bits. That changes no result.
-    """
+    """The three GEMMs of a layer, and what forward keeps of the operands that backward reads: grid values or codes."""
 
     fwd: GemmSpec = field(default_factory=GemmSpec)
     bwd: GemmSpec = field(default_factory=GemmSpec)
@@ -440,13 +436,11 @@ class LayerSpec:
         return {"fwd": self.fwd, "bwd": self.bwd, "grad": self.grad}[role]
 
     def having(self, gemms: Mapping[Role, GemmSpec]) -> "LayerSpec":
-        """With these in the place of its own."""
-        fwd, bwd, grad = (gemms.get(role, self.role(role)) for role in ROLES)
-        return replace(self, fwd=fwd, bwd=bwd, grad=grad)
+        return replace(self, **{str(role): gemm for role, gemm in gemms.items()})  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        keep = "" if self.keep == "grid" else f"; keep: {self.keep}"
-        return f"fwd: {self.fwd}; bwd: {self.bwd}; grad: {self.grad}{keep}"
+        kept = "" if self.keep == "grid" else f"; keep: {self.keep}"
+        return f"fwd: {self.fwd}; bwd: {self.bwd}; grad: {self.grad}{kept}"
 
     @staticmethod
     @lru_cache(maxsize=4096)

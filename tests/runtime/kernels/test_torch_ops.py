@@ -109,6 +109,16 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "encode": [(X, None, "e4m3", None, *DRAW, "saturate"), (X, None, "dlfloat16", "stochastic", *DRAW, "ieee")],
     "first_step": [(X, X.new_zeros(1), 127.0, False), (W, W.new_zeros(1), 7.0, True)],
     "decode": [(torch.arange(120, dtype=torch.uint8), "e5m2"), (torch.arange(16).view(4, 4).t(), "nf4")],
+    "pack": [
+        *((torch.ones(4, 8, 12, dtype=dtype), text) for dtype in (torch.float32, torch.bfloat16)
+          for text in (E4M3, "int4", "mxfp4 nearest_even column")),
+        (torch.ones(2, 3, 40).transpose(0, 1), "nvfp4 nearest_even row"),
+    ],
+    "unpack": [
+        (torch.zeros(384, dtype=torch.uint8), (4, 8, 12), E4M3, torch.bfloat16),
+        (torch.zeros(193, dtype=torch.uint8), (4, 8, 12), "int4", torch.float32),
+        (torch.zeros(204, dtype=torch.uint8), (4, 8, 12), "mxfp4 nearest_even column", torch.bfloat16),
+    ],
     "encode_blocks": [
         (X, "mxfp8", None, *DRAW), (X.bfloat16(), "nvfp4", "stochastic", *DRAW), (X.mT, "mxint8", None, *DRAW),
         (X.double(), "mxfp4:scale=rceil", None, *DRAW),
