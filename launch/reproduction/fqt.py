@@ -115,7 +115,11 @@ def _told_noise(results: Mapping[str, Result], form: Form, plots: Path) -> str:
         f"Noise E|Q(g) - g|^2 / |g|^2 over {_DRAWS[form]} casts. Claimed: from b - 1 to b bits it falls by ((2^b - 1) /"
         " (2^(b-1) - 1))^2 (4.6 at 4 bits, 4.03 at 8), within 10% here, and no bias: the mean error over all elements"
         " within 4 of its standard errors in every width (the largest is shown).\n\n"
-        f"{table(head, rows)}\n\n" + "\n".join(lines) + f"\n\n![variance]({plots.name}/fqt-variance.png)"
+        f"{table(head, rows)}\n\nThe ratio is that of steps that are small beside the values. Where most values are"
+        " smaller than a step, as with one range for samples that differ, noise falls as the step and not as its"
+        " square; and PTQ moves its range until zero is one of the steps, by up to a step.\n\n"
+        + "\n".join(lines)
+        + f"\n\n![variance]({plots.name}/fqt-variance.png)"
     )
 
 
