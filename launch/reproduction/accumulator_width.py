@@ -92,9 +92,10 @@ def _train(name: str, seed: str, form: Form) -> Result:
 
 
 def tell(results: Mapping[str, Result], form: Form, plots: Path) -> str:
-    sums = _told_sums([each for each in results.values() if "length" in each], form, plots)
+    sums = [each for each in results.values() if "length" in each]
     trained = {key: each for key, each in results.items() if key.startswith("train_")}
-    return f"{sums}\n\n{_told_training(trained, form, plots)}" if trained else sums
+    parts = [_told_sums(sums, form, plots)] if sums else []
+    return "\n\n".join([*parts, _told_training(trained, form, plots)] if trained else parts)
 
 
 def _told_training(results: Mapping[str, Result], form: Form, plots: Path) -> str:
@@ -111,7 +112,7 @@ def _told_training(results: Mapping[str, Result], form: Form, plots: Path) -> st
             found = paired([one for one, _ in pairs], [two for _, two in pairs])
             shown[chunk][width] = found.mean
             interval = f", {found.low:+.2f} to {found.high:+.2f}" if found.count > 1 else ""
-            cells.append(f"{found.mean:+.2f}{interval}")
+            cells.append(f"{found.mean:+.2f}{interval} ({found.count})" if found.count else "not run yet")
         rows.append(cells)
     with figure(plots / "accumulator-width-training.png") as axes:
         for chunk, points in shown.items():
@@ -122,12 +123,12 @@ def _told_training(results: Mapping[str, Result], form: Form, plots: Path) -> st
         axes.set(xlabel="bits of fraction of GRAD's sums", ylabel="points of accuracy beside fp32 sums")
         axes.legend(fontsize=7)
     plain, chunked = (min_accumulator(_M_P, _LENGTH, chunk) for chunk in _CHUNKS)
-    seeds = len({key.rpartition("_")[2] for key in results})
     head = ["bits of fraction", "VRR", "no chunks", f"chunks of {_CHUNK}"]
     return (
-        f"Training the ResNet of `accuracy` on digits, {_STEPS[form]} steps, {seeds} paired seeds: points of"
+        f"Training the ResNet of `accuracy` on digits, {_STEPS[form]} steps: points of"
         f" accuracy beside fp32 sums where GRAD's sums (up to {_LENGTH} products of 1-5-2 numbers) are narrow, with the"
-        f" 95% interval. VRR asks for {plain} bits, or {chunked} in chunks of {_CHUNK}.\n\n{table(head, rows)}\n\n"
+        " 95% interval and the number of paired seeds."
+        f" VRR asks for {plain} bits, or {chunked} in chunks of {_CHUNK}.\n\n{table(head, rows)}\n\n"
         f"![training]({plots.name}/accumulator-width-training.png)"
     )
 

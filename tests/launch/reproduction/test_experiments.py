@@ -158,6 +158,28 @@ def test_the_page_tells_verdicts_of_pairs(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy-mobilenet-digits.png").stat().st_size > 1000
 
 
+def test_the_page_of_half_a_run_claims_nothing_of_the_rest(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    keys = [key for key in fqt.units("short") if key.startswith("noise_even")]
+    noises = {key: {"variance": 1 / (2 ** int(key[-1]) - 1) ** 2, "bias": 1.0} for key in keys}
+    whole = fqt.tell(noises, "short", tmp_path)
+    assert whole.count("**reproduced**") == 4, "three quantizers, and PSQ at most PTQ"
+    assert "Training" not in whole
+    del noises[keys[-1]]
+    assert "**" not in fqt.tell(noises, "short", tmp_path)
+    biased = {key: {**each, "bias": 5.0 if key == keys[0] else 1.0} for key, each in noises.items()}
+    assert "**contradicted**" in fqt.tell(
+        {**biased, keys[-1]: {"variance": 1 / 255**2, "bias": 1.0}}, "short", tmp_path
+    )
+
+    trained = {
+        f"train_{name}_seed{seed:02d}": {"accuracy": 0.9 + 0.01 * seed - 0.02 * (name != "wide")}
+        for name in ("wide", "m03") for seed in range(2)
+    }  # fmt: skip
+    told = accumulator_width.tell(trained, "short", tmp_path)
+    assert "| 3 | 0.443 | -2.00, -2.00 to -2.00 (2) | not run yet |" in told
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_of_it_from_the_shell_killed_and_gone_on_with(tmp_path: Path) -> None:
