@@ -137,11 +137,12 @@ def test_the_page_tells_verdicts_of_pairs(tmp_path: Path) -> None:
     shift = {"fp32": 0.0, "bf16": 0.001, "fp8-2018": -0.05, "hfp8-2019": 0.0, "int4-fp4-2020": -0.02,
              "int4-fp4-2020-one-phase": -0.019}  # fmt: skip
     results = {
-        f"mobilenet-digits_{recipe}_seed{seed:02d}": {
-            "accuracy": 0.9 + 0.01 * seed + change + 1e-4 * ((seed * 7 + len(recipe)) % 3), "validation": 1.0,
+        f"{task}_{recipe}_seed{seed:02d}": {
+            "accuracy": 0.9 + 0.01 * seed + change + 1e-4 * ((seed * 7 + len(recipe)) % 3),
+            "validation": 2.0 - change - 0.01 * seed - 1e-4 * ((seed * 7 + len(recipe)) % 3),
             "curve": [2.0, 1.0], "stopped": "", "seconds": 1.0, "parameters": 7,
         }
-        for recipe, change in shift.items() for seed in range(6)
+        for task in ("mobilenet-digits", "gpt") for recipe, change in shift.items() for seed in range(6)
     }  # fmt: skip
     told = accuracy.tell(results, "short", tmp_path)
     rows = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in told.splitlines() if "**" in line}
@@ -153,6 +154,11 @@ def test_the_page_tells_verdicts_of_pairs(tmp_path: Path) -> None:
         "int4-fp4-2020 behind fp32 by 1 to 3": "reproduced",
         "two-phase rounding better than one phase": "contradicted",
     }
+    of_gpt = {claim: line.rsplit("**", 2)[1] for (claim, _, task), line in rows.items() if task == "gpt"}
+    assert of_gpt["fp8-2018 behind hfp8-2019 on a MobileNet and a transformer"] == "reproduced", (
+        "a larger loss is worse"
+    )
+    assert of_gpt["bf16 within 0.5 of fp32"] == "reproduced"
     assert "| fp8-2018 | 6 |" in told
     assert "-5.0" in told
     assert (tmp_path / "accuracy-mobilenet-digits.png").stat().st_size > 1000
