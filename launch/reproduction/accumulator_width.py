@@ -156,9 +156,12 @@ def _told_sums(results: list[Result], form: Form, plots: Path) -> str:
         chunked, chunked_knee = min_accumulator(_M_P, length, _CHUNK), _knee(found, "chunked")
         rows.append([f"{length}", f"{predicted}", _shown(knee), f"{chunked}", _shown(chunked_knee),
                      _shown(_knee(found, "truncated"))])  # fmt: skip
-        if knee is not None:
-            verdict = "reproduced" if abs(knee - predicted) <= 2 else "contradicted"
-            lines.append(f"- Length {length}: the knee of a nearest sum is within 2 bits of VRR's: **{verdict}**")
+        for what, found_knee, should in (("", knee, predicted), (f" in chunks of {_CHUNK}", chunked_knee, chunked)):
+            if found_knee is not None:
+                comes_to = "reproduced" if abs(found_knee - should) <= 2 else "contradicted"
+                lines.append(
+                    f"- Length {length}: the knee of a nearest sum{what} is within 2 bits of VRR's: **{comes_to}**"
+                )
     head = ["length", "VRR's knee", "nearest", f"VRR's, chunk {_CHUNK}", "chunked", "cut"]
     below = min(_WIDTHS)
     return (
