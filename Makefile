@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 STAMP := $(VENV)/.installed
 TRAIN_FLAGS ?=
+REPRODUCE_FLAGS ?= --full
 BARE := $(VENV)/no-compiler
 # one process a core, and the files of a test folder stay together; OpenMP's threads of one do not spin on the other's core
 TESTS := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-machines test-all lint format bench clean
+.PHONY: help train reproduce test test-machines test-all lint format bench clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: $(STAMP) ## train the default GPT with hfp8 on 2 DeepSpeed workers, then in fp32, and compare
 	$(BIN)/python -m launch train --policy hfp8 --engine deepspeed --nproc 2 --capture joint --compare fp32 $(TRAIN_FLAGS)
+
+reproduce: $(STAMP) ## published claims run again, docs/reproduction.md (hours; REPRODUCE_FLAGS=--short: minutes); goes on if stopped
+	$(BIN)/python -m launch reproduce $(REPRODUCE_FLAGS)
 
 test: lint ## lint, then every test but the slow ones (under 15 minutes on 2 cores)
 	$(TESTS) -m "not slow"

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from launch.reproduction.experiment import Form
 from launch.training.config import ConfigError
 
 
@@ -17,8 +18,13 @@ def reproduce(
         Path, typer.Option("--out", metavar="DIR", help="Results, one file a run: a rerun goes on from them.")
     ] = Path("runs/reproduction"),
     docs: Annotated[
-        Path, typer.Option("--docs", metavar="DIR", help="Where reproduction.md and its plots are written.")
-    ] = Path("docs"),
+        Path | None,
+        typer.Option(
+            "--docs",
+            metavar="DIR",
+            help="Where reproduction.md and its plots are written; omitted: docs with --full, else beside the results.",
+        ),
+    ] = None,
     page_only: Annotated[bool, typer.Option("--page-only", help="Only write the page of what is there.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="Only say which there are.")] = False,
 ) -> None:
@@ -45,4 +51,5 @@ def reproduce(
         experiment(name)
     from launch.reproduction.runner import reproduce as run  # here: it imports torch
 
-    run(names or [], "full" if full else "smallest" if smallest else "short", out, docs, page_only)
+    form: Form = "full" if full else "smallest" if smallest else "short"
+    run(names or [], form, out, docs or (Path("docs") if full else out / form), page_only)

@@ -3,9 +3,12 @@
 Products have 5 bits of fraction, as those of two 1-5-2 numbers; the accumulator has 8 bits of exponent, so that its
 fraction alone matters. The measured knee is the narrowest accumulator that passes the paper's test, ln v = n (1 - VRR)
 < ln 50, with the measured ratio for VRR.
+
+Then training: the sums of GRAD alone, whose length is batch times height times width, in such accumulators.
 """
 
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +16,10 @@ import torch
 
 from launch.reproduction.experiment import Form, Result
 from launch.reproduction.plots import figure, table
+from launch.reproduction.statistics import paired
+from launch.reproduction.training import image_config, train
+from launch.training.images.packaged import is_installed
+from lpcompile import load_policy
 from passes.analysis.vrr import MAX_LOG_LOSS, min_accumulator, vrr
 from runtime import gemm
 from runtime.numerics import quantize
@@ -30,12 +37,26 @@ _SUMS: dict[str, tuple[Rounding, int | None]] = {
 }  # fmt: skip
 
 
+_SEEDS = {"smallest": 0, "short": 1, "full": 5}
+_STEPS = {"smallest": 0, "short": 60, "full": 200}
+_TRAINED = {"smallest": (), "short": (1, 3, 6, 9), "full": (1, 2, 3, 4, 5, 6, 7, 9, 12)}
+_CHUNKS = (None, _CHUNK)
+_LENGTH = 32 * 8 * 8
+"""Of GRAD's sums in the first stage of a ResNet on digits of 8 x 8, at a batch of 32."""
+
+
 def units(form: Form) -> list[str]:
-    return [f"length-{length}_m{width:02d}" for length in _LENGTHS[form] for width in _WIDTHS]
+    sums = [f"length-{length}_m{width:02d}" for length in _LENGTHS[form] for width in _WIDTHS]
+    seeds = range(_SEEDS[form] if is_installed("digits") else 0)
+    narrow = [f"m{width:02d}{'' if chunk is None else '-chunked'}" for width in _TRAINED[form] for chunk in _CHUNKS]
+    return sums + [f"train_{name}_seed{seed:02d}" for seed in seeds for name in ("wide", *narrow)]
 
 
 def measure(key: str, form: Form) -> Result:
     """Variance of the narrow sums over that of the true ones, of nearest, truncating and chunked sums."""
+    if key.startswith("train_"):
+        _, name, seed = key.split("_")
+        return _train(name, seed, form)
     length, width = (int(part.lstrip("lengthm-")) for part in key.split("_"))
     generator = torch.Generator().manual_seed(length)
     trials = _TRIALS[form]
@@ -48,14 +69,73 @@ def measure(key: str, form: Form) -> Result:
         sums_M = gemm(
             x_MK, ones_K1, a_format="fp32", b_format="fp32", accumulate=f"1-8-{width}", chunk=chunk, rounding=rounding
         )[:, 0].double()
-        found[name] = (sums_M.square().sum() / true_M.square().sum()).item()
+        gained_M, true = sums_M.square() - true_M.square(), true_M.square().mean()
+        found[name] = (1 + gained_M.mean() / true).item()
+        found[f"{name}_deviation"] = (gained_M.std() / true / math.sqrt(trials)).item()
         found[f"{name}_error"] = ((sums_M - true_M).square().sum() / true_M.square().sum()).item()
     return found
 
 
+def _train(name: str, seed: str, form: Form) -> Result:
+    """GRAD's operands in 1-5-2 with a loss scale of 1024, its sums in fp32 (wide) or 1-8-m; all else in fp32."""
+    accumulate = "fp32"
+    if name != "wide":
+        chunk = f", chunk: {_CHUNK}" if name.endswith("-chunked") else ""
+        accumulate = f"{{format: 1-8-{int(name[1:3])}, rounding: nearest_even{chunk}}}"
+    operands = f"dy: fp8-152, x: fp8-152, accumulate: {accumulate}"
+    text = f"rules: [{{grad: {{{operands}}}}}]\nloss_scale: {{kind: static, init: 1024}}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.yaml"
+        path.write_text(text)
+        policy = load_policy(path)
+    return train(image_config("resnet", "digits", seed=int(seed.removeprefix("seed")), steps=_STEPS[form]), policy)
+
+
 def tell(results: Mapping[str, Result], form: Form, plots: Path) -> str:
+    sums = [each for each in results.values() if "length" in each]
+    trained = {key: each for key, each in results.items() if key.startswith("train_")}
+    parts = [_told_sums(sums, form, plots)] if sums else []
+    return "\n\n".join([*parts, _told_training(trained, form, plots)] if trained else parts)
+
+
+def _told_training(results: Mapping[str, Result], form: Form, plots: Path) -> str:
+    rows, shown = [], {chunk: dict[int, float]() for chunk in _CHUNKS}
+    for width in _TRAINED[form]:
+        cells = [f"{width}", f"{vrr(width, _M_P, _LENGTH):.3f}"]
+        for chunk in _CHUNKS:
+            name = f"m{width:02d}{'' if chunk is None else '-chunked'}"
+            pairs = [
+                (100 * each["accuracy"], 100 * results[f"train_wide_{key.split('_')[2]}"]["accuracy"])
+                for key, each in results.items()
+                if key.startswith(f"train_{name}_") and f"train_wide_{key.split('_')[2]}" in results
+            ]
+            found = paired([one for one, _ in pairs], [two for _, two in pairs])
+            shown[chunk][width] = found.mean
+            interval = f", {found.low:+.2f} to {found.high:+.2f}" if found.count > 1 else ""
+            cells.append(f"{found.mean:+.2f}{interval} ({found.count})" if found.count else "not run yet")
+        rows.append(cells)
+    with figure(plots / "accumulator-width-training.png") as axes:
+        for chunk, points in shown.items():
+            label = "no chunks" if chunk is None else f"chunks of {chunk}"
+            axes.plot(list(points), list(points.values()), ".-", label=label)
+            predicted = min_accumulator(_M_P, _LENGTH, chunk)
+            axes.axvline(predicted, linestyle=":", color="C0" if chunk is None else "C1", label=f"VRR, {label}")
+        axes.set(xlabel="bits of fraction of GRAD's sums", ylabel="points of accuracy beside fp32 sums")
+        axes.legend(fontsize=7)
+    plain, chunked = (min_accumulator(_M_P, _LENGTH, chunk) for chunk in _CHUNKS)
+    head = ["bits of fraction", "VRR", "no chunks", f"chunks of {_CHUNK}"]
+    return (
+        f"Training the ResNet of `accuracy` on digits, {_STEPS[form]} steps: points of"
+        f" accuracy beside fp32 sums where GRAD's sums (up to {_LENGTH} products of 1-5-2 numbers) are narrow, with the"
+        " 95% interval and the number of paired seeds."
+        f" VRR asks for {plain} bits, or {chunked} in chunks of {_CHUNK}.\n\n{table(head, rows)}\n\n"
+        f"![training]({plots.name}/accumulator-width-training.png)"
+    )
+
+
+def _told_sums(results: list[Result], form: Form, plots: Path) -> str:
     by_length: dict[int, list[Result]] = {}
-    for each in results.values():
+    for each in results:
         by_length.setdefault(each["length"], []).append(each)
     with figure(plots / "accumulator-width.png", columns=2, width=11) as (left, right):
         for color, (length, found) in enumerate(by_length.items()):
@@ -76,33 +156,32 @@ def tell(results: Mapping[str, Result], form: Form, plots: Path) -> str:
         chunked, chunked_knee = min_accumulator(_M_P, length, _CHUNK), _knee(found, "chunked")
         rows.append([f"{length}", f"{predicted}", _shown(knee), f"{chunked}", _shown(chunked_knee),
                      _shown(_knee(found, "truncated"))])  # fmt: skip
-        if knee is not None:
-            verdict = "reproduced" if abs(knee - predicted) <= 2 else "contradicted"
-            lines.append(f"- Length {length}: the knee of a nearest sum is within 2 bits of VRR's: **{verdict}**")
+        for what, found_knee, should in (("", knee, predicted), (f" in chunks of {_CHUNK}", chunked_knee, chunked)):
+            if found_knee is not None:
+                comes_to = "reproduced" if abs(found_knee - should) <= 2 else "contradicted"
+                lines.append(
+                    f"- Length {length}: the knee of a nearest sum{what} is within 2 bits of VRR's: **{comes_to}**"
+                )
     head = ["length", "VRR's knee", "nearest", f"VRR's, chunk {_CHUNK}", "chunked", "cut"]
     below = min(_WIDTHS)
     return (
         f"Narrowest accumulator, in bits of fraction, for which n (1 - variance kept) < ln 50; {_M_P} bits of fraction"
         f" in a product, {_TRIALS[form]} sums each; widths of {below} to {max(_WIDTHS)} were run, so {below} means that"
-        " or fewer. The theorem speaks of sums rounded to nearest and is pessimistic by up to two bits; a sum that is cut"
-        " off keeps far less than it says.\n\n"
+        " or fewer. The theorem speaks of sums rounded to nearest and is pessimistic by up to two bits; a sum that is"
+        " cut off keeps far less than it says.\n\n"
         f"{table(head, rows)}\n\n" + "\n".join(lines) + f"\n\n![width]({plots.name}/accumulator-width.png)"
     )
 
 
 def _knee(found: list[Result], name: str) -> int | None:
-    """The narrowest from which on every wider one passes; None if the widest does not."""
+    """The narrowest from which on every wider one passes, within two standard errors; None if the widest does not."""
     knee = None
     for each in sorted(found, key=lambda one: -int(one["width"])):
-        if each["length"] * abs(1 - each[name]) >= MAX_LOG_LOSS + _noise(each["length"]):
+        surely_lost = max(0.0, abs(1 - each[name]) - 2 * each[f"{name}_deviation"])
+        if each["length"] * surely_lost >= MAX_LOG_LOSS:
             return knee
         knee = int(each["width"])
     return knee
-
-
-def _noise(length: int) -> float:
-    """What a ratio of 1 may be off by in so many trials is paired with the true sums and falls out; rounding stays."""
-    return math.sqrt(length) * 0.01
 
 
 def _shown(knee: int | None) -> str:

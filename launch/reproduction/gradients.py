@@ -1,6 +1,7 @@
 """Gradients: those that reach the products of a net that has learned for a while, for experiments on their casts."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from launch.training.config import RunConfig
+from launch.training.models.registry import MODELS
 from launch.training.trainer import Run
 from launch.training.world import lone_world
 from lpcompile import load_policy
@@ -20,18 +22,28 @@ def output_gradients(config: RunConfig) -> dict[str, Tensor]:
         run = Run(config, load_policy("fp32"), Path(folder), world)
         for step in range(config.steps):
             run.step(step)
-        hooks = []
-        for name, module in run.model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-
-                def keep(module: nn.Module, into: object, out: tuple[Tensor, ...], name: str = name) -> None:
-                    found[name] = out[0].detach().clone()
-
-                hooks.append(module.register_full_backward_hook(keep))
+        hooks = [
+            module.register_forward_hook(_keeper(found, name))
+            for name, module in run.model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D"
+        ]
         x, y = run.data.batch(config, config.steps, 0, 0)
         run.model.train()
-        loss = cross_entropy(run.model(pixel_values=x).logits, y)
+        logits = run.model(**{MODELS[config.model].input_name: x}).logits
+        loss = cross_entropy(logits.flatten(0, -2), y.flatten())
         loss.backward()
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _keeper(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A forward hook that keeps the gradient of its module's output."""
+
+    def keep(dy: Tensor) -> None:
+        found[name] = dy.detach().clone()
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(keep)
+
+    return hook

@@ -14,7 +14,8 @@ from torch import Tensor
 from launch.reproduction.experiment import Form, Result
 from launch.reproduction.gradients import output_gradients
 from launch.reproduction.plots import figure, table
-from launch.reproduction.training import image_config
+from launch.reproduction.training import image_config, text_config
+from launch.training.config import RunConfig
 from launch.training.images.packaged import is_installed
 from runtime.numerics import quantize
 
@@ -26,18 +27,20 @@ _LARGEST = 65504.0
 
 
 def units(form: Form) -> list[str]:
-    models = ("resnet", "mobilenet") if is_installed("digits") else ()
+    models = (*(("resnet", "mobilenet") if is_installed("digits") else ()), "gpt")
     return [f"{model}_step{steps:04d}" for model in models for steps in _STEPS[form]]
 
 
 def measure(key: str, form: Form) -> Result:
     """Of the gradients that are not zero in fp32: shares that are zero, and beyond fp16, when scaled by 2^power."""
     model, _, steps = key.partition("_step")
-    g = torch.cat(
-        [each.flatten() for each in output_gradients(image_config(model, "digits", steps=int(steps))).values()]
-    )
+    g = torch.cat([each.flatten() for each in output_gradients(_config(model, int(steps))).values()])
     g = g[g != 0]
     return {"count": g.numel(), "median": g.abs().median().item(), **shares(g)}
+
+
+def _config(model: str, steps: int) -> RunConfig:
+    return text_config(steps=steps) if model == "gpt" else image_config(model, "digits", steps=steps)
 
 
 def shares(g: Tensor) -> Result:

@@ -61,5 +61,14 @@ def image_config(model: str, data: str, **changes: Any) -> RunConfig:
     return RunConfig(model=model, data=data, **(values | changes))
 
 
+def text_config(**changes: Any) -> RunConfig:
+    """A GPT-2 of 2 layers of width 64 on Python's documentation, by AdamW."""
+    values: dict[str, Any] = {
+        "engine": "none", "eval_every": 0, "device": "cpu", "policy": "fp32", "layers": 2, "width": 64, "heads": 2,
+        "context": 64, "batch": 8, "lr": 1e-3, "warmup": 20,
+    }  # fmt: skip
+    return RunConfig(**(values | changes))
+
+
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -236,7 +236,7 @@ _ROWS: list[tuple[str, Callable[[Summary], str], Callable[[Summary, Summary], st
      _gap(lambda run: run.validation_loss)),
     ("  in nats/byte", lambda run: _number(run.validation_per_byte), _gap(lambda run: run.validation_per_byte or 0.0)),
     ("  byte-bigram baseline", lambda run: _number(run.bigram), _none),
-    ("final validation accuracy", lambda run: f"{100 * run.accuracy:.2f} %",
+    ("final validation accuracy", lambda run: "" if math.isnan(run.accuracy) else f"{100 * run.accuracy:.2f} %",
      lambda ours, theirs: f"{100 * (ours.accuracy - theirs.accuracy):+.2f} points"),
     ("ms per step (median)", lambda run: f"{run.ms_per_step:.0f}", _ratio(lambda run: run.ms_per_step)),
     ("UNITs/s", lambda run: f"{run.tokens_per_s:,.0f}", _ratio(lambda run: run.tokens_per_s)),
