@@ -23,9 +23,14 @@ def show(*tables: Table, width: int | None = None) -> None:
     console.print(str(machine(torch.get_num_threads())), highlight=False)
 
 
-def median_ms(contenders: dict[str, Callable[[], object]], rounds: int, warmups: int = 2) -> dict[str, float]:
+def median_ms(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmups: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median milliseconds of each contender over `rounds` turns, after `warmups` untimed calls."""
-    times = _times(contenders, rounds, warmups)
+    times = _times(contenders, rounds, warmups, clock)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -34,14 +39,19 @@ def least_ms(contenders: dict[str, Callable[[], object]], rounds: int, warmups: 
     return {name: min(values) for name, values in _times(contenders, rounds, warmups).items()}
 
 
-def _times(contenders: dict[str, Callable[[], object]], rounds: int, warmups: int) -> dict[str, list[float]]:
+def _times(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmups: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     for run in contenders.values():
         for _ in range(warmups):
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return times

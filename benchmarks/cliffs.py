@@ -1,7 +1,7 @@
 """Cliffs: forward and backward of one layer under one policy, over the same in fp32, for every layer and policy.
 
     python -m benchmarks.cliffs [--rows linear conv3x3 ...] [--columns hfp8-1-6-9 ...] [--rounds 5] [--threads 2]
-                                [--markdown]
+                                [--cpu-time] [--markdown]
 
 A recipe that is fast on a linear layer and a hundred times slower on the first convolution is not usable, so no layer
 may stand out. Layers of a row take turns, the uncompiled one among them, and medians are compared. A number with a
@@ -12,6 +12,7 @@ refuses the layer.
 import argparse
 import copy
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,14 +135,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each contender (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process, for a busy machine; with --threads 1, nothing waits"
+    )
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     header = ["layer", "fp32 ms", *options.columns]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         policies = {name: _policy(name, Path(folder)) for name in options.columns}
         for row in options.rows:
-            rows.append([row, *_measured(ROWS[row], policies, options.rounds)])
+            rows.append([row, *_measured(ROWS[row], policies, options.rounds, clock)])
             if options.markdown:
                 print("|", " | ".join(rows[-1]), "|", flush=True)
     if options.markdown:
@@ -163,7 +168,7 @@ def _policy(column: str, folder: Path) -> str | Path:
     return path
 
 
-def _measured(layer: Layer, policies: dict[str, str | Path], rounds: int) -> list[str]:
+def _measured(layer: Layer, policies: dict[str, str | Path], rounds: int, clock: Callable[[], float]) -> list[str]:
     """Milliseconds in fp32, then each policy's ratio over it."""
     torch.manual_seed(0)
     model, x = layer()
@@ -177,7 +182,7 @@ def _measured(layer: Layer, policies: dict[str, str | Path], rounds: int) -> lis
         if rows:
             marks[name] = "*" if any(row.backend == "reference" for row in rows) else ""
             contenders[name] = _turn(compiled, x)
-    medians = median_ms(contenders, rounds, warmups=1)
+    medians = median_ms(contenders, rounds, 1, clock)
     base = medians.pop("")
     ratios = (f"{medians[name] / base:.2f}{marks[name]}" if name in medians else "-" for name in policies)
     return [f"{base:.2f}", *ratios]

@@ -191,7 +191,7 @@ def test_a_sum_of_two_values_of_the_accumulator_is_rounded_once(mode: Rounding, 
     pairs = round_to_grid((torch.rand(2**16, 2, generator=generator) + 1) * size, get_format(accumulate), mode).float()
     pairs *= 1 - 2 * torch.randint(0, 2, (2**16, 2), generator=generator)
     spec = GemmSpec(QuantSpec(accumulate, mode), QuantSpec("int1"), AccumulateSpec(accumulate, None, mode, "rounded"))
-    assert is_direct(spec)
+    assert is_direct(spec) or mode == "nearest_away"  # whose sums are cut
     expected = round_to_grid(pairs.double().sum(1, keepdim=True), get_format(accumulate), mode).float()
     assert torch.equal(multiply(pairs, torch.ones(2, 1), spec), expected)
 
