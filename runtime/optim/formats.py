@@ -2,7 +2,7 @@
 
     master      fp32, bf16, dlfloat16, 1-5-2, ... or bf16+16: a bf16 weight, and the 16 bits that make it an fp32
     momentum    the first moment, any scalar float format
-    variance    the second moment, likewise
+    variance    the second moment, likewise; both also with a scale a block (runtime/optim/block_states.py): e4m3/128
     rounding    of every value that is kept in another format than fp32
 
 The parameter itself is the master where its dtype holds every value of the format; else the master is a state, and the
@@ -21,6 +21,7 @@ from runtime.numerics.embedding import embeds
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import Rounding
+from runtime.optim.block_names import block_state_of
 from runtime.optim.split_master import SPLIT
 
 PARAMETER_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -39,7 +40,8 @@ class UpdateFormats:
 
     def __post_init__(self) -> None:
         for key in ("master", "momentum", "variance"):
-            if (name := getattr(self, key)) != SPLIT or key != "master":
+            name = getattr(self, key)
+            if not (name == SPLIT if key == "master" else block_state_of(name)):
                 storage_of(name)
 
     @property
