@@ -27,6 +27,7 @@ from launch.training.last_words import WorkerError, is_lost_peer, is_timeout, le
 from launch.training.metrics import MetricsLog, StepMetrics
 from launch.training.models import build_model
 from launch.training.monitor import Monitor
+from launch.training.optimizer import stated_bytes
 from launch.training.record import LossScaleRecord, RunRecord, check_corpus, check_resumable, has_checkpoint
 from launch.training.run_folder import prepare_folder
 from launch.training.scaling import GradientUnscaler
@@ -136,7 +137,9 @@ class Run:
                     f" {learning_rate(self.config, self.config.steps - 1):g} and never reaches --lr {self.config.lr:g}"
                 )
             monitor.say(f"corpus: {self.corpus.name}, sha256 {self.corpus.sha256[:16]}")
-            monitor.say(f"optimizer: {self.config.optimizer}, {self.policy.update}")
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            held = stated_bytes(self.config, trained, self.policy.update.formats())
+            monitor.say(f"optimizer: {self.config.optimizer}, {self.policy.update}{held}")
             if self.corpus.skipped:
                 monitor.say(f"warning: {self.corpus.skipped} files are not UTF-8 text and were left out")
             certificate = report(self.model)

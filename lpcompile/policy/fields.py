@@ -145,7 +145,7 @@ def _joined_block(given: Any) -> Any:
     for key in given:
         if key not in known:
             hint = nearest_names(str(key), known)
-            raise refusal(did_you_mean(f'"{key}" is no key of a moment', hint), hint=hint, key=str(key))
+            raise refusal(did_you_mean(f'"{key}" is no key of a moment', hint), key=str(key))
     if not isinstance(given.get("format"), str):
         raise refusal("a moment has no format", hint="{format: e4m3, block: 128}")
     block, expand = given.get("block"), given.get("expand", False)

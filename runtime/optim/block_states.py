@@ -11,6 +11,7 @@ A block is of the whole parameter's flat elements, from its first one on: shards
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,15 +78,29 @@ def blocks_of(count: int, block: int) -> int:
     return -(-count // block)
 
 
-def states_of(name: str, state: BlockState, count: int) -> dict[str, tuple[torch.dtype, int | None]]:
-    """What is kept of a moment `name` of `count` elements: dtype and size, None: the parameter's shape."""
+class Place(NamedTuple):
+    """A state: its dtype, and how many numbers it has; None: one, or a pair, for each element of the parameter."""
+
+    dtype: torch.dtype
+    size: int | None = None
+    is_paired: bool = False
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Of the state of a parameter, or of its shard."""
+        if self.size is not None:
+            return (self.size,)
+        return (*parameter.shape, 2) if self.is_paired else tuple(parameter.shape)
+
+
+def states_of(name: str, state: BlockState, count: int) -> dict[str, Place]:
+    """What is kept of a moment `name` of `count` elements."""
     blocks = blocks_of(count, state.block)
-    kept: dict[str, tuple[torch.dtype, int | None]] = {
-        name: (torch.uint8, None if state.bits == 8 else (count + 1) // 2),
-        f"{name}_scale": (torch.float32, blocks),
+    kept = {
+        name: Place(torch.uint8, None if state.bits == 8 else (count + 1) // 2),
+        f"{name}_scale": Place(torch.float32, blocks),
     }
     if state.is_expanded:
-        kept |= {f"{name}_center": (torch.float32, blocks), f"{name}_power": (torch.uint8, blocks)}
+        kept |= {f"{name}_center": Place(torch.float32, blocks), f"{name}_power": Place(torch.uint8, blocks)}
     return kept
 
 

@@ -17,6 +17,7 @@ from runtime.kernels.cpu import update
 from runtime.kernels.cpu.update import Numbers, Values
 from runtime.optim.block_names import TABLES, block_state_of
 from runtime.optim.block_states import table_of
+from runtime.optim.formats import of_pairs, storage_of
 from runtime.optim.places import local
 from runtime.optim.rounding import KEY
 
@@ -83,6 +84,8 @@ def _kept(weight: "Weight", moments: tuple[str, ...], slots: tuple[int, ...]) ->
     for name, slot in zip(moments, slots):
         held = _flat(weight.state[name]) if name in weight.state else None
         format = formats.variance if name == "exp_avg_sq" else formats.momentum
+        if held is not None and not block_state_of(format) and storage_of(format).is_paired:
+            held = of_pairs(held)
         moment = Values(held, format, rounding, weight.stream(slot))
         if state := block_state_of(format):
             if state.is_expanded or isinstance(weight.parameter, DTensor):
@@ -91,7 +94,7 @@ def _kept(weight: "Weight", moments: tuple[str, ...], slots: tuple[int, ...]) ->
             scales = weight.state[f"{name}_scale"]
             moment = moment._replace(format=state.element, scales=scales, block=state.block, table=table)
         kept.append(moment)
-    low = _flat(weight.state["remainder"]) if "remainder" in weight.state else None
+    low = of_pairs(_flat(weight.state["remainder"])) if "remainder" in weight.state else None
     kept.append(Values(parameter.view(-1), formats.master, rounding, weight.stream(slots[-1]), low))
     return kept if all(map(update.is_served, kept)) else None
 

@@ -8,6 +8,7 @@ A group is its whole parameters, one behind the other, as ZeRO lays them out: ho
 the same bits.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -18,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from runtime.errors import LpError, NotSupported
 from runtime.optim.block_names import BlockState, block_state_of
-from runtime.optim.block_states import Layout, decoded, encoded, states_of
-from runtime.optim.formats import PARAMETER_DTYPES, Storage, UpdateFormats, joined, split, storage_of
+from runtime.optim.block_states import Layout, Place, decoded, encoded, states_of
+from runtime.optim.formats import PARAMETER_DTYPES, Storage, UpdateFormats, joined, of_pairs, split, storage_of
 from runtime.optim.places import Run, cut_among, local, runs_of
 from runtime.optim.rounding import Draw, rounded
 from runtime.optim.split_master import SPLIT
@@ -58,7 +59,11 @@ class Weight:
         if name != "master" or name in self.state:
             return self._storage(name).load(_flat(self.state[name]))
         held = _flat(self.parameter)
-        return joined(held, _flat(self.state["remainder"])) if "remainder" in self.state else held.float().clone()
+        return (
+            joined(held, of_pairs(_flat(self.state["remainder"])))
+            if "remainder" in self.state
+            else held.float().clone()
+        )
 
     def rounded(self, name: str, values: Tensor, slot: int) -> Tensor:
         """fp32 or float64 values as they will be kept under `name`, in fp32."""
@@ -84,7 +89,7 @@ class Weight:
         weight = values
         if "remainder" in self.state:
             weight, low = split(values)
-            _flat(self.state["remainder"]).copy_(low)
+            of_pairs(_flat(self.state["remainder"])).copy_(low)
         elif "master" in self.state:
             self._storage("master").store(values, _flat(self.state["master"]))
         held = local(self.parameter.detach())
@@ -208,11 +213,8 @@ class AbstractOptimizer(torch.optim.Optimizer):
     def _begin(self, weight: Weight) -> None:
         state, parameter, formats = weight.state, weight.parameter, weight.formats
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for name, (dtype, size) in self._kept(parameter, weight.group).items():
-            if size is None:
-                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-            else:
-                state[name] = torch.zeros(size, dtype=dtype, device=parameter.device)
+        for name, place in self._kept(parameter, weight.group).items():
+            state[name] = _zeros(parameter, place)
         for name in self._moments(weight.group):
             weight.store(
                 name, torch.zeros_like(_flat(parameter), dtype=torch.float32)
@@ -221,20 +223,18 @@ class AbstractOptimizer(torch.optim.Optimizer):
         if formats.master not in (SPLIT, PARAMETER_DTYPES[parameter.dtype]):
             weight.store("master", rounded(values, formats.master, "nearest_even", weight._draw(0)))
 
-    def _kept(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, int | None]]:
-        """Name -> dtype of every state of a parameter but its step, and how many there are; None: one an element."""
+    def _kept(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Place]:
+        """Name -> where every state of a parameter but its step is kept."""
         formats = formats_of(group)
-        kept: dict[str, tuple[torch.dtype, int | None]] = {}
+        kept: dict[str, Place] = {}
         for name, key in self._moments(group).items():
             format = getattr(formats, key)
             block = block_state_of(format)
-            kept |= (
-                {name: (storage_of(format).dtype, None)} if block is None else states_of(name, block, parameter.numel())
-            )
+            kept |= {name: _place(format)} if block is None else states_of(name, block, parameter.numel())
         if formats.master == SPLIT:
-            kept["remainder"] = (torch.int16, None)
+            kept["remainder"] = Place(torch.uint8, is_paired=True)
         elif not formats.master_is_parameter(parameter.dtype):
-            kept["master"] = (storage_of(formats.master).dtype, None)
+            kept["master"] = _place(formats.master)
         return kept
 
     def _moments(self, group: dict[str, Any]) -> dict[str, str]:
@@ -244,14 +244,25 @@ class AbstractOptimizer(torch.optim.Optimizer):
         """Bytes that weights and states take for each element of the whole parameters, before a step has been made too;
         4 bytes of step a tensor and gradients are not counted.
         """
-        total = count = 0
+        totals, count = self._bytes()
+        return (sum(totals.values()) - totals["gradient"]) / max(count, 1)
+
+    def bytes_by_part(self) -> dict[str, float]:
+        """The same, of each: `weight`, `master` (a remainder too), `moments` with their scales, and `gradient`."""
+        totals, count = self._bytes()
+        return {part: total / max(count, 1) for part, total in totals.items()}
+
+    def _bytes(self) -> tuple[dict[str, int], int]:
+        count, totals = 0, dict.fromkeys(("weight", "master", "moments", "gradient"), 0)
         for group in self.param_groups:
             for parameter in group["params"]:
                 count += parameter.numel()
-                total += parameter.dtype.itemsize * parameter.numel()
-                for dtype, size in self._kept(parameter, group).values():
-                    total += dtype.itemsize * (parameter.numel() if size is None else size)
-        return total / max(count, 1)
+                for part in ("weight", "gradient"):
+                    totals[part] += parameter.dtype.itemsize * parameter.numel()
+                for name, place in self._kept(parameter, group).items():
+                    part = "master" if name in ("master", "remainder") else "moments"
+                    totals[part] += place.dtype.itemsize * math.prod(place.shape(parameter))
+        return totals, count
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,12 +304,12 @@ class AbstractOptimizer(torch.optim.Optimizer):
                     raise self._refused(f"the state was kept under another `{key}`", group[key], str(kept))
 
     def _check_state(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
-        wanted = {"step": (torch.float32, 1), **self._kept(parameter, group)}
+        wanted = {"step": Place(torch.float32), **self._kept(parameter, group)}
         named = {name for name, value in state.items() if value is not None}
         if named != set(wanted):
             raise self._refused("the state is of another kind", ", ".join(wanted), ", ".join(sorted(named)))
-        for name, (dtype, size) in wanted.items():
-            shape = () if name == "step" else tuple(parameter.shape) if size is None else (size,)
+        for name, place in wanted.items():
+            dtype, shape = place.dtype, () if name == "step" else place.shape(parameter)
             value = state[name]
             if value.dtype != dtype or tuple(value.shape) != shape:
                 raise self._refused(
@@ -332,6 +343,23 @@ def check_at_least(where: str, **numbers: float) -> None:
     for name, number in numbers.items():
         if not number >= 0:
             raise LpError(f"{name} does not fit", where=where, expected=f"{name} >= 0", got=f"{number:g}", hint="0")
+
+
+def _place(format: str) -> Place:
+    storage = storage_of(format)
+    return Place(storage.dtype, is_paired=storage.is_paired)
+
+
+def _zeros(parameter: Tensor, place: Place) -> Tensor:
+    """A state of a parameter; of a DTensor's elements a DTensor, cut as it is."""
+    shape, device = place.shape(parameter), parameter.device
+    if place.size is not None or not isinstance(parameter, DTensor):
+        return torch.zeros(shape, dtype=place.dtype, device=device)
+    here = torch.zeros(place.shape(parameter.to_local()), dtype=place.dtype, device=device)
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(
+        here, parameter.device_mesh, parameter.placements, shape=torch.Size(shape), stride=strides
+    )
 
 
 def _flat(tensor: Tensor) -> Tensor:

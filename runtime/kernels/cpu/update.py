@@ -202,7 +202,7 @@ def _blocks(values: Values, scales: Tensor) -> _Blocks:
 
 @lru_cache(maxsize=8)
 def _buckets(values: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(values, middles, bases, first) as update_blocks.h has them, for numbers from 2^-24, or what is nearer to 0, to 1.
+    """(values, middles, bases, first) as update_blocks.h has them, for numbers up to 1; below 2^-24 is one bucket.
 
     The middles of a table are further apart than a bucket is wide: none has two.
     """
