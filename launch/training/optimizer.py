@@ -67,8 +67,20 @@ def build_optimizer(
     groups, betas = [group for group in groups if group["params"]], (config.beta1, config.beta2)
     if is_torch_adamw(config, update):
         return SkippableAdamW(groups, lr=config.lr, betas=betas)
-    numbers: dict[str, Any] = {"betas": betas} if config.optimizer == "adamw" else {"momentum": config.momentum}
+    numbers = {"betas": betas} if config.optimizer == "adamw" else _momentum(config)
     optimizer: AbstractOptimizer = optimizer_class(config.optimizer)(
         groups, lr=config.lr, formats=update, seed=config.seed, **numbers
     )
     return optimizer
+
+
+def stated_bytes(config: RunConfig, parameters: list[nn.Parameter], update: UpdateFormats) -> str:
+    """Bytes a parameter that a rank holds, by part; "" where DeepSpeed keeps flat copies of its own."""
+    if config.engine == "deepspeed" and (config.zero_stage > 0 or config.dtype != "fp32"):
+        return ""
+    parts = optimizer_class(config.optimizer)(parameters, formats=update, **_momentum(config)).bytes_by_part()
+    return "; bytes a parameter: " + ", ".join(f"{part} {held:.4g}" for part, held in parts.items())
+
+
+def _momentum(config: RunConfig) -> dict[str, Any]:
+    return {"momentum": config.momentum} if config.optimizer == "sgd" else {}

@@ -28,6 +28,7 @@ from launch.training.metrics import MetricsLog, StepMetrics
 from launch.training.models.build import build_model
 from launch.training.models.registry import MODELS
 from launch.training.monitor import Monitor
+from launch.training.optimizer import stated_bytes
 from launch.training.precision_log import PrecisionLog
 from launch.training.precision_options import parse_precision_options
 from launch.training.record import LossScaleRecord, RunRecord, check_corpus, check_resumable, has_checkpoint
@@ -142,7 +143,9 @@ class Run:
                     f" {learning_rate(self.config, self.config.steps - 1):g} and never reaches --lr {self.config.lr:g}"
                 )
             monitor.say(f"data: {self.data.name}, sha256 {self.data.sha256[:16]}")
-            monitor.say(f"optimizer: {self.config.optimizer}, {self.policy.update}")
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            held = stated_bytes(self.config, trained, self.policy.update.formats())
+            monitor.say(f"optimizer: {self.config.optimizer}, {self.policy.update}{held}")
             if self.data.skipped:
                 what = "UTF-8 text" if self.data.unit == "token" else "pictures of a class"
                 monitor.say(f"warning: {self.data.skipped} files are not {what} and were left out")

@@ -38,6 +38,7 @@ from runtime.numerics.specs import (
     AUTO,
     MAX_SIZE,
 )
+from runtime.optim.block_names import TABLES, block_state_of
 from runtime.optim.split_master import SPLIT
 
 
@@ -136,6 +137,35 @@ def _check_operand_format(given: str) -> str:
     return name
 
 
+def _joined_block(given: Any) -> Any:
+    """{format: e4m3, block: 128, expand: true} as e4m3/128/expand."""
+    if not isinstance(given, dict):
+        return given
+    known = ("format", "block", "expand")
+    for key in given:
+        if key not in known:
+            hint = nearest_names(str(key), known)
+            raise refusal(did_you_mean(f'"{key}" is no key of a moment', hint), key=str(key))
+    if not isinstance(given.get("format"), str):
+        raise refusal("a moment has no format", hint="{format: e4m3, block: 128}")
+    block, expand = given.get("block"), given.get("expand", False)
+    if not isinstance(expand, bool) or (expand and block is None):
+        raise refusal("expand is true or false, and needs a block", hint="{format: e4m3, block: 128, expand: true}")
+    return given["format"] + ("" if block is None else f"/{block}") + ("/expand" if expand else "")
+
+
+def _check_moment(given: str) -> str:
+    element, slash, rest = given.partition("/")
+    if not slash:
+        return _check_format(given)
+    name = (element.lower() if element.lower() in TABLES else _check_format(element)) + slash + rest.lower()
+    try:
+        block_state_of(name)
+    except NotSupported as error:
+        raise as_refusal(error) from None
+    return name
+
+
 FormatName = Annotated[
     str,
     AfterValidator(_check_format),
@@ -155,6 +185,28 @@ MasterName = Annotated[
     str,
     AfterValidator(lambda name: SPLIT if name.lower() == SPLIT else _check_format(name)),
     WithJsonSchema({"type": "string", "examples": [SPLIT, *FORMATS]}),
+]
+MomentName = Annotated[
+    str,
+    BeforeValidator(_joined_block),
+    AfterValidator(_check_moment),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "examples": [*FORMATS, "e4m3/128", "e4m3/128/expand", "dynamic8/256"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "format": {"type": "string"},
+                        "block": {"type": "integer", "minimum": 2},
+                        "expand": {"type": "boolean"},
+                    },
+                    "required": ["format"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
 ]
 Count = Annotated[int, Field(strict=True, gt=0, le=MAX_SIZE)]
 Flag = Annotated[bool, Field(strict=True)]

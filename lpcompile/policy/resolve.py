@@ -30,6 +30,7 @@ from lpcompile.policy.fields import (
     Flag,
     FormatName,
     MasterName,
+    MomentName,
     Section,
     as_error,
     as_written,
@@ -49,6 +50,7 @@ from runtime.collectives.wire_format import check_wire_format
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import KEEPS, ROLES, ROUNDINGS, Keep, Rounding
+from runtime.optim.block_names import block_state_of
 from runtime.optim.split_master import SPLIT
 
 if TYPE_CHECKING:
@@ -61,17 +63,17 @@ class Update(Section):
 
     master: MasterName = "fp32"
     """Format of the master weights: a float format, or bf16+16, a bf16 weight and the 16 bits that make it an fp32."""
-    momentum: FormatName = "fp32"
-    """Format of the first moment, a float format."""
-    variance: FormatName = "fp32"
-    """Format of the second moment, a float format; SGD has none."""
+    momentum: MomentName = "fp32"
+    """Format of the first moment: a float format, or one with blocks, as e4m3/128 or {format: e4m3, block: 128}."""
+    variance: MomentName = "fp32"
+    """Format of the second moment, likewise; SGD has none."""
     rounding: Annotated[Rounding, one_of("rounding", ROUNDINGS)] = "nearest_even"
     """Rounding of what is kept in another format than fp32."""
 
     @field_validator("master", "momentum", "variance")
     @classmethod
     def _check_float(cls, value: str, info: ValidationInfo) -> str:
-        if value != SPLIT and not isinstance(get_format(value), FloatFormat):
+        if value != SPLIT and not block_state_of(value) and not isinstance(get_format(value), FloatFormat):
             raise not_built(
                 f"{info.field_name} {value} is no float format, and others hold no weights in this version",
                 f"{info.field_name}: bf16, dlfloat16, e4m3 or fp32",

@@ -220,12 +220,10 @@ class QuantSpec:
         if not 1 <= len(parts) <= 5:
             raise FormatError(f'"{text}" is not a cast', expected=CAST_TEXT)
         rounding = parts[1] if len(parts) > 1 else default_rounding(parts[0])
-        check_name("rounding", rounding, ROUNDINGS)
         fields: dict[str, object] = {}
         for word in parts[2:]:
-            is_last = word.startswith("hadamard")
-            key = "transform" if is_last else "along" if word in ALONG or is_block_format(parts[0]) else "scale"
-            key = "quantizer" if is_quantizer(word) else key
+            key = "along" if word in ALONG or is_block_format(parts[0]) else "scale"
+            key = "transform" if word.startswith("hadamard") else "quantizer" if is_quantizer(word) else key
             if key in fields:
                 raise FormatError(f'"{text}" is not a cast', expected=CAST_TEXT)
             parse = {"transform": TransformSpec.parse, "quantizer": QuantizerSpec.parse, "scale": ScaleSpec.parse}

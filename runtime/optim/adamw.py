@@ -62,6 +62,6 @@ class LowPrecisionAdamW(AbstractOptimizer):
             master.mul_(1 - lr * group["weight_decay"])
         denominator = (v.double().sqrt().float() / (1 - beta2**step) ** 0.5).add_(group["eps"])
         master.addcdiv_(m, denominator, value=-(lr / (1 - beta1**step)))
-        weight.store("exp_avg", weight.rounded("exp_avg", m, _M))
-        weight.store("exp_avg_sq", weight.rounded("exp_avg_sq", v, _V))
+        weight.store("exp_avg", weight.rounded("exp_avg", m, _M), _M)
+        weight.store("exp_avg_sq", weight.rounded("exp_avg_sq", v, _V), _V)
         weight.store("master", weight.rounded("master", master, _MASTER))

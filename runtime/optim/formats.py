@@ -2,7 +2,7 @@
 
     master      fp32, bf16, dlfloat16, 1-5-2, ... or bf16+16: a bf16 weight, and the 16 bits that make it an fp32
     momentum    the first moment, any scalar float format
-    variance    the second moment, likewise
+    variance    the second moment, likewise; both also with a scale a block (runtime/optim/block_states.py): e4m3/128
     rounding    of every value that is kept in another format than fp32
 
 The parameter itself is the master where its dtype holds every value of the format; else the master is a state, and the
@@ -21,6 +21,7 @@ from runtime.numerics.embedding import embeds
 from runtime.numerics.format_kinds import FloatFormat
 from runtime.numerics.formats import get_format
 from runtime.numerics.specs import Rounding
+from runtime.optim.block_names import block_state_of
 from runtime.optim.split_master import SPLIT
 
 PARAMETER_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -39,7 +40,8 @@ class UpdateFormats:
 
     def __post_init__(self) -> None:
         for key in ("master", "momentum", "variance"):
-            if (name := getattr(self, key)) != SPLIT or key != "master":
+            name = getattr(self, key)
+            if not (name == SPLIT if key == "master" else block_state_of(name)):
                 storage_of(name)
 
     @property
@@ -54,19 +56,23 @@ class UpdateFormats:
 
 @dataclass(frozen=True)
 class Storage:
-    """How values of one format lie in memory: as numbers of a torch dtype, or as codes in uint8, int16 or int32."""
+    """How values of one format lie in memory: as numbers of a torch dtype, or as codes in uint8 or int32. Codes of 9 to
+    16 bits are pairs of uint8, in a last dimension of 2: no backend but NCCL's gathers int16.
+    """
 
     format: str
     dtype: torch.dtype
     is_coded: bool
+    is_paired: bool = False
 
     @property
     def nbytes(self) -> int:
         """Of one value."""
-        return self.dtype.itemsize
+        return self.dtype.itemsize * (2 if self.is_paired else 1)
 
     def load(self, kept: Tensor) -> Tensor:
-        """The values in fp32, exactly; a new tensor, of the shape of `kept`."""
+        """The values in fp32, exactly; a new tensor, of the shape of `kept`, which is flat for pairs."""
+        kept = of_pairs(kept) if self.is_paired else kept
         if not self.is_coded:
             return kept.to(torch.float32, copy=True)
         bits = get_format(self.format).bits
@@ -74,7 +80,15 @@ class Storage:
 
     def store(self, values: Tensor, kept: Tensor) -> None:
         """Write values on the format's grid, fp32, into `kept`. FormatError for NaN where the format has none."""
-        kept.copy_(encode(values, self.format).to(self.dtype) if self.is_coded else values)
+        if self.is_paired:
+            of_pairs(kept).copy_(encode(values, self.format).to(torch.int16))
+        else:
+            kept.copy_(encode(values, self.format).to(self.dtype) if self.is_coded else values)
+
+
+def of_pairs(kept: Tensor) -> Tensor:
+    """Flat pairs of uint8 as the int16 that they are; the same memory."""
+    return kept.view(torch.int16)
 
 
 @lru_cache(maxsize=256)
@@ -88,7 +102,7 @@ def storage_of(format: str) -> Storage:
         )  # fmt: skip
     if format in _HELD:
         return Storage(format, _HELD[format], False)
-    return Storage(format, torch.uint8 if row.bits <= 8 else torch.int16 if row.bits <= 16 else torch.int32, True)
+    return Storage(format, torch.uint8 if row.bits <= 16 else torch.int32, True, 8 < row.bits <= 16)
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """One pass: an update by update.cpp, where that serves, instead of torch's operations; the bits are the same.
 
 It reads and writes every number once, on all threads. What it does not serve: masters that are states of their own,
-other devices, parameters that are not contiguous, formats and dtypes that runtime/kernels/cpu/update.py does not list,
-and AdamW on a machine where torch's operations are found to round otherwise (no fused multiply-add).
+COAT's moments, blocks of shards, other devices, parameters that are not contiguous, formats and dtypes that
+runtime/kernels/cpu/update.py does not list, and AdamW on a machine where torch's operations are found to round
+otherwise (no fused multiply-add).
 """
 
 from functools import lru_cache
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from runtime.kernels.cpu import update
 from runtime.kernels.cpu.update import Numbers, Values
+from runtime.optim.block_names import TABLES, block_state_of
+from runtime.optim.block_states import table_of
+from runtime.optim.formats import of_pairs, storage_of
 from runtime.optim.places import local
 from runtime.optim.rounding import KEY
 
@@ -79,8 +84,17 @@ def _kept(weight: "Weight", moments: tuple[str, ...], slots: tuple[int, ...]) ->
     for name, slot in zip(moments, slots):
         held = _flat(weight.state[name]) if name in weight.state else None
         format = formats.variance if name == "exp_avg_sq" else formats.momentum
-        kept.append(Values(held, format, rounding, weight.stream(slot)))
-    low = _flat(weight.state["remainder"]) if "remainder" in weight.state else None
+        if held is not None and not block_state_of(format) and storage_of(format).is_paired:
+            held = of_pairs(held)
+        moment = Values(held, format, rounding, weight.stream(slot))
+        if state := block_state_of(format):
+            if state.is_expanded or isinstance(weight.parameter, DTensor):
+                return None
+            table = table_of(state.element, is_signed=name != "exp_avg_sq") if state.element in TABLES else None
+            scales = weight.state[f"{name}_scale"]
+            moment = moment._replace(format=state.element, scales=scales, block=state.block, table=table)
+        kept.append(moment)
+    low = of_pairs(_flat(weight.state["remainder"])) if "remainder" in weight.state else None
     kept.append(Values(parameter.view(-1), formats.master, rounding, weight.stream(slots[-1]), low))
     return kept if all(map(update.is_served, kept)) else None
 
@@ -95,13 +109,15 @@ def _flat(state: Tensor) -> Tensor:
 
 
 def _part(values: Values, begin: int, size: int) -> Values:
+    if values.scales is not None:  # of a whole parameter, which is one run
+        return values
     kept, low = (None if each is None else each[begin : begin + size] for each in (values.kept, values.low))
     return values._replace(kept=kept, low=low)
 
 
 def _mark_written(weight: "Weight", *written: Values) -> None:
     """Autograd, and the casts that are kept by it, see that the tensors have changed."""
-    held = [each for values in written for each in (values.kept, values.low) if each is not None]
+    held = [each for values in written for each in (values.kept, values.low, values.scales) if each is not None]
     torch.autograd.graph.increment_version([weight.parameter, *held])
 
 

@@ -8,16 +8,20 @@ A group is its whole parameters, one behind the other, as ZeRO lays them out: ho
 the same bits.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from runtime.errors import LpError, NotSupported
-from runtime.optim.formats import PARAMETER_DTYPES, Storage, UpdateFormats, joined, split, storage_of
-from runtime.optim.places import Run, local, runs_of
+from runtime.optim.block_names import BlockState, block_state_of
+from runtime.optim.block_states import Layout, Place, decoded, encoded, states_of
+from runtime.optim.formats import PARAMETER_DTYPES, Storage, UpdateFormats, joined, of_pairs, split, storage_of
+from runtime.optim.places import Run, cut_among, local, runs_of
 from runtime.optim.rounding import Draw, rounded
 from runtime.optim.split_master import SPLIT
 
@@ -34,7 +38,7 @@ class Weight:
 
     def __init__(self, optimizer: "AbstractOptimizer", parameter: Tensor, group: dict[str, Any], first: int) -> None:
         self.optimizer, self.parameter, self.group = optimizer, parameter, group
-        self.formats = formats_of(group)
+        self.formats, self.first = formats_of(group), first
         self.state: dict[str, Any] = optimizer.state[parameter]
         self.runs = [Run(begin, size, first + offset) for begin, size, offset in runs_of(parameter)]
 
@@ -49,27 +53,43 @@ class Weight:
 
     def load(self, name: str) -> Tensor:
         """A new fp32 tensor of what is kept under `name`: a moment, or `master`, wherever that is."""
+        if block := self._block_state(name):
+            kept = [_flat(self.state[each]) for each in states_of(name, block, self.parameter.numel())]
+            return decoded(kept, block, self._layout(block), is_signed(name))
         if name != "master" or name in self.state:
             return self._storage(name).load(_flat(self.state[name]))
         held = _flat(self.parameter)
-        return joined(held, _flat(self.state["remainder"])) if "remainder" in self.state else held.float().clone()
+        return (
+            joined(held, of_pairs(_flat(self.state["remainder"])))
+            if "remainder" in self.state
+            else held.float().clone()
+        )
 
     def rounded(self, name: str, values: Tensor, slot: int) -> Tensor:
         """fp32 or float64 values as they will be kept under `name`, in fp32."""
-        if name == "master" and "remainder" in self.state:
-            return values.float()
+        if (name == "master" and "remainder" in self.state) or self._block_state(name):
+            return values.float()  # of blocks, `store` rounds
         format = self.formats.master if name == "master" else self._storage(name).format
         return rounded(values, format, self.formats.rounding, self._draw(slot))
 
-    def store(self, name: str, values: Tensor) -> None:
-        """Keep what `rounded` gave; of a master the parameter follows."""
+    def store(self, name: str, values: Tensor, slot: int = 0) -> None:
+        """Keep what `rounded` gave; of a master the parameter follows. `slot`: of a moment that may be in blocks."""
+        if block := self._block_state(name):
+            draw = self._draw(slot)
+            found = encoded(
+                values, block, self._layout(block), is_signed(name),
+                lambda y, format: rounded(y, format, self.formats.rounding, draw),
+            )  # fmt: skip
+            for each, new in zip(states_of(name, block, self.parameter.numel()), found, strict=True):
+                _flat(self.state[each]).copy_(new)
+            return
         if name != "master":
             self._storage(name).store(values, _flat(self.state[name]))
             return
         weight = values
         if "remainder" in self.state:
             weight, low = split(values)
-            _flat(self.state["remainder"]).copy_(low)
+            of_pairs(_flat(self.state["remainder"])).copy_(low)
         elif "master" in self.state:
             self._storage("master").store(values, _flat(self.state["master"]))
         held = local(self.parameter.detach())
@@ -79,6 +99,13 @@ class Weight:
     def is_own_master(self) -> bool:
         """Whether the parameter is the master, with or without a remainder."""
         return "master" not in self.state
+
+    def _block_state(self, name: str) -> BlockState | None:
+        return None if name == "master" else block_state_of(getattr(self.formats, self.optimizer.MOMENTS[name]))
+
+    def _layout(self, state: BlockState) -> Layout:
+        runs = [Run(begin, size, offset - self.first) for begin, size, offset in self.runs]
+        return Layout(runs, self.parameter.numel(), state.block, cut_among(self.parameter))
 
     def _storage(self, name: str) -> Storage:
         return storage_of(getattr(self.formats, self.optimizer.MOMENTS.get(name, name)))
@@ -123,10 +150,20 @@ class AbstractOptimizer(torch.optim.Optimizer):
                     "this parameter cannot be trained in a low precision", where=type(self).__name__,
                     expected="fp32, bf16 or fp16", got=str(parameter.dtype), hint="a torch.optim optimizer for it",
                 )  # fmt: skip
+            self._check_blocks(parameter, formats)
             if formats.master == SPLIT and parameter.dtype != torch.bfloat16:
                 raise NotSupported(
                     "a master of bf16+16 is a bf16 parameter and its remainder", where=type(self).__name__,
                     expected="bf16 parameters", got=str(parameter.dtype), hint="model.bfloat16(), or master: fp32",
+                )  # fmt: skip
+
+    def _check_blocks(self, parameter: Tensor, formats: UpdateFormats) -> None:
+        for name in (formats.momentum, formats.variance):
+            block = block_state_of(name)
+            if block and block.bits < 8 and isinstance(parameter, DTensor):
+                raise NotSupported(
+                    "two codes a byte are not cut over ranks", where=type(self).__name__, expected="whole parameters",
+                    got=f"{name} of a DTensor", hint="states of 8 bits, such as dynamic8/256, or DDP",
                 )  # fmt: skip
 
     def begin_at(self, firsts: Sequence[int]) -> None:
@@ -134,6 +171,13 @@ class AbstractOptimizer(torch.optim.Optimizer):
         flat tensor, cut over ranks.
         """
         self._firsts = dict(enumerate(firsts))
+        for formats in map(formats_of, self.param_groups):
+            if block_state_of(formats.momentum) or block_state_of(formats.variance):
+                raise NotSupported(
+                    "blocks are of one parameter, and where those end in a flat group is not known",
+                    where=type(self).__name__, expected="moments in scalar formats",
+                    got=f"momentum {formats.momentum}, variance {formats.variance}", hint="DDP, or fully_shard",
+                )  # fmt: skip
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,20 +213,28 @@ class AbstractOptimizer(torch.optim.Optimizer):
     def _begin(self, weight: Weight) -> None:
         state, parameter, formats = weight.state, weight.parameter, weight.formats
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for name, dtype in self._kept(parameter, weight.group).items():
-            state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+        for name, place in self._kept(parameter, weight.group).items():
+            state[name] = _zeros(parameter, place)
+        for name in self._moments(weight.group):
+            weight.store(
+                name, torch.zeros_like(_flat(parameter), dtype=torch.float32)
+            )  # 0 is not the code 0 in a table
         values = _flat(parameter).float()
         if formats.master not in (SPLIT, PARAMETER_DTYPES[parameter.dtype]):
             weight.store("master", rounded(values, formats.master, "nearest_even", weight._draw(0)))
 
-    def _kept(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
-        """Name -> dtype of every state of a parameter but its step."""
+    def _kept(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Place]:
+        """Name -> where every state of a parameter but its step is kept."""
         formats = formats_of(group)
-        kept = {name: storage_of(getattr(formats, key)).dtype for name, key in self._moments(group).items()}
+        kept: dict[str, Place] = {}
+        for name, key in self._moments(group).items():
+            format = getattr(formats, key)
+            block = block_state_of(format)
+            kept |= {name: _place(format)} if block is None else states_of(name, block, parameter.numel())
         if formats.master == SPLIT:
-            kept["remainder"] = torch.int16
+            kept["remainder"] = Place(torch.uint8, is_paired=True)
         elif not formats.master_is_parameter(parameter.dtype):
-            kept["master"] = storage_of(formats.master).dtype
+            kept["master"] = _place(formats.master)
         return kept
 
     def _moments(self, group: dict[str, Any]) -> dict[str, str]:
@@ -192,12 +244,25 @@ class AbstractOptimizer(torch.optim.Optimizer):
         """Bytes that weights and states take for each element of the whole parameters, before a step has been made too;
         4 bytes of step a tensor and gradients are not counted.
         """
-        total = count = 0
+        totals, count = self._bytes()
+        return (sum(totals.values()) - totals["gradient"]) / max(count, 1)
+
+    def bytes_by_part(self) -> dict[str, float]:
+        """The same, of each: `weight`, `master` (a remainder too), `moments` with their scales, and `gradient`."""
+        totals, count = self._bytes()
+        return {part: total / max(count, 1) for part, total in totals.items()}
+
+    def _bytes(self) -> tuple[dict[str, int], int]:
+        count, totals = 0, dict.fromkeys(("weight", "master", "moments", "gradient"), 0)
         for group in self.param_groups:
             for parameter in group["params"]:
-                each = parameter.dtype.itemsize + sum(dtype.itemsize for dtype in self._kept(parameter, group).values())
-                total, count = total + each * parameter.numel(), count + parameter.numel()
-        return total / max(count, 1)
+                count += parameter.numel()
+                for part in ("weight", "gradient"):
+                    totals[part] += parameter.dtype.itemsize * parameter.numel()
+                for name, place in self._kept(parameter, group).items():
+                    part = "master" if name in ("master", "remainder") else "moments"
+                    totals[part] += place.dtype.itemsize * math.prod(place.shape(parameter))
+        return totals, count
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,12 +304,12 @@ class AbstractOptimizer(torch.optim.Optimizer):
                     raise self._refused(f"the state was kept under another `{key}`", group[key], str(kept))
 
     def _check_state(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
-        wanted = {"step": torch.float32, **self._kept(parameter, group)}
+        wanted = {"step": Place(torch.float32), **self._kept(parameter, group)}
         named = {name for name, value in state.items() if value is not None}
         if named != set(wanted):
             raise self._refused("the state is of another kind", ", ".join(wanted), ", ".join(sorted(named)))
-        for name, dtype in wanted.items():
-            shape = () if name == "step" else tuple(parameter.shape)
+        for name, place in wanted.items():
+            dtype, shape = place.dtype, () if name == "step" else place.shape(parameter)
             value = state[name]
             if value.dtype != dtype or tuple(value.shape) != shape:
                 raise self._refused(
@@ -268,11 +333,33 @@ def formats_of(group: dict[str, Any]) -> UpdateFormats:
     return UpdateFormats(**{field: group[key] for field, key in KEYS.items()})
 
 
+def is_signed(moment: str) -> bool:
+    """Whether a moment can be negative: all but a sum of squares."""
+    return moment != "exp_avg_sq"
+
+
 def check_at_least(where: str, **numbers: float) -> None:
     """LpError for a number below 0, or NaN."""
     for name, number in numbers.items():
         if not number >= 0:
             raise LpError(f"{name} does not fit", where=where, expected=f"{name} >= 0", got=f"{number:g}", hint="0")
+
+
+def _place(format: str) -> Place:
+    storage = storage_of(format)
+    return Place(storage.dtype, is_paired=storage.is_paired)
+
+
+def _zeros(parameter: Tensor, place: Place) -> Tensor:
+    """A state of a parameter; of a DTensor's elements a DTensor, cut as it is."""
+    shape, device = place.shape(parameter), parameter.device
+    if place.size is not None or not isinstance(parameter, DTensor):
+        return torch.zeros(shape, dtype=place.dtype, device=device)
+    here = torch.zeros(place.shape(parameter.to_local()), dtype=place.dtype, device=device)
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(
+        here, parameter.device_mesh, parameter.placements, shape=torch.Size(shape), stride=strides
+    )
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -52,3 +53,11 @@ def runs_of(parameter: Tensor) -> list[Run]:
         Run(number * size, size, start + sum(at * stride for at, stride in zip(place, strides)))
         for number, place in enumerate(places)
     ]
+
+
+def cut_among(tensor: Tensor) -> list[ProcessGroup]:
+    """The groups of ranks among which a DTensor is cut, one for each dimension of its mesh that cuts it."""
+    if not isinstance(tensor, DTensor):
+        return []
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return [mesh.get_group(dim) for dim, placement in enumerate(placements) if type(placement) is Shard]

@@ -9,6 +9,8 @@ torch.optim.SGD has eta in (3), outside of the momentum: other bits, and other n
 
 from typing import Any, ClassVar
 
+from runtime.errors import NotSupported
+from runtime.optim.block_names import block_state_of
 from runtime.optim.formats import UpdateFormats
 from runtime.optim.one_pass import sgd_in_one_pass
 from runtime.optim.optimizer import AbstractOptimizer, Weight, check_at_least
@@ -42,6 +44,15 @@ class LowPrecisionSGD(AbstractOptimizer):
         check_at_least("LowPrecisionSGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
         numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "loss_scale": loss_scale}
         super().__init__(params, numbers, formats, seed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """NotSupported also for a momentum in blocks: AXPY (1) has its format, and no scale before it is made."""
+        super().add_param_group(param_group)
+        if block_state_of(name := self.param_groups[-1]["momentum_format"]):
+            raise NotSupported(
+                "SGD keeps no momentum in blocks", where="LowPrecisionSGD", expected="a scalar float format", got=name,
+                hint="AdamW, or momentum: bf16",
+            )  # fmt: skip
 
     def _moments(self, group: dict[str, Any]) -> dict[str, str]:
         return self.MOMENTS if group["momentum"] else {}

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from lpcompile import PolicyError, load_policy
 from tests.launch.test_train import DDP, TINY, ZERO, succeed, train
 
 NEAREST = "{master: dlfloat16, momentum: dlfloat16, variance: bf16}"
+COAT = "{momentum: {format: e4m3, block: 128, expand: true}, variance: e4m3/128/expand}"
 CHANCE = "{master: dlfloat16, momentum: 1-5-2, rounding: stochastic}"
 SPLIT = "{master: bf16+16, momentum: bf16, variance: bf16}"
 SGD, ADAMW = ["--optimizer", "sgd", "--lr", "0.05"], ["--optimizer", "adamw"]
@@ -33,6 +35,7 @@ def _steps(run: Path) -> list[list[Any]]:
     [
         pytest.param(CHANCE, [*DDP, *SGD], id="ddp-sgd-stochastic"),
         pytest.param(NEAREST, [*ZERO, "2", *ADAMW], id="zero2-adamw-nearest"),
+        pytest.param(COAT, [*DDP, *ADAMW], id="ddp-adamw-coat", marks=pytest.mark.slow),
         pytest.param(SPLIT, [*DDP, *ADAMW, "--dtype", "bf16"], id="ddp-adamw-split", marks=pytest.mark.slow),
         pytest.param(CHANCE, [*ZERO, "2", *SGD], id="zero2-sgd-stochastic", marks=pytest.mark.slow),
         pytest.param(CHANCE, [*ZERO, "0", *SGD], id="zero0-sgd-stochastic", marks=pytest.mark.slow),
@@ -43,6 +46,9 @@ def test_resume_is_bit_exact(tmp_path: Path, update: str, arguments: list[str]) 
     _prepare(tmp_path, update)
     run = [*TINY, *arguments, "--policy", "p.yaml", "--nproc", "2", "--steps", "6", "--save-every", "3"]
     printed = succeed(tmp_path, *run, "--out", "whole")
+    plain = " ".join(printed.split())
+    if "deepspeed" not in arguments and update == CHANCE:
+        assert "bytes a parameter: weight 4, master 0, moments 1, gradient 4" in plain
     assert f"optimizer: {arguments[arguments.index('--optimizer') + 1]}, master " in printed
     succeed(tmp_path, "--resume", "whole/checkpoints/step-000003", "--out", "half")
     expected = _steps(tmp_path / "whole")
@@ -81,6 +87,7 @@ def test_masters_are_what_the_policy_says(tmp_path: Path) -> None:
         (CHANCE, [*ZERO, "0", "--dtype", "bf16"], "an element of DeepSpeed's flat masters does not know its random"),
         (NEAREST, [*ZERO, "3"], "ZeRO-3 has AdamW in fp32 alone. Expected the defaults"),
         (SPLIT, [*ZERO, "1", "--dtype", "bf16"], "DeepSpeed keeps fp32 masters of its own"),
+        (COAT, [*ZERO, "1", *ADAMW], "where those end in a flat group is not known"),
         (SPLIT, DDP, "a master of bf16+16 is a bf16 parameter and its remainder. Expected bf16 parameters"),
     ],
 )
@@ -89,3 +96,36 @@ def test_refuses_aloud(tmp_path: Path, update: str, arguments: list[str], senten
     done = train(tmp_path, *TINY, *arguments, "--policy", "p.yaml", "--nproc", "1", "--steps", "2", "--out", "run")
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("update", "read"),
+    [
+        ("{momentum: {format: e4m3, block: 128, expand: true}, variance: E4M3/64}", ("e4m3/128/expand", "e4m3/64")),
+        ("{momentum: DYNAMIC8/256, variance: float8_e4m3fn/128}", ("dynamic8/256", "e4m3/128")),
+        ("{momentum: {format: bf16}}", ("bf16", "fp32")),
+    ],
+)
+def test_blocks_of_moments_are_read(tmp_path: Path, update: str, read: tuple[str, str]) -> None:
+    _prepare(tmp_path, update)
+    found = load_policy(tmp_path / "p.yaml").update
+    assert (found.momentum, found.variance) == read
+    assert (found.formats().momentum, found.formats().variance) == read
+
+
+@pytest.mark.parametrize(
+    ("update", "sentence"),
+    [
+        ("{momentum: {format: dynamic8, block: 255}}", "dynamic8/255 is no state with blocks"),
+        (
+            "{momentum: {format: e4m3, blok: 2}}",
+            'momentum.blok: "blok" is no key of a moment. Did you mean "block"',
+        ),
+        ("{momentum: {format: e4m3, expand: true}}", "expand is true or false, and needs a block"),
+        ("{variance: {block: 128}}", "a moment has no format"),
+    ],
+)
+def test_what_is_no_moment_is_refused(tmp_path: Path, update: str, sentence: str) -> None:
+    _prepare(tmp_path, update)
+    with pytest.raises(PolicyError, match=sentence):
+        load_policy(tmp_path / "p.yaml")

@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "bits.h"
+#include "cast_round.h"
 #include "codes.h"
 #include "huge_pages.h"
 #include "loads.h"
@@ -247,6 +248,7 @@ template <class In>
 auto range_of(const CastPlan& plan, bool is_scaled, bool is_stochastic) {
   switch (chance_of(plan, is_stochastic)) {
     case kFixed: return is_scaled ? cast_range<In, true, kFixed, CastPlan> : cast_range<In, false, kFixed, CastPlan>;
+    case kBits: return is_scaled ? cast_range<In, true, kBits, CastPlan> : cast_range<In, false, kBits, CastPlan>;
     case kSingle: return is_scaled ? cast_range<In, true, kSingle, CastPlan> : cast_range<In, false, kSingle, CastPlan>;
     default: return is_scaled ? cast_range<In, true, kDouble, CastPlan> : cast_range<In, false, kDouble, CastPlan>;
   }

@@ -38,6 +38,7 @@ struct CodePlan {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
 inline void store_codes(uint8_t* to, __m512i codes) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes)); }
+inline void store_codes(uint16_t* to, __m512i codes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(codes)); }
 inline void store_codes(int32_t* to, __m512i codes) { _mm512_storeu_si512(to, codes); }
 inline void store_codes(int64_t* to, __m512i codes) {
   _mm512_storeu_si512(to, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(codes)));

@@ -16,8 +16,8 @@ from torch import Tensor
 from runtime.kernels.cast_plans import cast_plan
 from runtime.kernels.cpu.address import address
 from runtime.kernels.cpu.build import load_library
-from runtime.kernels.cpu.cast_library import RandomPlan, cast_library, num_threads
-from runtime.kernels.cpu.codes import _encoder, code_plan, codes_library
+from runtime.kernels.cpu.cast_library import RandomPlan, num_threads
+from runtime.kernels.cpu.codes import code_plan
 from runtime.kernels.cpu.grid import _plan as grid_plan
 from runtime.kernels.cpu.grid import grid_library
 from runtime.kernels.cpu.philox import random_plan
@@ -26,24 +26,33 @@ from runtime.numerics.random import signed_seed
 from runtime.numerics.specs import Rounding
 
 SOURCE = Path(__file__).with_name("update.cpp")
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 3, torch.int16: 4}
-_SPLIT, _NOTHING = 5, 6
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int16: 3, torch.float16: 3}
+_SPLIT, _NOTHING, _TABLE = 4, 5, 6
+_BLOCK = 1024
+"""Elements of a block of update.cpp, which those of a moment must divide."""
 
 
 class _Kept(ctypes.Structure):
     """Mirrors Kept of update.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "is_rounded", "is_stochastic")),
-        *((name, ctypes.c_void_p) for name in ("at", "low", "cast", "grid", "exact", "codes")),
+        *((name, ctypes.c_int32) for name in ("kind", "is_rounded", "is_stochastic", "mode")),
+        *((name, ctypes.c_void_p) for name in ("at", "low", "cast", "grid", "codes", "round", "blocks")),
         ("random", RandomPlan),
     ]
 
 
-class _Calls(ctypes.Structure):
-    """Mirrors Calls."""
+class _Blocks(ctypes.Structure):
+    """Mirrors Blocks of update_blocks.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("cast", "encode", "decode", "round")]
+    _fields_ = [
+        ("scales", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("max", ctypes.c_float),
+        ("bits", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("values", "middles", "bases")),
+        *((name, ctypes.c_int32) for name in ("first", "last")),
+    ]
 
 
 class Numbers(ctypes.Structure):
@@ -65,6 +74,10 @@ class Values(NamedTuple):
     stream: int = 0
     low: Tensor | None = None
     """Of a bf16 that is the upper half of an fp32."""
+    scales: Tensor | None = None
+    """One a block of `block` elements; `kept` are codes then: of `format`, or of a table of so many values."""
+    block: int = 0
+    table: Tensor | None = None
 
 
 def is_served(values: Values) -> bool:
@@ -73,6 +86,12 @@ def is_served(values: Values) -> bool:
         return values.kept is not None and values.kept.is_cpu
     if values.kept is not None and not (values.kept.is_cpu and values.kept.dtype in _KINDS):
         return False
+    if values.kept is not None and values.kept.dtype == torch.float16 and values.format != "fp16":
+        return False  # fp16's own bits are its codes, and no other format's
+    if values.scales is not None and (_BLOCK % values.block or not values.scales.is_cpu):
+        return False
+    if values.table is not None:
+        return True
     if values.format == "fp32":
         return values.kept is None or values.kept.dtype == torch.float32
     row = get_format(values.format)
@@ -83,13 +102,13 @@ def is_served(values: Values) -> bool:
 
 @lru_cache(maxsize=1)
 def update_library() -> ctypes.CDLL | None:
-    """The library and those that it calls; None if one of them cannot be built."""
+    """The library, with the one that it calls; None if one of them cannot be built."""
     library = load_library(SOURCE)
-    if library is None or None in (cast_library(), codes_library(), grid_library()):
+    if library is None or grid_library() is None:
         return None
-    calls, numbers, kept = (ctypes.POINTER(each) for each in (_Calls, Numbers, _Kept))
+    numbers, kept = ctypes.POINTER(Numbers), ctypes.POINTER(_Kept)
     for function in (library.lp_adamw, library.lp_sgd):
-        function.argtypes = [calls, numbers, kept, kept, kept, kept, ctypes.c_int64, ctypes.c_int]
+        function.argtypes = [numbers, kept, kept, kept, kept, ctypes.c_int64, ctypes.c_int]
         function.restype = None
     return library
 
@@ -128,7 +147,7 @@ def sgd(
 
 def _run(name: str, numbers: Numbers, given: list[_Kept], gradient: Tensor) -> None:
     count = gradient.numel()
-    getattr(update_library(), name)(_calls(), numbers, *given, count, num_threads(count))
+    getattr(update_library(), name)(numbers, *given, count, num_threads(count))
 
 
 def _gradient(gradient: Tensor) -> Values:
@@ -139,16 +158,26 @@ def _kept(values: Values, seed: int, step: int, offset: int) -> _Kept:
     kept = _Kept(kind=_NOTHING if values.kept is None else _KINDS[values.kept.dtype])
     if values.kept is not None:
         kept.at = address(values.kept)
+    if values.scales is not None:
+        blocks = _blocks(values, values.scales)
+        kept.blocks, kept.parts = ctypes.addressof(blocks), blocks
+    if values.table is not None:
+        kept.kind = _TABLE
+        return kept
     if values.low is not None:
         kept.kind, kept.low = _SPLIT, address(values.low)
         return kept
     if values.format == "fp32":
         return kept
     kept.is_rounded, kept.is_stochastic = True, values.rounding == "stochastic"
-    cast, exact = cast_plan(values.format, values.rounding), cast_plan(values.format, "nearest_even")
-    grid, codes = grid_plan(values.format, values.rounding, "saturate", torch.float64), code_plan(values.format)
-    kept.cast, kept.exact, kept.grid, kept.codes = map(_address, (cast, exact, grid.plan, codes))
-    kept.plans = cast, exact, grid, codes  # what it points to
+    cast, codes = cast_plan(values.format, values.rounding), code_plan(values.format)
+    grid = grid_plan(values.format, values.rounding, "saturate", torch.float64)
+    kept.cast, kept.grid, kept.codes = map(_address, (cast, grid.plan, codes))
+    kept.plans = cast, grid, codes  # what it points to
+    library = grid_library()
+    assert library is not None
+    kept.round = ctypes.cast(library.lp_round, ctypes.c_void_p)
+    kept.mode = grid.plan.mode if 1 <= grid.plan.mantissa <= 19 else -1
     if kept.is_stochastic:
         kept.random = random_plan(signed_seed(seed), step, values.stream, offset)
     return kept
@@ -159,11 +188,33 @@ def _address(plan: ctypes.Structure | None) -> int:
     return ctypes.addressof(plan)
 
 
-@lru_cache(maxsize=1)
-def _calls() -> _Calls:
-    casts, codes, grid = cast_library(), codes_library(), grid_library()
-    assert casts is not None
-    assert codes is not None
-    assert grid is not None
-    functions = (casts.lp_cast, _encoder(casts), codes.lp_decode, grid.lp_round)
-    return _Calls(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+def _blocks(values: Values, scales: Tensor) -> _Blocks:
+    blocks = _Blocks(scales=address(scales), size=values.block, max=1.0, bits=8)
+    if values.table is None:
+        blocks.max = float(get_format(values.format).max)
+        return blocks
+    table, middles, bases, first = _buckets(tuple(values.table.tolist()))
+    blocks.bits = len(table).bit_length() - 1
+    blocks.values, blocks.middles, blocks.bases = map(address, (table, middles, bases))
+    blocks.first, blocks.last = first, first + len(bases) // 2 - 1
+    return blocks
+
+
+@lru_cache(maxsize=8)
+def _buckets(values: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(values, middles, bases, first) as update_blocks.h has them, for numbers up to 1; below 2^-24 is one bucket.
+
+    The middles of a table are further apart than a bucket is wide: none has two.
+    """
+    table = torch.tensor(values, dtype=torch.float32)
+    middles = (table[:-1] + table[1:]) / 2
+    first, last = 103 << 7, 127 << 7  # the upper 15 bits of 2^-24 and of 1
+    starts = torch.arange(first, last + 1, dtype=torch.int32) << 16
+    ends = starts + 0xFFFF  # of negative numbers the least
+    low = starts.view(torch.float32).clone()
+    low[0] = 0.0
+    least = torch.cat((low, -ends.view(torch.float32)))
+    bases = torch.bucketize(least, middles).int()
+    greatest = torch.cat((ends.view(torch.float32), -low))
+    assert int((torch.bucketize(greatest, middles) - bases).max()) <= 1
+    return table, torch.cat((middles, torch.tensor([torch.inf]))), bases, first

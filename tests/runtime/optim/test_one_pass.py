@@ -23,6 +23,12 @@ CASES: list[tuple[torch.dtype, UpdateFormats]] = [
     (torch.float32, UpdateFormats("bf16", "e5m2", "e4m3", "stochastic")),
     (torch.bfloat16, UpdateFormats("1-5-2", "e4m3", "1-5-10", "toward_zero")),
 ]
+BLOCKS: list[tuple[torch.dtype, UpdateFormats]] = [
+    (torch.float32, UpdateFormats("fp32", "e4m3/128", "fp16")),
+    (torch.float32, UpdateFormats("fp32", "e4m3/128", "e5m2/64", "stochastic")),
+    (torch.bfloat16, UpdateFormats("bf16+16", "dynamic8/256", "dynamic8/256")),
+    (torch.bfloat16, UpdateFormats("bf16", "dynamic4/128", "dynamic4/128", "stochastic")),
+]
 
 
 def _run(kind: Any, dtype: torch.dtype, formats: UpdateFormats, **numbers: Any) -> list[Tensor]:
@@ -42,16 +48,18 @@ def _run(kind: Any, dtype: torch.dtype, formats: UpdateFormats, **numbers: Any) 
     return [*(weight.detach() for weight in weights), *kept]
 
 
-@pytest.mark.parametrize(("dtype", "formats"), CASES, ids=str)
-@pytest.mark.parametrize(
-    ("kind", "numbers"),
-    [
-        (LowPrecisionAdamW, {"loss_scale": 8.0}),
-        (LowPrecisionAdamW, {"betas": (0.2, 0.5), "weight_decay": 0.0}),
-        (LowPrecisionSGD, {"weight_decay": 0.1, "loss_scale": 1024.0}),
-        (LowPrecisionSGD, {"momentum": 0.0}),
-    ],
-)
+RULES: list[tuple[Any, dict[str, Any]]] = [
+    (LowPrecisionAdamW, {"loss_scale": 8.0}),
+    (LowPrecisionAdamW, {"betas": (0.2, 0.5), "weight_decay": 0.0}),
+    (LowPrecisionSGD, {"weight_decay": 0.1, "loss_scale": 1024.0}),
+    (LowPrecisionSGD, {"momentum": 0.0}),
+]
+CHOICES = [(*case, *rule) for rule in RULES for case in CASES] + [
+    (*case, *rule) for rule in RULES[:2] for case in BLOCKS
+]
+
+
+@pytest.mark.parametrize(("dtype", "formats", "kind", "numbers"), CHOICES, ids=str)
 def test_the_bits_are_those_of_torchs_operations(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, formats: UpdateFormats, kind: Any, numbers: dict[str, Any]
 ) -> None:

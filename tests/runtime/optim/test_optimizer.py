@@ -54,6 +54,12 @@ def test_bytes_are_those_allocated(kind: Any) -> None:
         total += sum(value.untyped_storage().nbytes() for value in (weight, *kept))
     count = sum(weight.numel() for weight in weights)
     assert optimizer.bytes_per_parameter() == kind[3] == total / count
+    states = [optimizer.state[weight].items() for weight in weights]
+    masters = sum(value.nbytes for state in states for name, value in state if name in ("master", "remainder"))
+    parts = optimizer.bytes_by_part()
+    assert parts["master"] == masters / count
+    assert parts["weight"] == parts["gradient"] == sum(weight.nbytes for weight in weights) / count
+    assert parts["moments"] == kind[3] - parts["master"] - parts["weight"]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].__name__}-{kind[1]}-{kind[2]}")
