@@ -1,5 +1,6 @@
 """Runner: measure what is not there yet, unit by unit, and write the page of all that is."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from launch.reproduction.experiment import Experiment, Form, Result
 from launch.reproduction.registry import EXPERIMENTS, experiment
 from launch.reproduction.store import Store
+from launch.training.config import ConfigError
 from launch.training.last_words import told
 from launch.training.monitor import unless_closed
 
@@ -23,6 +25,10 @@ def reproduce(names: list[str], form: Form, out: Path, docs: Path, page_only: bo
     rest. Raises ConfigError for names and folders, and LpError for a full disk.
     """
     chosen = {name: experiment(name) for name in names or EXPERIMENTS}
+    if importlib.util.find_spec("scipy") is None:  # said now, and not after hours
+        raise ConfigError(
+            "the page's statistics are scipy's, which is not installed", where="reproduce", hint="pip install scipy"
+        )
     stores = {name: Store(out, form, name) for name in EXPERIMENTS}
     console = Console(highlight=False)
     try:

@@ -42,6 +42,7 @@ class Fake(types.SimpleNamespace):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     made = Fake()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(runner, "EXPERIMENTS", {"fake": ""})
     monkeypatch.setattr(runner, "experiment", lambda name: made)
     return made
@@ -113,6 +114,7 @@ def test_what_is_asked_wrongly_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     assert run(["reproduce", *arguments]) == 2
@@ -135,6 +137,13 @@ def test_every_row_is_an_experiment_whose_keys_are_file_names(capsys: pytest.Cap
         assert module.TITLE
     with pytest.raises(ConfigError):
         experiment("nothing")
+
+
+def test_without_scipy_nothing_is_run(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="Try pip install scipy"):
+        reproduce([], "short", tmp_path, tmp_path)
+    assert fake.measured == []
 
 
 def test_results_are_json_that_others_read(fake: Fake, tmp_path: Path) -> None:
