@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks._timing import show
-from benchmarks.training_step import SHAPES, _model
+from benchmarks.training_step import SHAPES, make_model
 from lpcompile import advance, lpcompile
 
 SIZE, SHAPE = 512, SHAPES[0]
@@ -75,7 +75,7 @@ def _linear(policy: str) -> Step:
 
 def _gpt(policy: str) -> Step:
     tokens = torch.randint(0, 256, (SHAPE.batch, SHAPE.context), generator=torch.Generator().manual_seed(0))
-    model = lpcompile(_model(SHAPE), policy, example_kwargs={"input_ids": tokens, "labels": tokens})
+    model = lpcompile(make_model(SHAPE), policy, example_kwargs={"input_ids": tokens, "labels": tokens})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:

@@ -117,7 +117,7 @@ def times(name: str, is_joint: bool, args: argparse.Namespace) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory of a training step by what is kept for backward.")
     for option, default in (("rows", 4096), ("layers", 6), ("width", 1024), ("rounds", 5)):
-        parser.add_argument(f"--{option}", type=int, default=default)
+        parser.add_argument(f"--{option}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--no-joint", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks._timing import median_ms, show
 from launch.training.config import RunConfig
-from launch.training.models import build_model
+from launch.training.models.build import build_model
 from lpcompile import LossScaler, attach, lpcompile, make_optimizer, telemetry
 
 
@@ -70,7 +70,7 @@ def _fifty(step: Callable[[], None], model: torch.nn.Module, sample: int) -> flo
 def _training(policy: str) -> tuple[Callable[[], None], torch.nn.Module]:
     """A step of the default run."""
     config = RunConfig(policy=policy)
-    model = build_model(config, 256)
+    model = build_model(config, vocab=256)
     x_BT = torch.randint(0, 256, (config.batch, config.context))
     lpcompile(model, policy, example_kwargs={"input_ids": x_BT})
     optimizer, scaler = make_optimizer(model, "adamw", lr=config.lr), LossScaler(model)

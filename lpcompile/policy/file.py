@@ -5,6 +5,7 @@
 A name that is shipped means the shipped policy, also where a file of that name exists (`./hfp8` means the file).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -100,11 +101,22 @@ def _load(path: Path, shown: str, chain: tuple[tuple[Path, str], ...], loaded: _
     raw = {key: value for key, value in raw.items() if not key.startswith("x-")}  # they hold anchors
     place = _Place(shown, path.parent, lines)
     policy = Policy.model_validate({"name": path.stem, **raw}, context={"locate": place.locate})
-    for index, rule in enumerate(policy.rules):
-        is_shipped = path in shipped_policies().values()
-        rule._origin = Origin(place.where(("rules", index)), str(path), is_shipped)
+    is_shipped = path in shipped_policies().values()
+    for keys, rules in _written_rules(policy):
+        for index, rule in enumerate(rules):
+            rule._origin = Origin(place.where((*keys, "rules", index)), str(path), is_shipped)
     linked = loaded[path.resolve()] = _link(policy, place, (*chain, (path.resolve(), shown)), loaded)
     return linked
+
+
+def _written_rules(policy: Policy) -> Iterator[tuple[KeyPath, tuple[Rule, ...]]]:
+    """The rules that stand in a file: its own, and those that a phase or evaluation has in place of a name."""
+    yield (), policy.rules
+    for index, phase in enumerate(policy.schedule):
+        for key, other in phase.named.items():
+            yield ("schedule", index, key), other.rules or ()
+    if policy.evaluate is not None:
+        yield ("evaluate", "policy"), policy.evaluate.policy.rules or ()
 
 
 def _link(policy: Policy, place: _Place, chain: tuple[tuple[Path, str], ...], loaded: _Loaded) -> Policy:

@@ -27,9 +27,9 @@ from runtime.ops.plan import contraction_of
 from runtime.ops.product import Product
 from runtime.ops.sum_scales import slot_name
 from runtime.quantize.cast_error import CastError, measure
+from runtime.quantize.owners import operand_of, owner_of
 from runtime.quantize.sampling import ACROSS, Sample, largest_of, run_of, sample_of
 from runtime.recomputation import is_recomputing
-from runtime.state import RunState
 
 
 class Key(NamedTuple):
@@ -132,7 +132,7 @@ class Watcher:
             largest, is_batched = largest_of(x.detach()), product.kind == "matmul"
             samples = {run: sample_of(x, self.size, is_batched=is_batched, run=run, largest=largest) for run in by_run}
             for run, specs in by_run.items():
-                learned = [_learned_scale(product.state, product.name, tensor, spec) for spec in specs]
+                learned = [_scale_of_state(product, wanted[spec], tensor, x, spec) for spec in specs]
                 for spec, sums in zip(specs, measure(samples[run], specs, learned)):
                     record.add(wanted[spec], sums)
             sample = samples[ACROSS]
@@ -191,13 +191,15 @@ def _placed(kind: str, op: str, candidate: Candidate) -> Placed | str:
     return place(kind, op, candidate.layer(kind), "cpu")
 
 
-def _learned_scale(state: RunState, site: str, tensor: str, spec: QuantSpec) -> Tensor | None:
+def _scale_of_state(product: Product, keys: Sequence[Key], tensor: str, x: Tensor, spec: QuantSpec) -> Tensor | None:
     """The scale of a quantizer with state, as it is now."""
     if spec.quantizer is None:
         return None
-    owner = f"{site}.{'x' if tensor == 'lhs' else 'w'}".removeprefix(".")
-    step: Tensor = state.quantizers[owner].step().detach()
-    return step
+    role = next(key.role for key in keys if not key.label)
+    side: Side = "lhs" if _TENSOR[role, "lhs"] == tensor else "rhs"
+    quantizer = product.state.quantizers[owner_of(product.name, operand_of(product.spec, role, side))]
+    scale: Tensor = quantizer.step() if spec.quantizer.learns else quantizer.scale(x)
+    return scale.detach()
 
 
 _TENSOR: Mapping[tuple[Role, Side], str] = {

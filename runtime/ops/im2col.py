@@ -71,9 +71,15 @@ class UnfoldedConvTranspose(Conv):
         return _weight_gradient(lhs, dy, rhs_shape, self.geometry, multiply, self.direct)
 
 
+def _check_channels(x: Tensor, wanted: int, w: Tensor) -> None:
+    if x.shape[1] != wanted:
+        raise RuntimeError(f"{x.shape[1]} channels do not fit a weight of size {tuple(w.shape)}: expected {wanted}")
+
+
 def _forward(
     x: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply, direct: AbstractDirect | None
 ) -> Tensor:
+    _check_channels(x, w.shape[1] * g.groups, w)
     padded = _padded(x, [(p, p) for p in g.padding])
     if direct is not None and direct.fits(padded, x.shape[0] * w.shape[0] * prod(size)):
         return direct_conv.forward(direct, padded, w, size, g)
@@ -85,6 +91,7 @@ def _forward(
 def _input_gradient(
     dy: Tensor, w: Tensor, size: torch.Size, g: ConvGeometry, multiply: Multiply, direct: AbstractDirect | None
 ) -> Tensor:
+    _check_channels(dy, w.shape[0], w)
     if direct is not None and direct.fits(dy, dy.shape[0] * w.shape[1] * g.groups * prod(size)):
         dx = direct_conv.input_gradient(direct, dy, w, size, g)
         if dx is not None:

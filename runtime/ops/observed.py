@@ -65,7 +65,8 @@ def cast_observed(
     spec, key = quantizer.spec, quantizer.keyed(scale)
 
     def make() -> tuple[Tensor, Tensor]:
-        return to_grid_observed(x, spec, scale, storage_dtype(spec.format), **draw._asdict())
+        seed, step, stream, _ = draw
+        return to_grid_observed(x, spec, scale, storage_dtype(spec.format), seed=seed, step=step, stream=stream)
 
     kept = find(key) if find is not None and not key.is_drawn else None
     if kept is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import beside_busy
 from benchmarks._number_rows import cast_rows, gemm_rows
@@ -31,6 +32,18 @@ SMALLEST: dict[str, tuple[list[str], dict[str, Any], str]] = {
         },
         "casts of",
     ),
+    "cliffs": (
+        [*ONE_THREAD, "--rows", "tiny", "--columns", "hfp8-1-6-9", "--markdown"],
+        {"ROWS": {"tiny": lambda: (nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6))}},
+        "tiny",
+    ),
+    "memory": (
+        [*ONCE, "--rows", "8", "--layers", "1", "--width", "16", "--no-joint"],
+        {"CASES": ("fp32", "hfp8 codes")},
+        "hfp8 codes",
+    ),
+    "recipes": ([*ONE_THREAD, "hfp8", "hopper-fp8"], {"SHAPE": Shape("smallest", 64, 1, 1, 8)}, "hopper-fp8"),
+    "telemetry": ([*ONE_THREAD, "--sample", "256"], {}, "every=50"),
     "delayed_scales": (
         ONE_THREAD,
         {"SIZE": 64, "SHAPE": Shape("smallest", 64, 1, 1, 8)},

@@ -148,6 +148,7 @@ def test_an_output_padding_of_a_stride(without_kernels: bool, monkeypatch: pytes
     """Legal where the dilation is larger: dy has room for one position more than x has. Small integers are exact."""
     if without_kernels:
         monkeypatch.setattr("runtime.kernels.cpu.accumulate.accumulate_library", lambda: None)
+        monkeypatch.setattr("runtime.kernels.cpu.accumulate_wide.wide_library", lambda: None)
     torch.manual_seed(0)
     text = "rules:\n  - match: {name: '*'}\n" + "".join(
         f"    {name}: {{{', '.join(f'{each}: e4m3' for each in operands)}, accumulate: 1-6-9}}\n"

@@ -160,7 +160,7 @@ def test_sharing_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report(shared).num_quantize_after < report(alone).num_quantize_after
     expected, before = _loss_and_grads(shared, call)[1], MEMO.num_found
     assert before > 0
-    monkeypatch.setattr(CastMemo, "find_or_make", lambda memo, x, key, make: make())
+    monkeypatch.setattr(CastMemo, "find_or_make", lambda memo, x, key, make, is_brief=False: make())
     assert _same(expected, _loss_and_grads(alone, call)[1])
 
 

@@ -85,7 +85,7 @@ def _alone(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The model with every cast made anew."""
 
     def run(x: Tensor) -> Tensor:
-        with patch.object(CastMemo, "find_or_make", lambda memo, x, key, make: make()):
+        with patch.object(CastMemo, "find_or_make", lambda memo, x, key, make, is_brief=False: make()):
             return model(x)  # type: ignore[no-any-return]
 
     return run

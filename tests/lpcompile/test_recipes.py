@@ -58,7 +58,7 @@ def test_every_row_runs_as_the_policy_says(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*(grow in|nothing applies it).*")
-        lpcompile(model, name, example_inputs=(x,))
+        lpcompile(model, load_policy(name).over(10), example_inputs=(x,))
         first = _step(model, x)
         advance(model)
         second = _step(model, x)

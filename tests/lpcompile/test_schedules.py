@@ -198,7 +198,7 @@ def test_a_scale_is_not_learned_in_two_ways_in_training_and_evaluation() -> None
         return {"fwd": {"x": {"format": "int8", "quantizer": {"kind": kind, "init": 1}}, "w": "int8"}}
 
     own = policy(learned("pact"), evaluate={"policy": {"name": "other", "rules": [learned("lsq")]}})
-    with pytest.raises(Exception, match="two phases of the schedule learn one scale in two ways"):
+    with pytest.raises(Exception, match="two phases of the schedule have one scale in two ways"):
         lpcompile(net(), own)
 
 

@@ -10,7 +10,7 @@ turned lies nowhere in memory, and the largest magnitude is looked for once.
 import torch
 from torch import Tensor
 
-from runtime.kernels.cast.grid import SAID_NARROW, fast_to_grid_checked
+from runtime.kernels.cast.grid import SAID_NARROW, fast_to_grid_checked, roomy_dtype
 from runtime.kernels.cast.rotate import rotated
 from runtime.kernels.cast.scales import compute_scale
 from runtime.kernels.cast_plans import block_plan, corrected_plan
@@ -40,6 +40,8 @@ def fast_block_cast(
     """
     call = (signed_seed(seed), step, stream, signs)
     grid, scale, said = torch.ops.lp.cast_blocks.default(x.detach(), spec.text, dtype, *call)
+    if not has_values(said):  # x has, and is used in a trace
+        return *torch.ops.lp.cast_blocks.default(x.detach(), spec.text, roomy_dtype(spec, dtype), *call)[:2], False
     bits = int(said)
     if bits & SAID_NARROW:
         grid, scale, _ = torch.ops.lp.cast_blocks.default(x.detach(), spec.text, torch.float32, *call)

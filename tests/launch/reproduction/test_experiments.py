@@ -128,7 +128,7 @@ def test_a_run_that_is_given_up_says_why() -> None:
         text_config(steps=70, width=8, heads=1, layers=1, context=32, batch=16, lr=1e18, clip=0, policy="fp16")
     )
     assert "were all skipped" in found["stopped"]
-    assert found["skipped"] >= 63
+    assert found["skipped"] >= 32 + 15  # at the smallest scale, and on the way down to it
 
 
 def test_the_page_tells_verdicts_of_pairs(tmp_path: Path) -> None:

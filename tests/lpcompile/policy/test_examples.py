@@ -18,7 +18,7 @@ from tests.lpcompile.checked import check_model
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples" / "policies").glob("*.yaml"))
-MIXTURES = ("megatron-moe", "deepseek-v3", "torchtitan-mxfp8-moe", "modelopt-fp8", "modelopt-nvfp4")
+MIXTURES = ("megatron-moe", "torchtitan-mxfp8-moe", "modelopt-fp8", "modelopt-nvfp4")
 IMAGES = ("modelopt-int8-convolutions", "fms-mo-int8")
 
 
@@ -81,9 +81,7 @@ def _output(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "site", "fwd"),
     [
-        ("te-current-scaling", "model.layers.0.mlp.up_proj", "e4m3 tensor/amax * e4m3 tensor/amax"),
         ("te-block-scaling", "model.layers.0.mlp.up_proj", "e4m3 block[1,128]/pow2 * e4m3 block[128,128]/pow2"),
-        ("deepseek-v3", "model.layers.0.mlp.experts.gate_up_proj", "e4m3 block[1,128]/amax * e4m3 block[128,128]/amax"),
         ("megatron-fp8-first-last-bf16", "model.layers.0.mlp.up_proj", "bf16 * bf16"),
         ("megatron-fp8-first-last-bf16", "model.layers.2.mlp.up_proj", "e4m3 tensor/amax * e4m3 tensor/amax"),
         ("megatron-fp8-first-last-bf16", "model.layers.3.mlp.up_proj", "bf16 * bf16"),
@@ -106,7 +104,7 @@ def test_what_an_example_says_of_a_site(name: str, site: str, fwd: str) -> None:
 def test_the_guide_lists_every_example() -> None:
     text = (ROOT / "docs" / "policies.md").read_text()
     assert [path.stem for path in EXAMPLES if f"examples/policies/{path.name}" not in text] == []
-    assert len(EXAMPLES) == 27
+    assert len(EXAMPLES) == 24
 
 
 def test_every_policy_in_the_guide_loads(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import torch
 import lpcompile
 from runtime.kernels.cast import block_codes, public
 from runtime.kernels.torch_ops import OPS
+from runtime.numerics.specs import QuantSpec
 from runtime.ops import matrix_product, site_products, traced
 from runtime.ops.plan import plan_text
 from runtime.quantize.learned import lsq
+from runtime.quantize.observed.delayed import Delayed
+from runtime.state import RunState
 
 X = torch.linspace(-3.0, 4.0, 4 * 8 * 16).view(4, 8, 16)
 W = torch.linspace(-2.0, 1.0, 24 * 16).view(24, 16)
@@ -34,6 +37,9 @@ def _plan(kind: str, cast: str, method: str, sums: str = "fp32", out: str = "fp3
     return plan, (0, 0, 0, 0), torch.float32
 
 
+DELAYED = "e4m3 nearest_even delayed"
+OBSERVING = RunState()
+OBSERVING.quantizers["layer.x"] = Delayed(QuantSpec.parse(DELAYED), "layer.x", is_weight=False)
 DRAW = (7, 1, 2, 3)
 ROWS = torch.rand(4, 8, 1)
 PLAIN, EMULATED = _plan("linear", E4M3, "fp32"), _plan("linear", E4M3, "sequential", "1-6-9 stochastic")
@@ -62,22 +68,29 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (X.double(), None, E4M3, torch.float32, *DRAW),
     ],
     "cast_gradient": [
-        (X, f"{E4M3} row/amax", (0, 0, 0, 0), -1, 0, 4), (X, "int8 stochastic tensor/amax", (1, 2, 3, 4), -1, 0, 4),
-        (X, "mxfp8 nearest_even row", (0, 0, 0, 0), -1, 0, 4), (X, "fp32", (0, 0, 0, 0), -1, 0, 4),
+        (X, f"{E4M3} row/amax", (0, 0, 0, 0), -1, 0, 4, "layer.dy"),
+        (X, "int8 stochastic tensor/amax", (1, 2, 3, 4), -1, 0, 4, "layer.dy"),
+        (X, "mxfp8 nearest_even row", (0, 0, 0, 0), -1, 0, 4, "layer.dy"),
+        (X, "fp32", (0, 0, 0, 0), -1, 0, 4, "layer.dy"),
     ],
+    "to_grid_observed": [
+        (X, torch.tensor(0.5), DELAYED, torch.float32, *DRAW[:3]),
+        (X.bfloat16(), torch.tensor(2.0), DELAYED, torch.bfloat16, *DRAW[:3]),
+    ],
+    "cast_observed": [(X, DELAYED, (0, 0, 0, 0), OBSERVING.key, 0, 0, "layer.x", looks) for looks in (True, False)],
     "cast": [
         (X, f"{E4M3} row/amax", (0, 0, 0, 0), 0, 1), (X, "e4m3 stochastic", (1, 2, 3, 4), 5, 0),
         (X, "mxfp8 nearest_even row", (0, 0, 0, 0), 0, 0),
     ],
     "site_fwd": [
-        (X, W, W[:, 0], PLAIN[0], True, "layer", (0, 0, 0, 0), -1, torch.float32),
+        (X, W, W[:, 0], PLAIN[0], True, "layer", (0, 0, 0, 0), -1, False, torch.float32),
         (X, X.transpose(1, 2), None, _plan("matmul", f"{E4M3} tensor/amax", "fp32")[0], False, "qk",
-         (0, 0, 0, 0), -1, torch.float32),
-        (X, W, None, _plan("linear", "fp32", "as_is")[0], True, "layer", (0, 0, 0, 0), -1, torch.float32),
-        (IMAGE, FILTER, FILTER[:, 0, 0, 0], CONVOLVED[0], True, "conv", (0, 0, 0, 0), -1, torch.float32),
+         (0, 0, 0, 0), -1, False, torch.float32),
+        (X, W, None, _plan("linear", "fp32", "as_is")[0], True, "layer", (0, 0, 0, 0), -1, False, torch.float32),
+        (IMAGE, FILTER, FILTER[:, 0, 0, 0], CONVOLVED[0], True, "conv", (0, 0, 0, 0), -1, False, torch.float32),
     ],
-    "site_bwd": [(DY, W, X.shape, PLAIN[0], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
-    "site_grad": [(DY, X, W.shape, PLAIN[0], True, "layer", (0, 0, 0, 0), -1, torch.float32)],
+    "site_bwd": [(DY, W, X.shape, PLAIN[0], True, "layer", (0, 0, 0, 0), -1, False, torch.float32)],
+    "site_grad": [(DY, X, W.shape, PLAIN[0], True, "layer", (0, 0, 0, 0), -1, False, torch.float32)],
     "fwd": [
         (X, None, W, None, None, *PLAIN), (X, ROWS, W, None, W[:, 0], *PLAIN, DY, "relu"),
         (X.bfloat16(), None, W, None, None, *NARROW[:-1], torch.bfloat16, None, "gelu"),
