@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "fqt": "gradient quantizers PTQ, PSQ, BHQ in 4 to 8 bits: variance and bias",
     "update-rounding": "weights in 1-6-9, updated with nearest and stochastic rounding",
     "loss-scale": "gradients that are zero in fp16, against the loss scale",
+    "four-bits": "casts to NVFP4: error and bias of nearest, stochastic, four over six, MS-EDEN",
     "accuracy": "what training with each recipe comes to, beside fp32 from the same weights in the same order",
 }
 """Name -> what it measures."""

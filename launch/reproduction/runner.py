@@ -64,7 +64,7 @@ _HEAD = """# Reproduction
 
 Published claims about low-precision training, run again. `lpcompile reproduce --{form}` (or `make reproduce`) writes
 this page, and goes on where it was stopped. Every number and verdict below comes from runs (torch {torch}, CPU); what
-does not reproduce is said to. Not run: MS-EDEN and 4/6, and the late forward switch of NVFP4.
+does not reproduce is said to. Not run: the late forward switch of NVFP4.
 
 """
 
