@@ -81,8 +81,8 @@ def tell(results: Mapping[str, Result], form: Form, plots: Path) -> str:
         lines.append(f"- Four over six has a smaller error than one target: **{verdict}**")
     return (
         f"Mean over {_DRAWS[form]} draws of {_SIZE[form]:,} Gaussian numbers, NVFP4 along rows of 1024: the squared"
-        " error over the square of the numbers, and the share of them that is in the result. Published (Quartet II): MS-EDEN"
-        " has half of the error of stochastic rounding, and no bias.\n\n"
+        " error over the square of the numbers, and the share of them that is in the result. Published (Quartet II):"
+        " MS-EDEN has half of the error of stochastic rounding, and no bias.\n\n"
         f"{table(['cast', 'error', 'share kept'], rows)}\n\n" + "\n".join(lines)
         + f"\n\n![four bits]({plots.name}/four-bits.png)"
     )  # fmt: skip
