@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ TINY = [
     *["--model", "mobilenet", "--data", "digits", "--layers", "2", "--batch", "8", "--policy", "hfp8", "--warmup", "2"],
     *["--steps", "8", "--save-every", "4", "--eval-every", "4", "--device", "cpu", "--timeout", "60"],
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks that results are compared with: two threads add a batch norm's gradients in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
