@@ -22,6 +22,7 @@ from launch.training.watch import Watch
 from launch.training.world import World, lone_world
 from lpcompile import load_policy
 from tests.launch.test_train import DDP, ZERO, metrics, succeed
+from tests.machine_facts import needs_kernels
 from tests.multiprocess import run_ranks
 
 pytestmark = pytest.mark.skipif(not is_installed("digits"), reason="scikit-learn is not installed")
@@ -159,6 +160,7 @@ def test_no_engine_equals_ddp_of_one(tmp_path: Path) -> None:
     )
 
 
+@needs_kernels  # sums by the reference take minutes
 @pytest.mark.parametrize("model", ["resnet", "mobilenet"])
 def test_a_recipe_learns_the_digits(model: str, tmp_path: Path) -> None:
     """40 steps, where guessing is right once in ten."""

@@ -14,6 +14,7 @@ from launch.reproduction import accumulator_width, accuracy, four_bits, fqt, los
 from launch.reproduction.gradients import output_gradients
 from launch.reproduction.training import image_config, text_config, train
 from launch.training.images.packaged import is_installed
+from tests.machine_facts import needs_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_digits = pytest.mark.skipif(not is_installed("digits"), reason="scikit-learn is not installed")
@@ -120,6 +121,7 @@ def test_gradients_of_a_gpt_are_those_of_its_products() -> None:
     assert {name.rpartition(".")[2] for name in found} == {"c_attn", "c_proj", "c_fc", "lm_head"}
 
 
+@needs_kernels  # sums by the reference take minutes
 @needs_digits
 def test_a_run_is_repeated_bit_for_bit_and_recipes_start_alike() -> None:
     key = "resnet-digits_fp8-2018_seed01"
