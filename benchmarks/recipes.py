@@ -111,8 +111,10 @@ def _print(medians: dict[str, float], runs: dict[str, str], as_markdown: bool) -
     if as_markdown:
         for row in (columns, ["---"] * len(columns), *rows):
             print(f"| {' | '.join(row)} |")
+        show()
+        return
     table = Table(*columns, title=f"{SHAPE.layers} layers, d {SHAPE.d}, {SHAPE.batch} x {SHAPE.context} tokens")
-    for row in [] if as_markdown else rows:
+    for row in rows:
         table.add_row(*row)
     show(table)
 
